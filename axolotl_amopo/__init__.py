@@ -1,0 +1,22 @@
+"""AMoPO for axolotl: `rl: amopo` aligns a model with several human preferences at once."""
+
+from importlib.metadata import version
+from typing import Any
+
+__version__ = version("axolotl-amopo")
+
+__all__ = ["AMoPOPlugin", "amopo_loss"]
+
+
+def __getattr__(name: str) -> Any:
+    # `axolotl --help` imports this package for the summary of `axolotl amopo`; it must not wait
+    # for torch.
+    if name == "AMoPOPlugin":
+        from axolotl_amopo.plugin import AMoPOPlugin
+
+        return AMoPOPlugin
+    if name == "amopo_loss":
+        from axolotl_amopo.loss import amopo_loss
+
+        return amopo_loss
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
