@@ -1,0 +1,1 @@
+"""Rows -> rated pairs -> dimension-aware prompts -> token ids."""

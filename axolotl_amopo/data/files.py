@@ -1,0 +1,150 @@
+"""Local files: are they what they seem, and have they changed?"""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from axolotl.utils.data.shared import get_dataset_type
+from axolotl.utils.dict import DictDefault
+from datasets import load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from axolotl_amopo.errors import ConfigError, DataError
+
+
+def digest(path: Path) -> str:
+    """Hash of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(
+            file, functools.partial(hashlib.blake2b, digest_size=16)
+        ).hexdigest()
+
+
+def local_files(entry: dict[str, Any]) -> list[Path]:
+    """The files of a `datasets:` entry that lie on this machine."""
+    named = entry.get("data_files")
+    if named:
+        paths = [Path(str(name)) for name in ([named] if isinstance(named, str) else named)]
+        return [path for path in paths if path.is_file()]
+    path = Path(str(entry["path"]))
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.is_file() and ".cache" not in p.parts)
+    return [path] if path.is_file() else []
+
+
+def check_yaml(path: Any) -> None:
+    """Refuse a YAML in which a key stands twice: YAML's parser would take the last silently.
+
+    Raises:
+        ConfigError: naming file, line and key.
+    """
+    if not path or not Path(str(path)).is_file():
+        return
+    with open(path, encoding="utf-8") as file:
+        _check_mapping(yaml.compose(file, yaml.SafeLoader), path)
+
+
+def _check_mapping(node: yaml.Node | None, path: Any) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_mapping(item, path)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if key.value in seen:
+            raise ConfigError(
+                f"{path}, line {line}: the key '{key.value}' is there twice (first on line "
+                f"{seen[key.value]}); keep one."
+            )
+        if isinstance(key.value, str):
+            seen[key.value] = line
+        _check_mapping(value, path)
+
+
+def check_loads(entry: dict[str, Any], where: str) -> None:
+    """Load local files once, the way axolotl will, to say clearly what is wrong with them.
+
+    `datasets` keeps what it loaded, so axolotl's own load right after costs nothing.
+
+    Raises:
+        ConfigError: for a path that looks local and isn't there.
+        DataError: naming file and row.
+    """
+    path = Path(str(entry["path"]))
+    if not path.exists():
+        if path.is_absolute() or path.suffix in (".json", ".jsonl", ".csv", ".parquet", ".txt"):
+            raise ConfigError(f"{where}.path: there is no file or folder '{path}'.")
+        return
+    files = local_files(entry)
+    if not files:
+        raise DataError(f"{where}: '{path}' holds no data files.")
+    if path.is_dir() and not entry.get("data_files"):
+        return
+    for file in files:
+        if file.stat().st_size == 0:
+            raise DataError(f"{where}: '{file}' is empty: no rows to train on.")
+        try:
+            load_dataset(get_dataset_type(DictDefault(entry)), data_files=str(file), split="train")
+        except (DatasetGenerationError, UnicodeDecodeError, ValueError) as error:
+            raise diagnose(file, error) from None
+
+
+def diagnose(path: Path, error: Exception) -> DataError:
+    """Why `datasets` could not load a file: the first row where something is wrong."""
+    kinds: dict[str, tuple[str, int]] = {}
+    rows = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, row {number}"
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as broken:
+                return DataError(
+                    f"{where}: is not UTF-8 (byte {line[broken.start]:#04x} at position "
+                    f"{broken.start}); save the file as UTF-8."
+                )
+            if path.suffix not in (".json", ".jsonl") or not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as broken:
+                if rows == 0 and text.lstrip().startswith(("[", "{")) and path.suffix == ".json":
+                    break  # one JSON document over many lines
+                return DataError(f"{where}: is not JSON ({broken}).")
+            rows += 1
+            if not isinstance(row, dict):
+                return DataError(f"{where}: must be an object with keys, got {text.strip()[:60]}.")
+            for key, value in _flat(row):
+                kind = _kind(value)
+                first, at = kinds.setdefault(key, (kind, number))
+                if kind != first:
+                    return DataError(
+                        f"{where}, key '{key}': is {kind}, in row {at} it is {first}; a column "
+                        "must hold one kind of value."
+                    )
+    cause = error.__cause__ or error
+    return DataError(f"{path}: can't be loaded: {cause}")
+
+
+def _flat(row: dict[str, Any], prefix: str = ""):
+    for key, value in row.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        if isinstance(value, list):
+            for item in value:
+                yield from _flat({"": item}, f"{prefix}{key}[]")
+        if value is not None:
+            yield f"{prefix}{key}", value
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, (int, float)):
+        return "a number"
+    return {str: "text", list: "a list", dict: "an object"}[type(value)]

@@ -1,0 +1,56 @@
+"""Dimension-aware prompts: the instruction that stands before the question (paper, section 3.1).
+
+Templates are Jinja, rendered in a sandbox: a shared YAML runs no code.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
+
+DEFAULT_INSTRUCTION = (
+    "Your answer will be rated on {{ dimension }}"
+    "{% if description %} ({{ description }}){% endif %}, from {{ min }} to {{ max }}. "
+    "{% if rating is none %}Aim for the best rating."
+    "{% else %}Write an answer whose {{ dimension }} is {{ rating }} of {{ max }}.{% endif %}"
+)
+DEFAULT_OVERALL_INSTRUCTION = (
+    "Your answer will be rated on several dimensions."
+    "{% for d in dimensions %} {{ d.dimension }}"
+    "{% if d.description %} ({{ d.description }}){% endif %}, from {{ d.min }} to {{ d.max }}"
+    "{% if d.rating is not none %}: aim for {{ d.rating }}{% endif %}."
+    "{% endfor %}"
+    "{% if dimensions | selectattr('rating', 'none') | list %} Aim for the best ratings.{% endif %}"
+)
+
+
+def number(value: float) -> str:
+    """A rating as people write it: 4, 3.5, 3.67."""
+    return f"{round(value, 2):g}"
+
+
+@functools.lru_cache(maxsize=64)
+def _template(text: str):
+    return ENVIRONMENT.from_string(text)
+
+
+def dimension_facts(
+    name: str, description: str | None, scale: Sequence[float], rating: float | None
+) -> dict[str, Any]:
+    """What a template may use of one dimension; numbers come as readable text."""
+    return {
+        "dimension": name.replace("_", " "),
+        "description": description,
+        "min": number(scale[0]),
+        "max": number(scale[1]),
+        "rating": None if rating is None else number(rating),
+    }
+
+
+def render(template: str, facts: Mapping[str, Any]) -> str:
+    """The instruction's text, empty where the template is."""
+    return _template(template).render(**facts).strip()

@@ -1,0 +1,186 @@
+"""One row of a dataset, read field by field with errors that name file, row and key."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from axolotl_amopo.errors import DataError, did_you_mean
+
+Message = dict[str, Any]
+Ratings = dict[str, float | None]
+
+
+@dataclass
+class Response:
+    """A response and its ratings; a rating is None where the data has none."""
+
+    text: str
+    ratings: Ratings
+
+
+@dataclass
+class RatedPrompt:
+    """A prompt and its rated responses: what every dataset format becomes."""
+
+    messages: list[Message]  # ends before the response; system and earlier turns included
+    responses: list[Response]
+    rows: list[int]  # the rows of the dataset it comes from, counted from 1
+    # True where the data itself says that the first response beats the second.
+    ordered: bool = False
+
+
+@dataclass
+class Source:
+    """Where rows come from and how they are to be read."""
+
+    name: str  # the path in the YAML, for error texts
+    dimensions: list[str]
+    scales: dict[str, tuple[float, float] | None]
+    ratings_required: bool = True
+    fields: dict[str, str] = field(default_factory=dict)  # our field names -> the data's
+    roles: dict[str, str] = field(default_factory=dict)  # the data's role names -> the template's
+
+
+class Row:
+    """A row, with the field names of the YAML's `fields:` applied."""
+
+    def __init__(self, values: Mapping[str, Any], number: int, source: Source):
+        self.values = values
+        self.number = number
+        self.source = source
+
+    def error(self, key: str, problem: str) -> DataError:
+        return DataError(f"{self.source.name}, row {self.number}, key '{key}': {problem}")
+
+    def key(self, name: str) -> str:
+        """What the data calls our field `name`."""
+        return self.source.fields.get(name, name)
+
+    def has(self, name: str) -> bool:
+        return self.values.get(self.key(name)) is not None
+
+    def get(self, name: str) -> Any:
+        """The value of a field that must be there.
+
+        Raises:
+            DataError: where it is missing, with the row's keys.
+        """
+        key = self.key(name)
+        value = self.values.get(key)
+        if value is None:
+            known = [known for known, value in self.values.items() if value is not None]
+            raise self.error(
+                key,
+                f"is missing; the row has {', '.join(known) or 'nothing'}."
+                f"{did_you_mean(key, known)} Another name goes under the dataset's `fields:`, "
+                f"e.g. fields: {{{name}: its_name}}.",
+            )
+        return value
+
+    def text(self, name: str) -> str:
+        return self.check_text(self.get(name), self.key(name))
+
+    def check_text(self, value: Any, key: str) -> str:
+        if not isinstance(value, str):
+            raise self.error(key, f"must be text, got {_show(value)}.")
+        if not value.strip():
+            raise self.error(key, "is empty.")
+        return value
+
+    def conversation(self, *names: str) -> list[Message]:
+        """The prompt as messages, from the first of the fields that the row has.
+
+        A string is one user turn, after the `system` field's text where there is one.
+        """
+        name = next((name for name in names if self.has(name)), names[0])
+        value = self.get(name)
+        if isinstance(value, str):
+            messages = [{"role": "user", "content": self.check_text(value, self.key(name))}]
+        else:
+            messages = self.check_messages(value, self.key(name))
+        if self.has("system"):
+            messages = [{"role": "system", "content": self.text("system")}, *messages]
+        if not any(message["role"] == "user" for message in messages):
+            raise self.error(self.key(name), "has no user turn.")
+        if messages[-1]["role"] == "assistant":
+            raise self.error(
+                self.key(name), "ends with an assistant turn; that is the response's place."
+            )
+        return messages
+
+    def check_messages(self, value: Any, key: str) -> list[Message]:
+        if not isinstance(value, list) or not value:
+            raise self.error(key, f"must be text or a list of messages, got {_show(value)}.")
+        return [self.check_message(item, f"{key}[{i}]") for i, item in enumerate(value)]
+
+    def check_message(self, value: Any, key: str) -> Message:
+        if not isinstance(value, Mapping):
+            raise self.error(key, f"must be a message with role and content, got {_show(value)}.")
+        role_key, content_key = self.key("role"), self.key("content")
+        message = {  # Arrow writes None where another message has a key
+            name: item
+            for name, item in value.items()
+            if item is not None and name not in (role_key, content_key)
+        }
+        role = self.check_text(value.get(role_key), f"{key}.{role_key}")
+        message["role"] = self.source.roles.get(role, role)
+        message["content"] = self.check_text(value.get(content_key), f"{key}.{content_key}")
+        return message
+
+    def response_text(self, value: Any, key: str) -> str:
+        """A response: text, one assistant message, or a list of messages that ends with one."""
+        if isinstance(value, list):
+            value, key = (value[-1], f"{key}[-1]") if value else ("", key)
+        if isinstance(value, Mapping):
+            message = self.check_message(value, key)
+            if message["role"] != "assistant":
+                raise self.error(key, f"must be an assistant turn, its role is {message['role']}.")
+            return message["content"]
+        return self.check_text(value, key)
+
+    def ratings(self, values: Any = None, key: str = "") -> Ratings:
+        """The configured dimensions' ratings, from the row itself or a block of it."""
+        values = self.values if values is None else values
+        if not isinstance(values, Mapping):
+            raise self.error(key, f"must hold the ratings by dimension, got {_show(values)}.")
+        prefix = f"{key}." if key else ""
+        return {
+            name: self._rating(values, name, prefix + self.key(name))
+            for name in self.source.dimensions
+        }
+
+    def _rating(self, values: Mapping[str, Any], name: str, key: str) -> float | None:
+        value = values.get(self.key(name))
+        if value is None or (isinstance(value, str) and value.strip().lower() in ("", "n/a")):
+            if not self.source.ratings_required:
+                return None
+            known = [name for name, value in values.items() if value is not None]
+            raise self.error(
+                key,
+                f"the rating is missing; there are {', '.join(known) or 'no ratings'}."
+                f"{did_you_mean(self.key(name), known)} To use rows without it, write "
+                "amopo.missing_ratings: mask (the dimension weighs nothing there) or drop.",
+            )
+        try:
+            if isinstance(value, bool):
+                raise ValueError
+            rating = float(value)
+            if not math.isfinite(rating):
+                raise ValueError
+        except (TypeError, ValueError):
+            raise self.error(key, f"must be a number, got {_show(value)}.") from None
+        scale = self.source.scales[name]
+        if scale and not scale[0] <= rating <= scale[1]:
+            raise self.error(
+                key,
+                f"{rating:g} is outside the scale {scale[0]:g} to {scale[1]:g}; mend the row, or "
+                f"write the right scale, e.g. {{name: {name}, scale: [{min(rating, scale[0]):g}, "
+                f"{max(rating, scale[1]):g}]}} under amopo.dimensions.",
+            )
+        return rating
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

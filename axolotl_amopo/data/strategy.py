@@ -1,0 +1,364 @@
+"""The base of every dataset format: from a loaded dataset to rows that the collator takes.
+
+A format (a file in `prompt_strategies/`) subclasses `AMoPOStrategy`, says how one row is read,
+and gets pairing, prompts, token ids, length handling and the counts from here.
+
+A prepared row holds, beside `input_ids`, `labels` and `attention_mask` of the pair's longest
+sequence (what axolotl's own length handling and statistics read):
+
+    prompt_ids      [K] or [2K] lists of ids, see `PairTokens`
+    response_ids    [2] lists of ids, overall winner first
+    winners         [K] which response wins under each prompt
+    dimension_mask  [K] 0 where a prompt weighs nothing for this pair
+    example_id      64 bits of the ids' hash; seeds the pair's random draws
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from axolotl.prompt_tokenizers import DatasetWrappingStrategy
+from axolotl.utils.chat_templates import get_chat_template_from_config
+from axolotl.utils.logging import get_logger
+from datasets import Dataset
+
+from axolotl_amopo.args import AMoPOConfig, DatasetOptions
+from axolotl_amopo.data import instructions
+from axolotl_amopo.data.pairs import Pair, Scales, make_pairs
+from axolotl_amopo.data.rows import RatedPrompt, Row, Source
+from axolotl_amopo.data.tokens import ChatTokenizer, PairTokens, shorten, tokenize_pair, total
+from axolotl_amopo.errors import AMoPOError, DataError, did_you_mean
+
+LOG = get_logger(__name__)
+
+# Below this, starting worker processes costs more than the work.
+ROWS_PER_PROCESS = 512
+
+BAD_ROW = "rows that can't be used (bad_rows: drop)"
+BAD_PAIR = "pairs that can't be tokenised (bad_rows: drop)"
+TOO_LONG = "pairs longer than sequence_len"
+SHORTENED = "pairs shortened to sequence_len"
+
+
+class AMoPOStrategy(DatasetWrappingStrategy, ABC):
+    """Turns a dataset of rated responses into prepared pairs."""
+
+    #: Rating scale of the published dataset, where it has one.
+    scale: tuple[float, float] | None = None
+    #: True where a row is one response, and rows with equal prompts belong together.
+    one_response_a_row: bool = False
+
+    @abstractmethod
+    def read(self, row: Row) -> RatedPrompt:
+        """One row as a prompt with rated responses.
+
+        Raises:
+            DataError: through the methods of `row`, which name file, row and key.
+        """
+
+    def __init__(self, tokenizer: Any, cfg: Any, ds_cfg: Any):
+        self.config = AMoPOConfig.model_validate(cfg.amopo.to_dict())
+        stored = self.config.datasets.get(ds_cfg.conversation or "", {})
+        self.options = DatasetOptions.model_validate(stored.get("options", {}))
+        self.eval_split = stored.get("eval_split", False)
+        self.tokenizer = tokenizer
+        self.cfg = cfg
+        self.ds_cfg = ds_cfg
+        self.source = Source(
+            name=_source_name(ds_cfg),
+            dimensions=self.config.dimension_names,
+            scales={
+                dimension.name: dimension.scale or self.options.scale or self.scale
+                for dimension in self.config.dimensions
+            },
+            ratings_required=self.config.missing_ratings == "error",
+            fields=self._fields(),
+            roles={
+                alias: role for role, aliases in (ds_cfg.roles or {}).items() for alias in aliases
+            },
+        )
+        self.sequence_len = cfg.sequence_len
+        if self.eval_split and cfg.eval_sequence_len:
+            self.sequence_len = cfg.eval_sequence_len
+
+    def _fields(self) -> dict[str, str]:
+        mappings = self.ds_cfg.message_property_mappings or {}
+        named = {
+            "messages": self.ds_cfg.field_messages,
+            "role": mappings.get("role"),
+            "content": mappings.get("content"),
+        }
+        return {name: key for name, key in named.items() if key} | self.options.fields
+
+    # The stages, in order.
+
+    def wrap_dataset(self, dataset: Dataset, process_count: int | None = None, **_: Any) -> Dataset:
+        """Prepared pairs of a whole loaded dataset; what was left out is counted and logged.
+
+        Raises:
+            DataError: for a row that can't be used (where the config says so), or if no pair is
+                left.
+        """
+        chat = self._chat_tokenizer()
+        counts: Counter = Counter()
+        prompts = self.read_all(enumerate(dataset, start=1), counts)
+        self._check_dimensions(prompts, dataset.column_names)
+        scales = self._scales(prompts)
+        dropped: Counter = Counter(counts)
+        pairs = [pair for prompt in prompts for pair in self._pairs(prompt, scales, dropped)]
+        made = len(pairs)
+        prepared = self._tokenize(pairs, scales, chat, process_count, dropped)
+        self._report(len(dataset), len(prompts), made, len(prepared), dropped)
+        return prepared
+
+    def read_all(
+        self, numbered_rows: Iterable[tuple[int, Any]], dropped: Counter
+    ) -> list[RatedPrompt]:
+        """All rows, read and (where a row is one response) grouped by prompt."""
+        prompts: list[RatedPrompt] = []
+        by_prompt: dict[str, RatedPrompt] = {}
+        for number, values in numbered_rows:
+            try:
+                prompt = self.read(Row(values, number, self.source))
+            except DataError:
+                if self.config.bad_rows == "error":
+                    raise
+                dropped[BAD_ROW] += 1
+                continue
+            if self.one_response_a_row:
+                key = json.dumps(prompt.messages, sort_keys=True)
+                if key in by_prompt:
+                    by_prompt[key].responses += prompt.responses
+                    by_prompt[key].rows += prompt.rows
+                    continue
+                by_prompt[key] = prompt
+            prompts.append(prompt)
+        return prompts
+
+    def _check_dimensions(self, prompts: list[RatedPrompt], columns: list[str]) -> None:
+        if not prompts:
+            return
+        for name in self.config.dimension_names:
+            if all(r.ratings[name] is None for prompt in prompts for r in prompt.responses):
+                raise DataError(
+                    f"{self.source.name}: no row has a rating on the dimension '{name}' of "
+                    f"amopo.dimensions.{did_you_mean(name, columns)}"
+                )
+
+    def _scales(self, prompts: list[RatedPrompt]) -> Scales:
+        """Every dimension's scale: the config's, else the format's, else what the data spans."""
+        scales: Scales = {}
+        for name, scale in self.source.scales.items():
+            if scale is None:
+                ratings = [
+                    rating
+                    for prompt in prompts
+                    for response in prompt.responses
+                    if (rating := response.ratings[name]) is not None
+                ]
+                low, high = (min(ratings) // 1, -(-max(ratings) // 1)) if ratings else (0, 1)
+                scale = (low, high if high > low else low + 1)
+                if ratings:
+                    LOG.warning(
+                        "%s: no scale is given for '%s'; taking what the data spans, %g to %g. "
+                        "Other data may span less: write {name: %s, scale: [%g, %g]}.",
+                        self.source.name, name, *scale, name, *scale,
+                    )  # fmt: skip
+            scales[name] = scale
+        return scales
+
+    def _pairs(self, prompt: RatedPrompt, scales: Scales, dropped: Counter) -> Iterator[Pair]:
+        if len(prompt.responses) < 2 and self.config.single_responses == "error":
+            raise DataError(
+                f"{self.source.name}, row {prompt.rows[0]}: only one response for this prompt, so "
+                "there is no pair; add another, or write amopo.single_responses: drop."
+            )
+        yield from make_pairs(prompt, self.config, scales, dropped)
+
+    def _tokenize(
+        self,
+        pairs: list[Pair],
+        scales: Scales,
+        chat: ChatTokenizer,
+        process_count: int | None,
+        dropped: Counter,
+    ) -> Dataset:
+        if not pairs:
+            raise self._nothing_left(dropped)
+        plain = Dataset.from_list([self._plain(pair, scales) for pair in pairs])
+        processes = max(1, min(process_count or 1, len(plain) // ROWS_PER_PROCESS))
+        prepared = plain.map(
+            functools.partial(
+                prepare_row,
+                chat=chat,
+                source=self.source.name,
+                sequence_len=self.sequence_len,
+                excess_length=(self.cfg.excess_length_strategy or "drop").lower(),
+                drop_bad=self.config.bad_rows == "drop",
+            ),
+            remove_columns=plain.column_names,
+            num_proc=processes if processes > 1 else None,
+            desc=f"Tokenising pairs of {self.source.name}",
+        )
+        outcomes = prepared["outcome"]
+        dropped.update(outcome for outcome in outcomes if outcome)
+        kept = [i for i, outcome in enumerate(outcomes) if outcome in ("", SHORTENED)]
+        if not kept:
+            raise self._nothing_left(dropped)
+        return prepared.remove_columns("outcome").select(kept)
+
+    def _plain(self, pair: Pair, scales: Scales) -> dict[str, Any]:
+        responses = [pair.prompt.responses[i] for i in pair.responses]
+        return {
+            "messages": json.dumps(pair.prompt.messages),
+            "responses": [response.text for response in responses],
+            "instructions": self.instructions(pair, scales),
+            "winners": pair.winners,
+            "dimension_mask": [int(keep) for keep in pair.mask],
+            "row": pair.prompt.rows[0],
+        }
+
+    def instructions(self, pair: Pair, scales: Scales) -> list[str]:
+        """A pair's instructions: one a prompt, or two where each response has its own rating."""
+        config = self.config
+        sides = (0, 1) if config.rating_in_prompt == "own" else (0,)
+        ratings = [pair.prompt.responses[i].ratings for i in pair.responses]
+
+        def facts(winner: int) -> list[dict[str, Any]]:
+            return [
+                instructions.dimension_facts(
+                    dimension.name,
+                    dimension.description,
+                    scales[dimension.name],
+                    None if config.rating_in_prompt == "none" else ratings[winner][dimension.name],
+                )
+                for dimension in config.dimensions
+            ]
+
+        both = facts(0), facts(1)
+        texts = []
+        for k, winner in enumerate(pair.winners):
+            for side in sides:
+                known = both[winner ^ side]
+                if config.overall and k == 0:
+                    template = config.overall_instruction
+                    if template is None:
+                        template = instructions.DEFAULT_OVERALL_INSTRUCTION
+                    texts.append(instructions.render(template, {"dimensions": known}))
+                else:
+                    template = config.instruction
+                    if template is None:
+                        template = instructions.DEFAULT_INSTRUCTION
+                    texts.append(instructions.render(template, known[k - config.overall]))
+        return texts
+
+    def _chat_tokenizer(self) -> ChatTokenizer:
+        template = self.tokenizer.chat_template
+        if self.ds_cfg.chat_template or self.ds_cfg.chat_template_jinja:
+            template = get_chat_template_from_config(
+                cfg=self.cfg, ds_cfg=self.ds_cfg, tokenizer=self.tokenizer
+            )
+        if isinstance(template, dict):
+            template = template.get("default")
+        if not template:
+            raise AMoPOError(
+                f"The tokenizer of {self.tokenizer.name_or_path} has no chat template; choose one, "
+                "e.g. chat_template: chatml."
+            )
+        return ChatTokenizer(
+            self.tokenizer,
+            template,
+            dict(self.cfg.chat_template_kwargs or {}),
+            tuple(self.cfg.eot_tokens or ()),
+        )
+
+    def _nothing_left(self, dropped: Counter) -> DataError:
+        reasons = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
+        return DataError(
+            f"{self.source.name}: no preference pair is left to train on "
+            f"({reasons or 'the dataset has no rows'})."
+        )
+
+    def _report(self, rows: int, prompts: int, made: int, kept: int, dropped: Counter) -> None:
+        LOG.info(
+            "%s: %d rows, %d prompts, %d pairs made, %d kept; %s",
+            self.source.name,
+            rows,
+            prompts,
+            made,
+            kept,
+            "; ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+            or "nothing left out",
+        )
+
+
+def prepare_row(
+    row: dict[str, Any],
+    *,
+    chat: ChatTokenizer,
+    source: str,
+    sequence_len: int,
+    excess_length: str,
+    drop_bad: bool,
+) -> dict[str, Any]:
+    """One pair's prepared row; `outcome` says why it is to be dropped, empty where it isn't."""
+    where = f"{source}, row {row['row']}"
+    messages = json.loads(row["messages"])
+
+    def tokenize(conversation: list[dict]) -> PairTokens:
+        return tokenize_pair(
+            chat, conversation, row["responses"], row["instructions"], row["winners"], where
+        )
+
+    outcome = ""
+    try:
+        pair = tokenize(messages)
+        if (length := total(pair.longest())) > sequence_len:
+            if excess_length == "raise":
+                raise DataError(
+                    f"{where}: a sequence of this pair has {length} tokens, sequence_len is "
+                    f"{sequence_len}; raise sequence_len, or write excess_length_strategy: drop."
+                )
+            pair = (
+                shorten(tokenize, chat, messages, sequence_len)
+                if excess_length == "truncate"
+                else None
+            )
+            outcome = SHORTENED if pair else TOO_LONG
+    except DataError:
+        if not drop_bad or excess_length == "raise":
+            raise
+        pair, outcome = None, BAD_PAIR
+    if pair is None:
+        pair = PairTokens([[]] * len(row["instructions"]), [[], []], row["winners"])
+
+    prompt, response = pair.longest()
+    return {
+        "input_ids": prompt + response,
+        "labels": [-100] * len(prompt) + response,
+        "attention_mask": [1] * (len(prompt) + len(response)),
+        "prompt_ids": pair.prompts,
+        "response_ids": pair.responses,
+        "winners": row["winners"],
+        "dimension_mask": row["dimension_mask"],
+        "example_id": _example_id(pair),
+        "outcome": outcome,
+    }
+
+
+def _example_id(pair: PairTokens) -> int:
+    ids = itertools.chain.from_iterable([*pair.prompts, *pair.responses])
+    digest = hashlib.blake2b(" ".join(map(str, ids)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # fits a signed 64-bit column
+
+
+def _source_name(ds_cfg: Any) -> str:
+    files = ds_cfg.data_files
+    if not files:
+        return str(ds_cfg.path)
+    return ", ".join([files] if isinstance(files, str) else files)

@@ -1,0 +1,210 @@
+"""Pairs -> token ids, through the model's own chat template."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from axolotl_amopo.data.rows import Message
+from axolotl_amopo.errors import AMoPOError, DataError
+
+# Truncation leaves at least this much of the end of a long question (or all of a short one).
+MIN_QUESTION_TOKENS = 32
+
+
+@dataclass
+class ChatTokenizer:
+    """Renders conversations with the chat template and turns them into token ids.
+
+    A prompt begins with one BOS token if the tokenizer adds one by itself, and a response ends
+    with one EOS token, or with one of the config's `eot_tokens` where the template closes a turn
+    with that.
+    """
+
+    tokenizer: Any
+    template: str
+    template_kwargs: Mapping[str, Any]
+    eot_tokens: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        bos = self.tokenizer.bos_token_id
+        self._bos = bos if bos is not None and self.tokenizer("a").input_ids[0] == bos else None
+        self._eos = self.tokenizer.eos_token
+        if self._eos is None:
+            raise AMoPOError(
+                f"The tokenizer of {self.tokenizer.name_or_path} has no EOS token, so a response "
+                "could not end; name one under `special_tokens:`, e.g. eos_token: </s>."
+            )
+
+    def render(self, messages: list[Message], *, generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.template,
+            add_generation_prompt=generation_prompt,
+            tokenize=False,
+            **self.template_kwargs,
+        )
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def prompt_ids(self, messages: list[Message]) -> list[int]:
+        """Token ids of a conversation up to where the response begins."""
+        ids = self.ids(self.render(messages, generation_prompt=True))
+        if self._bos is not None:
+            while ids[:2] == [self._bos, self._bos]:
+                ids = ids[1:]
+            if ids[:1] != [self._bos]:
+                ids = [self._bos, *ids]
+        return ids
+
+    def response_ids(self, messages: list[Message], response: str) -> list[int]:
+        """Token ids of a response: what the template writes after the generation prompt.
+
+        Raises:
+            ValueError: where the text itself contains the EOS token.
+        """
+        prompt = self.render(messages, generation_prompt=True)
+        whole = self.render(
+            [*messages, {"role": "assistant", "content": response}], generation_prompt=False
+        )
+        if whole.startswith(prompt):
+            text = whole[len(prompt) :]
+        else:  # a template that writes the last turn in another way than the generation prompt
+            start = whole.rfind(response.strip())
+            if start < 0:
+                raise ValueError("the chat template does not render the response's text")
+            text = whole[start:]
+        ids = self.ids(self._close(text))
+        if self.tokenizer.eos_token_id in ids[:-1]:
+            raise ValueError(f"contains the end-of-sequence token {self._eos}")
+        return ids
+
+    def _close(self, text: str) -> str:
+        # Templates write a newline after the turn's end; the model stops before it.
+        stripped = text.rstrip()
+        if stripped.endswith((self._eos, *self.eot_tokens)):
+            return stripped
+        if stripped.endswith(tuple(self.tokenizer.all_special_tokens)):
+            return stripped + self._eos
+        # No end of turn in the template: white space at the end is the response's own.
+        return text + self._eos
+
+
+def instructed(messages: list[Message], instruction: str) -> list[Message]:
+    """The conversation with the instruction before its last question."""
+    if not instruction:
+        return messages
+    index = last_user_turn(messages)
+    question = {**messages[index], "content": f"{instruction}\n\n{messages[index]['content']}"}
+    return [*messages[:index], question, *messages[index + 1 :]]
+
+
+def last_user_turn(messages: list[Message]) -> int:
+    return max(i for i, message in enumerate(messages) if message["role"] == "user")
+
+
+@dataclass
+class PairTokens:
+    """Token ids of one pair under K prompts."""
+
+    prompts: list[list[int]]  # [K] or [2K]: with two a dimension, winner's then loser's prompt
+    responses: list[list[int]]  # [2] overall winner, overall loser
+    winners: list[int]  # [K] which response wins under each prompt
+
+    def sequences(self) -> list[tuple[list[int], list[int]]]:
+        """(prompt, response) K times two: for every prompt its winner, then its loser."""
+        sides = len(self.prompts) // len(self.winners)
+        return [
+            (self.prompts[k * sides + side % sides], self.responses[winner ^ side])
+            for k, winner in enumerate(self.winners)
+            for side in (0, 1)
+        ]
+
+    def longest(self) -> tuple[list[int], list[int]]:
+        """The sequence with the most tokens."""
+        return max(self.sequences(), key=total)
+
+
+def total(sequence: tuple[list[int], list[int]]) -> int:
+    """Tokens of a (prompt, response) sequence."""
+    return len(sequence[0]) + len(sequence[1])
+
+
+def tokenize_pair(
+    chat: ChatTokenizer,
+    messages: list[Message],
+    responses: list[str],
+    instructions: list[str],
+    winners: list[int],
+    where: str,
+) -> PairTokens:
+    """Tokenise a pair: every prompt once per instruction, every response once.
+
+    Args:
+        instructions: K or 2K texts, in the order of `PairTokens.prompts`.
+        where: file and row, for the error's text.
+
+    Raises:
+        DataError: where the chat template refuses the conversation, or a response's text can't
+            stand in it.
+    """
+    try:
+        prompts = [chat.prompt_ids(instructed(messages, text)) for text in instructions]
+        ids = [chat.response_ids(messages, text) for text in responses]
+    except TemplateError as error:
+        raise DataError(
+            f"{where}: the chat template refuses this conversation ({error}); mend the row, or "
+            "choose another `chat_template:`."
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{where}: the response can't be used: it {error}.") from None
+    return PairTokens(prompts, ids, winners)
+
+
+def shorten(
+    tokenize: Callable[[list[Message]], PairTokens],
+    chat: ChatTokenizer,
+    messages: list[Message],
+    sequence_len: int,
+) -> PairTokens | None:
+    """Make a pair fit `sequence_len` without losing the question's end, the instruction or the
+    template.
+
+    Earlier turns go first, oldest first (a system message stays), then the beginning of the
+    question, the same for every prompt, and last the responses' ends (which then have no EOS).
+
+    Returns:
+        None where not even that leaves a token of both responses.
+    """
+    pair = tokenize(messages)
+    while total(pair.longest()) > sequence_len:
+        first = 1 if messages[0]["role"] == "system" else 0
+        turn = last_user_turn(messages)
+        if turn <= first:
+            break
+        following = range(first + 1, turn + 1)
+        cut = next(i for i in following if messages[i]["role"] == "user")
+        messages = [*messages[:first], *messages[cut:]]
+        pair = tokenize(messages)
+
+    turn = last_user_turn(messages)
+    while (excess := total(pair.longest()) - sequence_len) > 0:
+        question = messages[turn]["content"]
+        offsets = chat.tokenizer(
+            question, add_special_tokens=False, return_offsets_mapping=True
+        ).offset_mapping
+        room = len(offsets) - MIN_QUESTION_TOKENS
+        if room <= 0:
+            break
+        start = offsets[min(excess, room)][0] or 1
+        shorter = {**messages[turn], "content": question[start:].lstrip()}
+        messages = [*messages[:turn], shorter, *messages[turn + 1 :]]
+        pair = tokenize(messages)
+
+    room = sequence_len - max(map(len, pair.prompts))
+    if room < 1:
+        return None
+    pair.responses = [ids[:room] for ids in pair.responses]
+    return None if pair.responses[0] == pair.responses[1] else pair
