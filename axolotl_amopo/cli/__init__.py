@@ -1,0 +1,8 @@
+"""`axolotl amopo ...`"""
+
+import click
+
+
+@click.group()
+def amopo() -> None:
+    """AMoPO: multi-objective preference optimisation."""

@@ -1,0 +1,131 @@
+"""axolotl's hooks, and nothing else: what `rl: amopo` turns into inside axolotl 0.21.
+
+axolotl knows a closed list of `rl:` values, so `register`, which sees the raw config before it is
+validated, takes `rl: amopo` out and turns the `amopo:` block on. axolotl then builds its causal
+trainer and loads data the way it always does, with our trainer class, collator and dataset
+formats in their places. In a run without `rl: amopo` every hook returns what the base class does.
+"""
+
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin, PluginManager
+from axolotl.utils.logging import get_logger
+
+from axolotl_amopo.args import DEFAULT_BETA, AMoPOConfig, check_axolotl_keys, parse_block
+from axolotl_amopo.errors import ConfigError
+
+LOG = get_logger(__name__)
+
+
+class AMoPOPlugin(BasePlugin):
+    """Registered through the `axolotl.plugins` entry point, or named under `plugins:`."""
+
+    def __init__(self):
+        super().__init__()
+        self.enabled = False
+
+    def register(self, cfg: dict) -> None:
+        """Check the raw config and rewrite it into what axolotl can validate.
+
+        Raises:
+            ConfigError: for a key that is unknown, out of bounds, or can't go with the others.
+            DataError: for a local data file that can't be read.
+        """
+        from axolotl_amopo.data.entries import prepare_entries
+        from axolotl_amopo.data.files import check_yaml
+
+        asked = cfg.get("rl") == "amopo"
+        # On a Ray worker the config comes back validated, with `rl` already taken out.
+        again = not asked and bool((cfg.get("amopo") or {}).get("enabled"))
+        self.enabled = (asked or again) and self._is_first()
+        if not self.enabled or again:
+            return
+
+        check_yaml(cfg.get("axolotl_config_path"))
+        _apply_dotted_overrides(cfg)
+        block = cfg.get("amopo")
+        config = parse_block(
+            AMoPOConfig, block.to_dict() if hasattr(block, "to_dict") else block, "amopo"
+        )
+        without_effect = check_axolotl_keys(cfg)
+        config.enabled = True
+        # merge-lora and its like load the config alone; their data may be elsewhere by now.
+        if not cfg.get("merge_lora"):
+            config.datasets = prepare_entries(cfg, config)
+
+        cfg["rl"] = None
+        cfg["amopo"] = config.model_dump(exclude_none=True)
+        if cfg.get("rl_beta") is None:
+            cfg["rl_beta"] = DEFAULT_BETA
+        _suit_a_cpu(cfg)
+        LOG.info(
+            "rl: amopo: prompts %s; weighting %s, winner %s, rl_beta %g, gamma %g. (axolotl logs "
+            "its config with `rl` absent: the plugin has taken over from there.)",
+            ", ".join(config.prompt_names),
+            config.weighting,
+            config.winner,
+            cfg["rl_beta"],
+            config.gamma,
+        )
+        for key in without_effect:
+            LOG.warning("%s has no effect with rl: amopo, which has its own loss.", key)
+
+    def _is_first(self) -> bool:
+        # Named under `plugins:` by another path than the entry point's, it is there twice.
+        plugins = PluginManager.get_instance().plugins.values()
+        return next((p for p in plugins if isinstance(p, AMoPOPlugin)), self) is self
+
+    def get_input_args(self) -> str | None:
+        return "axolotl_amopo.args.AMoPOArgs" if self.enabled else None
+
+    def get_trainer_cls(self, cfg: Any) -> type | None:
+        if not self._runs(cfg):
+            return None
+        from axolotl_amopo.trainer import AMoPOTrainer
+
+        return AMoPOTrainer
+
+    def get_collator_cls_and_kwargs(
+        self, cfg: Any, is_eval: bool = False
+    ) -> tuple[type, dict[str, Any]] | None:
+        if not self._runs(cfg):
+            return None
+        from axolotl_amopo.collator import AMoPOCollator
+
+        # axolotl pads to 64 unless told otherwise, which is a fifth of a short pair.
+        chosen = cfg.pad_to_sequence_len or cfg.pad_to_multiple_of
+        return AMoPOCollator, {} if chosen else {"pad_to_multiple_of": 8}
+
+    def _runs(self, cfg: Any) -> bool:
+        return self.enabled and bool(cfg.amopo and cfg.amopo.enabled)
+
+
+def _suit_a_cpu(cfg: dict) -> None:
+    """Defaults of axolotl's that need a GPU, where there is none and the YAML leaves them open.
+
+    Fused LoRA kernels are switched on by themselves and fail; one flag that is set, whatever its
+    value, keeps them off. `bf16: auto` becomes float16, which is a hundred times slower than
+    float32 on a CPU.
+    """
+    import torch
+
+    if torch.cuda.is_available() or cfg.get("use_ray"):  # a Ray driver knows no worker's device
+        return
+    flags = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+    if all(cfg.get(flag) is None for flag in flags):
+        cfg["lora_mlp_kernel"] = False
+    if cfg.get("bf16") in (None, "auto") and not cfg.get("fp16") and not cfg.get("bfloat16"):
+        LOG.info("No GPU here: training in float32 (bf16: true is there for those who want it).")
+        cfg["bf16"] = False
+
+
+def _apply_dotted_overrides(cfg: dict) -> None:
+    """`--amopo.gamma=1.5` after `-m axolotl.cli.train config.yml` arrives as one flat key."""
+    for key in [key for key in cfg if str(key).startswith("amopo.")]:
+        block = dict(cfg.get("amopo") or {})
+        block[key.removeprefix("amopo.").replace("-", "_")] = cfg[key]
+        cfg["amopo"] = block
+        del cfg[key]
+
+
+__all__ = ["AMoPOPlugin", "ConfigError"]

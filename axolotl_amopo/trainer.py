@@ -1,0 +1,177 @@
+"""AMoPOTrainer: axolotl's trainer with the AMoPO loss, its metrics, a deterministic evaluation."""
+
+import hashlib
+from typing import Any, override
+
+import numpy as np
+import torch
+from axolotl.core.trainers.base import AxolotlTrainer
+from torch import Tensor, nn
+from transformers import EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput
+
+from axolotl_amopo.args import AMoPOConfig
+from axolotl_amopo.logprobs import response_logps, takes_logits_to_keep
+from axolotl_amopo.loss import AMoPOLoss, amopo_loss
+from axolotl_amopo.metrics import Means, example_metrics, metric_names
+
+
+class AMoPOTrainer(AxolotlTrainer):
+    """Trains on pairs under K prompts. `configure` must be called before it is used; axolotl's
+    builder does so through `post_set_axolotl_cfg`."""
+
+    tag_names = ("axolotl", "amopo")
+    # exp(loss) of a preference loss is not a perplexity.
+    reports_token_perplexity = False
+    # compute_loss divides by the examples of the whole optimizer step. Left to itself, the base
+    # class decides by the model's signature, and doubles the loss at two accumulation steps.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.can_return_loss = True
+        self.label_names = ["labels"]
+        # The evaluation loop gathers per-example metrics over ranks, drops the examples that
+        # padded the last batch, and hands them here.
+        self.compute_metrics = self._mean_metrics
+        self._keeps_logits = takes_logits_to_keep(self.accelerator.unwrap_model(self.model))
+        self._means = Means()
+
+    @classmethod
+    @override
+    def requires_all_columns(cls, cfg: Any) -> bool:
+        return True
+
+    @override
+    def post_set_axolotl_cfg(self) -> None:
+        cfg = self.axolotl_cfg
+        self.configure(AMoPOConfig.model_validate(cfg.amopo.to_dict()), cfg.rl_beta)
+
+    def configure(self, config: AMoPOConfig, beta: float) -> None:
+        """Set the method's parameters: the `amopo:` block and `rl_beta`."""
+        self.amopo = config
+        self.beta = beta
+        self.metric_names = metric_names(config.prompt_names)
+
+    def amopo_forward(self, model: nn.Module, inputs: dict[str, Any]) -> AMoPOLoss:
+        """The loss of a batch; evaluation takes the means instead of draws."""
+        token_logps, mask = response_logps(model, inputs, accepts_logits_to_keep=self._keeps_logits)
+        config = self.amopo
+        noise = static = None
+        weighting = config.weighting
+        if weighting == "gaussian":
+            if model.training:
+                seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+                noise = draw_noise(
+                    inputs["example_ids"], token_logps.shape[1], seed, self.state.global_step
+                )
+            else:
+                weighting = "mean"
+        if weighting == "static":
+            static = token_logps.new_tensor([config.weights[name] for name in config.prompt_names])
+        return amopo_loss(
+            token_logps,
+            mask,
+            beta=self.beta,
+            gamma=config.gamma,
+            weighting=weighting,
+            static_weights=static,
+            noise=noise,
+            dimension_mask=inputs["dimension_mask"],
+        )
+
+    @override
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        if self.args.include_tkps and model.training:
+            self._accumulate_token_counts(inputs)
+        result = self.amopo_forward(model, inputs)
+        values = example_metrics(result, inputs["dimension_mask"])  # [B, 1 + M]
+        loss = result.loss
+        if model.training:
+            self._means.add(values)
+            if num_items_in_batch is not None:
+                # Data-parallel ranks average their gradients, so each scales its share up.
+                share = len(values) * self.args.world_size / num_items_in_batch
+                loss = loss * share
+        return (loss, {"values": values}) if return_outputs else loss
+
+    @override
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> Tensor | None:
+        """Examples of an optimizer step, over its micro batches and all ranks."""
+        examples = sum(len(batch["dimension_mask"]) for batch in batch_samples)
+        if not batch_samples:
+            return None
+        count = torch.tensor(examples, device=device, dtype=torch.float32)
+        return self.accelerator.reduce(count, reduction="sum")
+
+    @override
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        # The loop only computes metrics where there are labels.
+        return loss.detach(), outputs["values"], inputs["example_ids"]
+
+    def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        values = prediction.predictions  # [N, 1 + M]
+        counts = np.isfinite(values).sum(0)
+        means = np.where(counts, np.nansum(values, 0) / counts.clip(min=1), np.nan)
+        names = ["exact_loss", *self.metric_names]
+        return {name: float(mean) for name, mean in zip(names, means, strict=True) if mean == mean}
+
+    @override
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        kwargs["prediction_loss_only"] = False
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # The base class averages over batches, which is off where the last one is smaller.
+        exact = output.metrics.pop(f"{metric_key_prefix}_exact_loss", None)
+        if exact is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = exact
+        return output
+
+    @override
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            means = self._means.take(lambda sums: self.accelerator.reduce(sums, reduction="sum"))
+            logs |= {
+                name: mean
+                for name, mean in zip(self.metric_names, means[1:], strict=False)
+                if mean is not None
+            }
+        super().log(logs, start_time)
+
+
+def draw_noise(example_ids: Tensor, prompts: int, seed: int, step: int) -> Tensor:
+    """Standard normal draws that depend on the run's seed, the step and the example alone.
+
+    So a resumed run goes on with the same draws, and neither the micro batch size nor the number
+    of processes changes them.
+
+    Args:
+        example_ids: [B].
+
+    Returns:
+        [B, prompts, 2] float32 on the device of `example_ids`.
+    """
+    draws = []
+    for example in example_ids.tolist():
+        key = hashlib.blake2b(f"{seed} {step} {example}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
+        draws.append(torch.randn(prompts, 2, generator=generator))
+    return torch.stack(draws).to(example_ids.device)
