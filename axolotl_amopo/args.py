@@ -206,6 +206,13 @@ class DatasetOptions(BaseModel):
     check_scale = field_validator("scale")(Dimension.check_scale.__func__)
 
 
+def plain(value: Any) -> Any:
+    """axolotl's DictDefault as the plain dicts and lists it stands for."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def parse_block(model: type[BaseModel], block: Any, where: str) -> BaseModel:
     """Validate a block of the YAML, with errors in one sentence each.
 
@@ -231,6 +238,8 @@ def _sentence(model: type[BaseModel], where: str, detail: dict) -> str:
     if kind == "extra_forbidden":
         owner = Dimension if len(path) > 1 and path[0] == "dimensions" else model
         known = [name for name in owner.model_fields if name not in ("enabled", "datasets")]
+        if path[-1] == "beta":
+            return f"{key}: unknown key; beta is axolotl's own key rl_beta, outside this block."
         return f"{key}: unknown key.{did_you_mean(path[-1], known)} Known: {', '.join(known)}."
     if kind == "literal_error":
         hint = did_you_mean(str(given), context["expected"].replace("'", "").split(", "))
@@ -297,6 +306,13 @@ def check_axolotl_keys(cfg: dict) -> list[str]:
     for key, advice in INCOMPATIBLE.items():
         if cfg.get(key):
             raise ConfigError(f"{key}: {cfg[key]!r} can't work with rl: amopo; {advice}.")
+    ours = set(AMoPOConfig.model_fields) - {"datasets"}
+    for key in cfg:
+        if key in ours or (key != "amopo" and str(key).lower().startswith(("amopo", "amop_"))):
+            raise ConfigError(
+                f"{key}: is not a key of axolotl's; the plugin's keys stand in a block, "
+                f"amopo: {{{str(key).lower().removeprefix('amopo').strip('._-') or 'key'}: ...}}."
+            )
     for key in ("context_parallel_size", "tensor_parallel_size"):
         if (cfg.get(key) or 1) > 1:
             raise ConfigError(

@@ -11,8 +11,8 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.logging import get_logger
 
-from axolotl_amopo.args import DEFAULT_BETA, AMoPOConfig, check_axolotl_keys, parse_block
-from axolotl_amopo.errors import ConfigError
+from axolotl_amopo.args import DEFAULT_BETA, AMoPOConfig, check_axolotl_keys, parse_block, plain
+from axolotl_amopo.cli.overrides import apply_overrides
 
 LOG = get_logger(__name__)
 
@@ -42,11 +42,8 @@ class AMoPOPlugin(BasePlugin):
             return
 
         check_yaml(cfg.get("axolotl_config_path"))
-        _apply_dotted_overrides(cfg)
-        block = cfg.get("amopo")
-        config = parse_block(
-            AMoPOConfig, block.to_dict() if hasattr(block, "to_dict") else block, "amopo"
-        )
+        apply_overrides(cfg)
+        config = parse_block(AMoPOConfig, plain(cfg.get("amopo")), "amopo")
         without_effect = check_axolotl_keys(cfg)
         config.enabled = True
         # merge-lora and its like load the config alone; their data may be elsewhere by now.
@@ -117,15 +114,3 @@ def _suit_a_cpu(cfg: dict) -> None:
     if cfg.get("bf16") in (None, "auto") and not cfg.get("fp16") and not cfg.get("bfloat16"):
         LOG.info("No GPU here: training in float32 (bf16: true is there for those who want it).")
         cfg["bf16"] = False
-
-
-def _apply_dotted_overrides(cfg: dict) -> None:
-    """`--amopo.gamma=1.5` after `-m axolotl.cli.train config.yml` arrives as one flat key."""
-    for key in [key for key in cfg if str(key).startswith("amopo.")]:
-        block = dict(cfg.get("amopo") or {})
-        block[key.removeprefix("amopo.").replace("-", "_")] = cfg[key]
-        cfg["amopo"] = block
-        del cfg[key]
-
-
-__all__ = ["AMoPOPlugin", "ConfigError"]

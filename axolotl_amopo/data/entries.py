@@ -15,7 +15,7 @@ from typing import Any
 from axolotl.utils.schemas.datasets import SFTDataset
 
 import axolotl_amopo
-from axolotl_amopo.args import AMoPOConfig, DatasetOptions, parse_block
+from axolotl_amopo.args import AMoPOConfig, DatasetOptions, parse_block, plain
 from axolotl_amopo.data.files import check_loads, digest, local_files
 from axolotl_amopo.errors import ConfigError, did_you_mean
 
@@ -96,11 +96,7 @@ def _take_options(entry: dict, where: str) -> DatasetOptions:
                 f"own (path, type, split, ...) and {', '.join(sorted(own))}."
             )
     taken = {key: entry.pop(key) for key in own if key in entry}
-    return parse_block(
-        DatasetOptions,
-        {k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in taken.items()},
-        where,
-    )
+    return parse_block(DatasetOptions, plain(taken), where)
 
 
 def _module_of(kind: Any, where: str) -> str:

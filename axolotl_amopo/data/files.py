@@ -10,9 +10,10 @@ import yaml
 from axolotl.utils.data.shared import get_dataset_type
 from axolotl.utils.dict import DictDefault
 from datasets import load_dataset
-from datasets.exceptions import DatasetGenerationError
 
 from axolotl_amopo.errors import ConfigError, DataError
+
+TEXT = (".json", ".jsonl", ".csv", ".txt")
 
 
 def digest(path: Path) -> str:
@@ -77,7 +78,7 @@ def check_loads(entry: dict[str, Any], where: str) -> None:
     """
     path = Path(str(entry["path"]))
     if not path.exists():
-        if path.is_absolute() or path.suffix in (".json", ".jsonl", ".csv", ".parquet", ".txt"):
+        if path.is_absolute() or path.suffix in (*TEXT, ".parquet"):
             raise ConfigError(f"{where}.path: there is no file or folder '{path}'.")
         return
     files = local_files(entry)
@@ -88,63 +89,37 @@ def check_loads(entry: dict[str, Any], where: str) -> None:
     for file in files:
         if file.stat().st_size == 0:
             raise DataError(f"{where}: '{file}' is empty: no rows to train on.")
+        if file.suffix in TEXT:
+            _check_utf8(file)  # `datasets` would find out only when it reads that row
         try:
             load_dataset(get_dataset_type(DictDefault(entry)), data_files=str(file), split="train")
-        except (DatasetGenerationError, UnicodeDecodeError, ValueError) as error:
-            raise diagnose(file, error) from None
+        except Exception as error:  # by kind of damage, `datasets` raises a dozen different ones
+            raise _diagnose(file, error) from None
 
 
-def diagnose(path: Path, error: Exception) -> DataError:
-    """Why `datasets` could not load a file: the first row where something is wrong."""
-    kinds: dict[str, tuple[str, int]] = {}
-    rows = 0
+def _check_utf8(path: Path) -> None:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            where = f"{path}, row {number}"
             try:
-                text = line.decode("utf-8")
+                line.decode("utf-8")
             except UnicodeDecodeError as broken:
-                return DataError(
-                    f"{where}: is not UTF-8 (byte {line[broken.start]:#04x} at position "
-                    f"{broken.start}); save the file as UTF-8."
-                )
-            if path.suffix not in (".json", ".jsonl") or not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as broken:
-                if rows == 0 and text.lstrip().startswith(("[", "{")) and path.suffix == ".json":
-                    break  # one JSON document over many lines
-                return DataError(f"{where}: is not JSON ({broken}).")
-            rows += 1
-            if not isinstance(row, dict):
-                return DataError(f"{where}: must be an object with keys, got {text.strip()[:60]}.")
-            for key, value in _flat(row):
-                kind = _kind(value)
-                first, at = kinds.setdefault(key, (kind, number))
-                if kind != first:
+                raise DataError(
+                    f"{path}, row {number}: is not UTF-8 (byte {line[broken.start]:#04x} at "
+                    f"position {broken.start}); save the file as UTF-8."
+                ) from None
+
+
+def _diagnose(path: Path, error: Exception) -> DataError:
+    """Why `datasets` could not load a file; of JSON lines, the first row that is none."""
+    if path.suffix == ".jsonl":
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    row = json.loads(line) if line.strip() else {}
+                except json.JSONDecodeError as broken:
+                    return DataError(f"{path}, row {number}: is not JSON ({broken}).")
+                if not isinstance(row, dict):
                     return DataError(
-                        f"{where}, key '{key}': is {kind}, in row {at} it is {first}; a column "
-                        "must hold one kind of value."
+                        f"{path}, row {number}: must be an object with keys, got {line.strip()[:60]}."
                     )
-    cause = error.__cause__ or error
-    return DataError(f"{path}: can't be loaded: {cause}")
-
-
-def _flat(row: dict[str, Any], prefix: str = ""):
-    for key, value in row.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        if isinstance(value, list):
-            for item in value:
-                yield from _flat({"": item}, f"{prefix}{key}[]")
-        if value is not None:
-            yield f"{prefix}{key}", value
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, (int, float)):
-        return "a number"
-    return {str: "text", list: "a list", dict: "an object"}[type(value)]
+    return DataError(f"{path}: can't be loaded: {error.__cause__ or error}")

@@ -1,0 +1,94 @@
+"""Running axolotl from tests: in this process where that proves the same, else as a command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# Raises AssertionError where axolotl's peer-to-peer check would look for a CUDA driver.
+LAUNCHER = Path(__file__).parent / "launch_on_cpu.py"
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def config(folder: Path, model: Path, data: Path | str, **changes: Any) -> dict[str, Any]:
+    """A small config that trains in seconds; `changes` replace or (None) remove keys."""
+    values = {
+        "base_model": str(model),
+        "rl": "amopo",
+        "amopo": {"dimensions": ["helpfulness", "honesty"]},
+        "datasets": [{"path": str(data), "type": "amopo.rated", "scale": [1, 5]}],
+        "dataset_prepared_path": str(folder / "prepared"),
+        "dataset_num_proc": 1,
+        "dataloader_num_workers": 0,
+        "output_dir": str(folder / "out"),
+        "sequence_len": 512,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 3,
+        "num_epochs": 1,
+        "optimizer": "adamw_torch",
+        "lr_scheduler": "constant",
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "seed": 7,
+        "bf16": False,
+        "val_set_size": 0,
+    } | changes
+    return {key: value for key, value in values.items() if value is not None}
+
+
+LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
+
+
+def write_config(folder: Path, values: dict[str, Any], name: str = "config.yml") -> Path:
+    path = folder / name
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def load(path: Path, **overrides: Any):
+    """axolotl's own loading and validation of a config file."""
+    from axolotl.cli.config import load_cfg
+
+    return load_cfg(str(path), **overrides)
+
+
+def prepare(path: Path, **overrides: Any):
+    """What `axolotl train` does before the model is loaded: config, then datasets."""
+    from axolotl.common.datasets import load_datasets
+
+    cfg = load(path, **overrides)
+    return cfg, load_datasets(cfg=cfg)
+
+
+def train(path: Path, **overrides: Any):
+    """`axolotl train` in this process; returns the trainer."""
+    from axolotl.train import train as axolotl_train
+
+    cfg, datasets = prepare(path, **overrides)
+    return axolotl_train(cfg=cfg, dataset_meta=datasets)[2]
+
+
+def command(*arguments: str, cwd: Path, check: bool = True, **environment: str):
+    """A whole command in the environment of these tests."""
+    bin_folder = Path(sys.executable).parent
+    env = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"} | environment
+    done = subprocess.run(
+        arguments, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False
+    )
+    if check and done.returncode:
+        raise AssertionError(f"{arguments} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    return done
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -1,0 +1,350 @@
+"""Everything a user can get wrong: the error's text names file, row and key, and says how to mend
+it. To add a case, add a row to a table."""
+
+import json
+
+import pytest
+import runs
+
+from axolotl_amopo.errors import AMoPOError, ConfigError, DataError
+
+GOOD = {
+    "prompt": "How do I boil an egg?",
+    "responses": [
+        {"text": "Eight minutes in boiling water.", "scores": {"helpfulness": 5, "honesty": 4}},
+        {"text": "Eggs are nice.", "scores": {"helpfulness": 2, "honesty": 5}},
+    ],
+}
+PAIR = {
+    "prompt": "Hi?",
+    "chosen": {"response": "Hello there.", "helpfulness": "4", "honesty": "5"},
+    "rejected": {"response": "No.", "helpfulness": "1", "honesty": "3"},
+}
+SINGLE = {"prompt": "Hi?", "response": "Hello there.", "helpfulness": "4", "honesty": 3}
+
+
+def changed(row, *path, to=None, drop=False):
+    """A copy of `row` with the value at `path` replaced or left out."""
+    row = json.loads(json.dumps(row))
+    holder = row
+    for step in path[:-1]:
+        holder = holder[step]
+    if drop:
+        del holder[path[-1]]
+    else:
+        holder[path[-1]] = to
+    return row
+
+
+# name: (type, the second row, parts of the error's text)
+ROWS = {
+    "missing prompt": ("rated", changed(GOOD, "prompt", drop=True), ["'prompt'", "missing"]),
+    "prompt not text": ("pairs", changed(PAIR, "prompt", to=[]), ["'prompt'", "messages"]),
+    "empty prompt": ("pairs", changed(PAIR, "prompt", to=" "), ["'prompt'", "empty"]),
+    "missing responses": ("rated", changed(GOOD, "responses", drop=True), ["'responses'"]),
+    "missing text": (
+        "rated",
+        changed(GOOD, "responses", 1, "text", drop=True),
+        ["'responses[1].text'", "missing"],
+    ),
+    "empty response": (
+        "rated",
+        changed(GOOD, "responses", 0, "text", to=""),
+        ["'responses[0].text'", "empty"],
+    ),
+    "missing scores": (
+        "rated",
+        changed(GOOD, "responses", 0, "scores", drop=True),
+        ["'responses[0].scores'", "missing"],
+    ),
+    "missing rating": (
+        "rated",
+        changed(GOOD, "responses", 0, "scores", "honesty", drop=True),
+        ["'responses[0].scores.honesty'", "missing", "missing_ratings"],
+    ),
+    "rating out of scale": (
+        "rated",
+        changed(GOOD, "responses", 0, "scores", "honesty", to=7),
+        ["'responses[0].scores.honesty'", "7 is outside the scale 1 to 5", "[1, 7]"],
+    ),
+    "missing chosen": ("pairs", changed(PAIR, "chosen", drop=True), ["'chosen'", "missing"]),
+    "missing response in a pair": (
+        "pairs",
+        changed(PAIR, "chosen", "response", drop=True),
+        ["'chosen.response'", "missing"],
+    ),
+    "rating not a number": (
+        "pairs",
+        changed(PAIR, "chosen", "helpfulness", to="good"),
+        ["'chosen.helpfulness'", "number", "'good'"],
+    ),
+    "rating not finite": (
+        "pairs",
+        changed(PAIR, "rejected", "honesty", to="nan"),
+        ["'rejected.honesty'", "number"],
+    ),
+    "chosen equal to rejected": (
+        "pairs",
+        changed(PAIR, "rejected", "response", to="Hello there."),
+        ["'rejected'", "same text"],
+    ),
+    "single response, empty": ("helpsteer", changed(SINGLE, "response", to=""), ["'response'"]),
+    "single response, no rating": (
+        "helpsteer",
+        changed(SINGLE, "helpfulness", drop=True),
+        ["'helpfulness'", "missing"],
+    ),
+    "end-of-sequence token in a response": (
+        "rated",
+        changed(GOOD, "responses", 0, "text", to="Boil it.<|im_end|> Or fry it."),
+        ["end-of-sequence token <|im_end|>"],
+    ),
+}
+FIRST = {"rated": GOOD, "pairs": PAIR, "helpsteer": SINGLE}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_bad_row(name, tmp_path, tiny_model):
+    kind, row, parts = ROWS[name]
+    data = runs.write_jsonl(tmp_path / "data.jsonl", [FIRST[kind], row])
+    entry = {"path": str(data), "type": f"amopo.{kind}", "scale": [1, 5]}
+    path = runs.write_config(tmp_path, runs.config(tmp_path, tiny_model, data, datasets=[entry]))
+    with pytest.raises(DataError) as error:
+        runs.prepare(path)
+    for part in [str(data), "row 2", *parts]:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if ROWS[name][0] != "helpsteer"])
+def test_bad_row_dropped_and_counted(name, tmp_path, tiny_model, caplog):
+    """`bad_rows: drop` goes on without the row, and says so."""
+    kind, row, _ = ROWS[name]
+    data = runs.write_jsonl(tmp_path / "data.jsonl", [FIRST[kind], row])
+    values = runs.config(
+        tmp_path,
+        tiny_model,
+        data,
+        datasets=[{"path": str(data), "type": f"amopo.{kind}", "scale": [1, 5]}],
+        amopo={"dimensions": ["helpfulness", "honesty"], "bad_rows": "drop"},
+    )
+    with caplog.at_level("INFO"):
+        _, datasets = runs.prepare(runs.write_config(tmp_path, values))
+    assert len(datasets.train_dataset) == 1
+    assert "2 rows" in caplog.text
+    assert "1 rows that can't be used" in caplog.text or "1 pairs that can't be" in caplog.text
+
+
+# name: (the file's bytes, parts of the error's text)
+FILES = {
+    "empty file": (b"", ["is empty"]),
+    "not UTF-8": (
+        json.dumps(GOOD).encode() + b'\n{"prompt": "caf\xe9", "responses": []}\n',
+        ["row 2", "not UTF-8", "0xe9"],
+    ),
+    "broken JSON": (json.dumps(GOOD).encode() + b'\n{"prompt": "x", "respo\n', ["row 2", "JSON"]),
+    "not an object": (json.dumps(GOOD).encode() + b"\n[1, 2]\n", ["row 2", "object"]),
+    "mixed kinds": (
+        "\n".join(
+            [json.dumps(GOOD), json.dumps(changed(GOOD, "responses", to="none, sorry"))]
+        ).encode(),
+        ["row 2", "'responses'", "list"],
+    ),
+    "one response everywhere": (
+        json.dumps(GOOD | {"responses": GOOD["responses"][:1]}).encode(),
+        ["no preference pair is left", "1 prompts with one response"],
+    ),
+    "all too long": (
+        json.dumps(changed(GOOD, "responses", 0, "text", to="egg " * 2000)).encode(),
+        ["no preference pair is left", "longer than sequence_len"],
+    ),
+    "all tie": (
+        json.dumps(
+            changed(GOOD, "responses", 1, "scores", to={"helpfulness": 4, "honesty": 5})
+        ).encode(),
+        ["no preference pair is left", "1 pairs whose responses tie"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_bad_file(name, tmp_path, tiny_model):
+    content, parts = FILES[name]
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(content)
+    path = runs.write_config(tmp_path, runs.config(tmp_path, tiny_model, data))
+    with pytest.raises(AMoPOError) as error:
+        runs.prepare(path)
+    for part in [str(data), *parts]:
+        assert part in str(error.value)
+
+
+# name: (changes to the config, parts of the error's text)
+CONFIGS = {
+    "unknown key": ({"amopo": {"gama": 1}}, ["amopo.gama", "Did you mean 'gamma'?"]),
+    "beta in the block": ({"amopo": {"beta": 1}}, ["amopo.beta", "rl_beta"]),
+    "key outside the block": ({"weighting": "mean"}, ["weighting", "amopo: {weighting"]),
+    "key with a prefix": ({"amopo_gamma": 1}, ["amopo_gamma", "amopo: {gamma"]),
+    "not a block": ({"amopo": "yes"}, ["amopo", "block"]),
+    "unknown choice": (
+        {"amopo": {"weighting": "gausian"}},
+        ["amopo.weighting", "'gausian'", "Did you mean 'gaussian'?"],
+    ),
+    "gamma out of bounds": ({"amopo": {"gamma": -1}}, ["amopo.gamma", "-1"]),
+    "gamma not a number": ({"amopo": {"gamma": "two"}}, ["amopo.gamma", "'two'"]),
+    "no dimensions": ({"amopo": {"dimensions": []}}, ["amopo.dimensions", "1 item"]),
+    "dimension twice": ({"amopo": {"dimensions": ["a", "a"]}}, ["'a' is there twice"]),
+    "dimension named overall": (
+        {"amopo": {"dimensions": ["overall"]}},
+        ["'overall' is there twice", "extra prompt"],
+    ),
+    "unknown key of a dimension": (
+        {"amopo": {"dimensions": [{"name": "a", "scal": [1, 5]}]}},
+        ["amopo.dimensions.0.scal", "Did you mean 'scale'?"],
+    ),
+    "scale upside down": (
+        {"amopo": {"dimensions": [{"name": "a", "scale": [5, 1]}]}},
+        ["amopo.dimensions.0.scale", "[lowest, highest]"],
+    ),
+    "static without weights": ({"amopo": {"weighting": "static"}}, ["weights", "static"]),
+    "weights without static": ({"amopo": {"weights": {"helpfulness": 1}}}, ["static"]),
+    "weights of other names": (
+        {
+            "amopo": {
+                "dimensions": ["helpfulness"],
+                "weighting": "static",
+                "weights": {"overall": 1, "helpfullness": 1},
+            }
+        },
+        ["weights must name every prompt", "overall, helpfulness", "helpfullness"],
+    ),
+    "instruction with an unknown variable": (
+        {"amopo": {"instruction": "Be {{ dimensoin }}"}},
+        ["amopo.instruction", "dimensoin", "dimension"],
+    ),
+    "instruction that is no template": (
+        {"amopo": {"instruction": "{% if %}"}},
+        ["amopo.instruction", "Jinja"],
+    ),
+    "rl_beta of 0": ({"rl_beta": 0}, ["rl_beta", "above 0"]),
+    "rl_beta not a number": ({"rl_beta": "high"}, ["rl_beta", "'high'"]),
+    "sample_packing": ({"sample_packing": True}, ["sample_packing", "set it to false"]),
+    "train_on_inputs": ({"train_on_inputs": True}, ["train_on_inputs", "responses only"]),
+    "reward_model": ({"reward_model": True}, ["reward_model", "without a reward model"]),
+    "streaming": ({"streaming": True}, ["streaming"]),
+    "trl block": ({"trl": {"beta": 0.1}}, ["trl", "other rl methods"]),
+    "simpo_gamma": ({"simpo_gamma": 1.0}, ["simpo_gamma", "amopo.gamma"]),
+    "context parallel": ({"context_parallel_size": 2}, ["context_parallel_size", "FSDP2"]),
+    "no datasets": ({"datasets": []}, ["datasets", "missing or empty"]),
+    "datasets not a list": ({"datasets": {"path": "x"}}, ["datasets", "list"]),
+}
+# name: (changes to the dataset entry, parts of the error's text)
+ENTRIES = {
+    "unknown type": ({"type": "amopo.helpster"}, ["type", "Did you mean 'amopo.helpsteer'?"]),
+    "a type of another method": ({"type": "chat_template"}, ["type", "amopo.pairs"]),
+    "no type": ({"type": None}, ["type", "amopo.rated"]),
+    "unknown key": ({"scales": [1, 5]}, ["datasets[0].scales", "Did you mean 'scale'?"]),
+    "scale not numbers": ({"scale": "1 to 5"}, ["datasets[0].scale"]),
+    "no path": ({"path": None}, ["datasets[0].path", "missing"]),
+    "no such file": ({"path": "nowhere/data.jsonl"}, ["datasets[0].path", "nowhere/data.jsonl"]),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bad_config(name, tmp_path, tiny_model):
+    changes, parts = CONFIGS[name]
+    data = runs.write_jsonl(tmp_path / "data.jsonl", [GOOD])
+    values = runs.config(tmp_path, tiny_model, data) | changes
+    _refused(tmp_path, values, parts)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_bad_entry(name, tmp_path, tiny_model):
+    changes, parts = ENTRIES[name]
+    data = runs.write_jsonl(tmp_path / "data.jsonl", [GOOD])
+    values = runs.config(tmp_path, tiny_model, data)
+    entry = values["datasets"][0] | changes
+    values["datasets"] = [{k: v for k, v in entry.items() if v is not None}]
+    _refused(tmp_path, values, parts)
+
+
+def _refused(folder, values, parts):
+    """Refused while the config is loaded: before any data is read or model loaded."""
+    with pytest.raises(ConfigError) as error:
+        runs.load(runs.write_config(folder, values))
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_key_twice_in_the_yaml(tmp_path, tiny_model):
+    data = runs.write_jsonl(tmp_path / "data.jsonl", [GOOD])
+    path = runs.write_config(tmp_path, runs.config(tmp_path, tiny_model, data))
+    path.write_text(path.read_text() + "learning_rate: 1e-6\n")
+    with pytest.raises(ConfigError, match=rf"{path}, line \d+: the key 'learning_rate' is there"):
+        runs.load(path)
+
+
+@pytest.mark.parametrize("dimension", ["helpfullness", "safety"])
+def test_dimension_the_data_does_not_have(dimension, tmp_path, tiny_model):
+    data = runs.write_jsonl(tmp_path / "data.jsonl", [GOOD])
+    values = runs.config(tmp_path, tiny_model, data, amopo={"dimensions": [dimension]})
+    with pytest.raises(DataError, match="there are helpfulness, honesty") as error:
+        runs.prepare(runs.write_config(tmp_path, values))
+    if dimension == "helpfullness":
+        assert "Did you mean 'helpfulness'?" in str(error.value)
+
+    values["amopo"]["missing_ratings"] = "mask"
+    with pytest.raises(DataError, match=f"no row has a rating on the dimension '{dimension}'"):
+        runs.prepare(runs.write_config(tmp_path, values))
+
+
+def test_too_long_raises_with_the_row(tmp_path, tiny_model):
+    long = changed(GOOD, "prompt", to="word " * 1000)
+    data = runs.write_jsonl(tmp_path / "data.jsonl", [GOOD, long])
+    values = runs.config(tmp_path, tiny_model, data, excess_length_strategy="raise")
+    with pytest.raises(DataError, match=r"data.jsonl, row 2: .*sequence_len is 512"):
+        runs.prepare(runs.write_config(tmp_path, values))
+
+
+def test_single_responses_error(tmp_path, tiny_model):
+    rows = [GOOD, GOOD | {"responses": GOOD["responses"][:1]}]
+    data = runs.write_jsonl(tmp_path / "data.jsonl", rows)
+    block = {"dimensions": ["helpfulness"], "single_responses": "error"}
+    values = runs.config(tmp_path, tiny_model, data, amopo=block)
+    with pytest.raises(DataError, match="row 2: only one response"):
+        runs.prepare(runs.write_config(tmp_path, values))
+
+
+def test_no_chat_template(tmp_path, tiny_model, tokenizer):
+    from transformers import AutoTokenizer
+
+    bare = AutoTokenizer.from_pretrained(tiny_model)
+    bare.chat_template = None
+    bare.save_pretrained(tmp_path / "bare")
+    data = runs.write_jsonl(tmp_path / "data.jsonl", [GOOD])
+    values = runs.config(tmp_path, tiny_model, data, tokenizer_config=str(tmp_path / "bare"))
+    with pytest.raises(AMoPOError, match=r"no chat template.*chat_template: chatml"):
+        runs.prepare(runs.write_config(tmp_path, values))
+    _, datasets = runs.prepare(runs.write_config(tmp_path, values | {"chat_template": "chatml"}))
+    assert len(datasets.train_dataset) == 1
+
+
+def test_template_that_refuses_a_conversation(tmp_path, tiny_model):
+    row = {"system": "Be kind.", **GOOD}
+    data = runs.write_jsonl(tmp_path / "data.jsonl", [row])
+    strict = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    values = runs.config(tmp_path, tiny_model, data, chat_template="jinja")
+    path = runs.write_config(tmp_path, values | {"chat_template_jinja": strict})
+    with pytest.raises(DataError, match=r"row 1: the chat template refuses.*no system"):
+        runs.prepare(path)
+
+
+def test_whole_command_ends_with_the_sentence_and_a_code(tmp_path, tiny_model):
+    data = runs.write_jsonl(tmp_path / "data.jsonl", [GOOD, ROWS["rating out of scale"][1]])
+    path = runs.write_config(tmp_path, runs.config(tmp_path, tiny_model, data))
+    done = runs.command("axolotl", "train", str(path), cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert f"{data}, row 2, key 'responses[0].scores.honesty': 7 is outside" in done.stderr
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
