@@ -1,0 +1,187 @@
+"""Every file in example_configs/ passes axolotl's own validation, and loses no key in it."""
+
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import yaml
+from axolotl.cli.config import prepare_plugins
+from axolotl.utils.config import validate_config
+from axolotl.utils.dict import DictDefault
+from runs import load, write_config, write_jsonl
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "example_configs").glob("*.yml"))
+SECTIONS = ("datasets", "test_datasets")
+# What the plugin and the fixtures below change on purpose.
+CHANGED = {"rl", "amopo", "base_model", "dataset_prepared_path", "output_dir", *SECTIONS}
+
+every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def helpsteer(tmp_path_factory) -> Path:
+    """Two prompts with two rated responses each, in HelpSteer's layout."""
+    rows = [
+        {
+            "prompt": f"Question {i // 2}?",
+            "response": f"Answer {i}.",
+            "helpfulness": i,
+            "correctness": 4 - i,
+            "coherence": 3,
+            "complexity": 1,
+            "verbosity": 2,
+        }
+        for i in range(4)
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "helpsteer.jsonl", rows)
+
+
+@pytest.fixture
+def local(tmp_path, tiny_model, helpsteer):
+    """A config's values, with what the hub would have to serve replaced by local folders."""
+
+    def replace(values: dict[str, Any]) -> dict[str, Any]:
+        values = values | {
+            "base_model": str(tiny_model),
+            "dataset_prepared_path": str(tmp_path / "prepared"),
+            "output_dir": str(tmp_path / "out"),
+        }
+        for section in SECTIONS:
+            if section in values:
+                values[section] = [
+                    {k: v for k, v in entry.items() if k not in ("name", "data_files", "ds_type")}
+                    | {"path": str(helpsteer), "split": "train"}
+                    for entry in values[section]
+                ]
+        return values
+
+    return replace
+
+
+def validate(values: dict[str, Any]) -> DictDefault:
+    """The first half of axolotl's `load_cfg`: plugins, then validation.
+
+    `load_cfg` itself asks this machine for its GPU, and goes on to set the environment up for
+    FSDP or DeepSpeed; `validate_config` takes the GPUs that a config is written for as arguments.
+    """
+    cfg = DictDefault(values)
+    prepare_plugins(cfg)
+    return validate_config(
+        cfg,
+        capabilities={
+            "bf16": True,
+            "fp8": False,
+            "tf32": True,
+            "n_gpu": 8 if values.get("fsdp_config") or values.get("deepspeed") else 1,
+            "compute_capability": "sm_90",
+        },
+        env_capabilities={"torch_version": torch.__version__.split("+")[0]},
+    )
+
+
+def assert_kept(given: dict[str, Any], validated: dict[str, Any], changed: set[str] = CHANGED):
+    """axolotl's schemas drop keys that they don't know without a word."""
+    given = {key: value for key, value in given.items() if value is not None and key != "rl"}
+    lost = [key for key in given if key not in validated]
+    assert not lost, f"axolotl's schema drops {lost}"
+    for key in given.keys() - changed:
+        if isinstance(given[key], dict):
+            assert_kept(given[key], validated[key], set())
+        elif not isinstance(given[key], str):  # text may stand for a number, or be `auto`
+            assert validated[key] == given[key], key
+
+
+def test_there_are_configs():
+    assert {"qwen2.5-7b-lora", "qwen2.5-32b-fsdp2", "qwen2.5-32b-zero3"} <= {
+        path.stem for path in CONFIGS
+    }
+
+
+@every_config
+def test_axolotl_accepts_it(path, local):
+    given = read(path)
+    cfg = validate(local(given))
+
+    assert_kept(given, cfg)
+    assert cfg.rl is None
+    assert cfg.amopo.enabled
+    assert cfg.amopo.gamma == given["amopo"].get("gamma", 2.0)
+    assert [dimension["name"] for dimension in cfg.amopo.dimensions] == [
+        dimension if isinstance(dimension, str) else dimension["name"]
+        for dimension in given["amopo"]["dimensions"]
+    ]
+    assert cfg.rl_beta == given.get("rl_beta", 0.8)
+    assert cfg.adapter == given.get("adapter")
+    for section in SECTIONS:
+        for entry, validated in zip(given.get(section, []), cfg[section] or [], strict=True):
+            assert entry["type"].startswith("amopo.")
+            format_name = entry["type"].removeprefix("amopo.")
+            assert validated["type"] == f"axolotl_amopo.prompt_strategies.{format_name}"
+
+
+# With `deepspeed:`, axolotl already starts a process group (NCCL) while it loads the config.
+@pytest.mark.parametrize(
+    "path",
+    [path for path in CONFIGS if not read(path).get("deepspeed")],
+    ids=lambda path: path.stem,
+)
+def test_axolotl_loads_it(path, local, tmp_path):
+    given = read(path)
+    with mock.patch.dict(os.environ):  # axolotl writes variables for its launchers there
+        cfg = load(write_config(tmp_path, local(given)))
+
+    assert cfg.amopo.enabled
+    assert cfg.batch_size == cfg.micro_batch_size * given["gradient_accumulation_steps"]
+
+
+@every_config
+def test_it_opens_with_how_to_run_it(path):
+    text = path.read_text(encoding="utf-8")
+    opening = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    assert path.name in "".join(opening)
+
+
+def test_deepspeed_file_is_there():
+    """The path is relative to the folder that the command runs in: the one above."""
+    named = {path.stem: read(path).get("deepspeed") for path in CONFIGS}
+    named = {stem: file for stem, file in named.items() if file}
+    assert named
+    for file in named.values():
+        assert Path(file).parent == Path("example_configs/deepspeed")
+        values = json.loads((ROOT / file).read_text(encoding="utf-8"))
+        assert values["bf16"]["enabled"]
+        assert values["zero_optimization"]["stage"] == 3
+
+
+def test_fsdp_shards_layers_of_the_model():
+    """A class name that the model doesn't have would shard nothing, at the price of memory."""
+    from transformers.models.qwen2 import modeling_qwen2
+
+    fsdp = read(ROOT / "example_configs" / "qwen2.5-32b-fsdp2.yml")["fsdp_config"]
+    assert hasattr(modeling_qwen2, fsdp["transformer_layer_cls_to_wrap"])
+
+
+@pytest.mark.parametrize(
+    ("block", "key", "misspelt"),
+    [
+        (None, "max_grad_norm", "max_gradient_norm"),
+        (None, "attn_implementation", "attention_implementation"),
+        ("fsdp_config", "activation_checkpointing", "activation_checkpoint"),
+    ],
+)
+def test_a_misspelt_key_is_noticed(block, key, misspelt, local):
+    given = read(ROOT / "example_configs" / "qwen2.5-32b-fsdp2.yml")
+    holder = given[block] if block else given
+    holder[misspelt] = holder.pop(key)
+    with pytest.raises(AssertionError, match=misspelt):
+        assert_kept(given, validate(local(given)))
