@@ -82,6 +82,14 @@ class AMoPOPlugin(BasePlugin):
 
         return AMoPOTrainer
 
+    def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
+        if not self._runs(cfg):
+            return None
+        import torch
+
+        # transformers refuses bf16 without a GPU unless it is told that this is meant.
+        return None if torch.accelerator.is_available() else {"use_cpu": True}
+
     def get_collator_cls_and_kwargs(
         self, cfg: Any, is_eval: bool = False
     ) -> tuple[type, dict[str, Any]] | None:
@@ -106,7 +114,9 @@ def _suit_a_cpu(cfg: dict) -> None:
     """
     import torch
 
-    if torch.cuda.is_available() or cfg.get("use_ray"):  # a Ray driver knows no worker's device
+    if torch.accelerator.is_available() or cfg.get(
+        "use_ray"
+    ):  # a Ray driver knows no worker's device
         return
     flags = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
     if all(cfg.get(flag) is None for flag in flags):

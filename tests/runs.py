@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-# Raises AssertionError where axolotl's peer-to-peer check would look for a CUDA driver.
+ROOT = Path(__file__).parent.parent
 LAUNCHER = Path(__file__).parent / "launch_on_cpu.py"
 
 
@@ -83,7 +83,7 @@ def command(*arguments: str, cwd: Path, check: bool = True, **environment: str):
     bin_folder = Path(sys.executable).parent
     env = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"} | environment
     done = subprocess.run(
-        arguments, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False
+        arguments, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False
     )
     if check and done.returncode:
         raise AssertionError(f"{arguments} ended with {done.returncode}:\n{done.stderr[-4000:]}")

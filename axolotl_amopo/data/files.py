@@ -120,6 +120,6 @@ def _diagnose(path: Path, error: Exception) -> DataError:
                     return DataError(f"{path}, row {number}: is not JSON ({broken}).")
                 if not isinstance(row, dict):
                     return DataError(
-                        f"{path}, row {number}: must be an object with keys, got {line.strip()[:60]}."
+                        f"{path}, row {number}: must be an object, got {line.strip()[:60]}."
                     )
     return DataError(f"{path}: can't be loaded: {error.__cause__ or error}")

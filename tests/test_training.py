@@ -1,0 +1,273 @@
+"""Real training of a tiny model through axolotl's builder, loader and trainer, in this process."""
+
+import json
+
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file
+
+ROWS = 8
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Eight pairs of different lengths, with dimensions that disagree on some."""
+    source = (runs.ROOT / "quickstart" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in source[:ROWS]]
+    for i, row in enumerate(rows):
+        row["responses"] = row["responses"][:2]
+        row["responses"][0]["text"] *= 1 + i % 3
+    return runs.write_jsonl(tmp_path_factory.mktemp("data") / "data.jsonl", rows)
+
+
+def full(folder, model, data, *, amopo=None, **changes):
+    """Full fine-tuning with plain SGD: a parameter's change is its gradient."""
+    block = {"dimensions": ["helpfulness", "honesty", "safety"], "winner": "per_dimension"}
+    return runs.config(
+        folder,
+        model,
+        data,
+        amopo=block | (amopo or {}),
+        **({"optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0} | changes),
+    )
+
+
+def one_step(folder, model, data, **changes):
+    """(logged metrics, change of every parameter) of one optimizer step."""
+    folder.mkdir()
+    path = runs.write_config(folder, full(folder, model, data, max_steps=1, **changes))
+    trainer = runs.train(path)
+    before = load_file(model / "model.safetensors")
+    after = load_file(folder / "out" / "model.safetensors")
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    return logged, {name: after[name] - before[name] for name in before}
+
+
+def same_step(one, other, tolerance=1e-5):
+    for name in one[1]:
+        torch.testing.assert_close(one[1][name], other[1][name], rtol=tolerance, atol=tolerance)
+    compared = [name for name in one[0] if name.startswith(("amopo/", "rewards/", "logps/"))]
+    assert compared
+    for name in ["loss", *compared]:
+        assert one[0][name] == pytest.approx(other[0][name], abs=2e-5), name
+
+
+@pytest.fixture(scope="module")
+def whole_step(tmp_path_factory, tiny_model, data):
+    """One micro batch of four, deterministic weights."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return one_step(folder, tiny_model, data, micro_batch_size=4, amopo={"weighting": "mean"})
+
+
+def test_a_step_moves_the_model(whole_step):
+    assert max(change.abs().max() for change in whole_step[1].values()) > 1e-3
+
+
+def test_accumulation_equals_one_batch(tmp_path, tiny_model, data, whole_step):
+    halves = one_step(
+        tmp_path / "halves",
+        tiny_model,
+        data,
+        micro_batch_size=2,
+        gradient_accumulation_steps=2,
+        amopo={"weighting": "mean"},
+    )
+    same_step(whole_step, halves)
+
+
+def test_uneven_accumulation_weighs_every_example_the_same(tmp_path, tiny_model, data):
+    """Three micro batches of 3, 3 and 2 examples: the mean over eight, not of three means."""
+    settings = {"amopo": {"weighting": "mean"}}
+    uneven = one_step(
+        tmp_path / "uneven",
+        tiny_model,
+        data,
+        micro_batch_size=3,
+        gradient_accumulation_steps=3,
+        **settings,
+    )
+    whole = one_step(tmp_path / "whole", tiny_model, data, micro_batch_size=8, **settings)
+    same_step(whole, uneven)
+
+
+def test_two_processes_equal_one(tmp_path, tiny_model, data, whole_step):
+    """Real torchrun, gloo, two examples each."""
+    values = full(
+        tmp_path,
+        tiny_model,
+        data,
+        max_steps=1,
+        micro_batch_size=2,
+        amopo={"weighting": "mean"},
+        save_strategy="steps",
+        save_steps=1,
+    )
+    path = runs.write_config(tmp_path, values)
+    runs.command(
+        "torchrun",
+        "--nproc_per_node=2",
+        "--standalone",
+        str(runs.LAUNCHER),
+        str(path),
+        cwd=tmp_path,
+        ACCELERATE_USE_CPU="true",
+        OMP_NUM_THREADS="1",
+    )
+    before = load_file(tiny_model / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    state = json.loads((tmp_path / "out" / "checkpoint-1" / "trainer_state.json").read_text())
+    logged = next(entry for entry in state["log_history"] if "loss" in entry)
+    same_step(whole_step, (logged, {name: after[name] - before[name] for name in before}))
+
+
+def test_draws_do_not_depend_on_the_batch_layout(tmp_path, tiny_model, data):
+    """Gaussian weights, too, are the same for an example however it is batched."""
+    whole = one_step(tmp_path / "whole", tiny_model, data, micro_batch_size=4)
+    halves = one_step(
+        tmp_path / "halves",
+        tiny_model,
+        data,
+        micro_batch_size=2,
+        gradient_accumulation_steps=2,
+    )
+    same_step(whole, halves)
+
+
+def test_same_seed_same_run(tmp_path, tiny_model, data):
+    """Bit for bit; another seed draws other weights."""
+    histories = []
+    for name, seed in [("a", 7), ("b", 7), ("c", 8)]:
+        folder = tmp_path / name
+        folder.mkdir()
+        trainer = runs.train(runs.write_config(folder, full(folder, tiny_model, data, seed=seed)))
+        histories.append(
+            [
+                {k: v for k, v in entry.items() if k == "loss" or k.startswith("amopo/")}
+                for entry in trainer.state.log_history
+                if "loss" in entry
+            ]
+        )
+    assert histories[0] == histories[1]
+    assert histories[0] != histories[2]
+    # Gaussian weights differ from step to step and from the deterministic ones.
+    weights = {entry["amopo/helpfulness/weight"] for entry in histories[0]}
+    assert len(weights) == len(histories[0])
+
+
+def test_evaluation_is_deterministic_and_exact(tmp_path, tiny_model, data):
+    """Evaluation takes the means, and averages over examples though the last batch is smaller."""
+    losses = []
+    for batch_size in (3, 8):
+        folder = tmp_path / str(batch_size)
+        folder.mkdir()
+        values = full(
+            folder,
+            tiny_model,
+            data,
+            test_datasets=[{"path": str(data), "type": "amopo.rated", "scale": [1, 5]}],
+            eval_batch_size=batch_size,
+            eval_strategy="no",
+            val_set_size=None,
+        )
+        trainer = runs.train(runs.write_config(folder, values | {"learning_rate": 0.0}))
+        first, second = trainer.evaluate(), trainer.evaluate()
+        shared = [name for name in first if name.startswith(("eval_loss", "eval_amopo"))]
+        assert len(shared) == 1 + 4 * 7
+        assert [first[name] for name in shared] == [second[name] for name in shared]
+        losses.append(first)
+    for name in shared:
+        assert losses[0][name] == pytest.approx(losses[1][name], abs=1e-5), name
+    assert not any("ppl" in name for name in first)
+
+
+def test_metrics_are_what_they_say(tmp_path, tiny_model, data):
+    """The logged numbers, recomputed from plain forward passes of the untrained model."""
+    from transformers import AutoModelForCausalLM
+
+    values = full(
+        tmp_path,
+        tiny_model,
+        data,
+        max_steps=1,
+        micro_batch_size=8,
+        learning_rate=0.0,
+        amopo={"weighting": "mean", "gamma": 0.5},
+        rl_beta=1.5,
+    )
+    trainer = runs.train(runs.write_config(tmp_path, values))
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+
+    def token_logps(prompt, response):
+        with torch.no_grad():
+            logps = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        return logps[len(prompt) - 1 : -1].gather(-1, torch.tensor(response)[:, None])[:, 0]
+
+    losses, sums = [], {}
+    for row in trainer.train_dataset:
+        scores, pair_losses = [], []
+        for k, name in enumerate(trainer.amopo.prompt_names):
+            winner = row["winners"][k]
+            sides = [
+                token_logps(row["prompt_ids"][k], row["response_ids"][index])
+                for index in (winner, 1 - winner)
+            ]
+            margin = 1.5 * (sides[0].mean() - sides[1].mean())
+            pair_losses.append(torch.log1p(torch.exp(0.5 - margin)))
+            scores.append(sides[0].exp().mean() + sides[1].exp().mean())
+            if row["dimension_mask"][k]:
+                for metric, value in [
+                    ("margin", margin),
+                    ("accuracy", float(margin > 0)),
+                    ("loss", pair_losses[-1]),
+                    ("prob", scores[-1] / 2),
+                ]:
+                    sums.setdefault(f"amopo/{name}/{metric}", []).append(float(value))
+        keep = torch.tensor(row["dimension_mask"]).bool()
+        weights = torch.stack(scores).masked_fill(~keep, -torch.inf).softmax(-1)
+        losses.append(float((weights * torch.stack(pair_losses)).sum()))
+    assert logged["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+    assert any(len(values) < len(losses) for values in sums.values()), "no masked dimension here"
+    for name, values in sums.items():
+        assert logged[name] == pytest.approx(sum(values) / len(values), abs=1e-4), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        runs.LORA,
+        runs.LORA | {"gradient_checkpointing": True},
+        runs.LORA | {"bf16": True},
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+        runs.LORA | {"adapter": "qlora", "load_in_4bit": True},
+        runs.LORA | {"adapter": "qlora", "load_in_4bit": True, "bf16": True},
+        runs.LORA | {"peft_use_dora": True},
+        runs.LORA | {"lora_modules_to_save": ["lm_head", "embed_tokens"]},
+    ],
+    ids=lambda changes: (
+        "-".join(
+            str(v) if isinstance(v, str) else k
+            for k, v in changes.items()
+            if not k.startswith("lora_")
+        )
+        or "modules_to_save"
+    ),
+)
+def test_every_way_learns(changes, tmp_path, tiny_model, data):
+    """The loss falls within a few steps on eight pairs."""
+    values = runs.config(
+        tmp_path,
+        tiny_model,
+        data,
+        amopo={"dimensions": ["helpfulness", "honesty"], "weighting": "mean"},
+        max_steps=6,
+        num_epochs=6,
+        micro_batch_size=8,
+        learning_rate=2e-2 if "adapter" in changes else 5e-3,
+        **changes,
+    )
+    trainer = runs.train(runs.write_config(tmp_path, values))
+    losses = runs.losses(trainer)
+    assert losses[-1] < losses[0] - 0.02, losses
