@@ -38,6 +38,8 @@ class AMoPOPlugin(BasePlugin):
         # On a Ray worker the config comes back validated, with `rl` already taken out.
         again = not asked and bool((cfg.get("amopo") or {}).get("enabled"))
         self.enabled = (asked or again) and self._is_first()
+        if cfg.get("inference") and _has_our_datasets(cfg):
+            _suit_a_cpu(cfg)  # `axolotl inference` takes `rl` away; the model is all it needs
         if not self.enabled or again:
             return
 
@@ -103,6 +105,10 @@ class AMoPOPlugin(BasePlugin):
 
     def _runs(self, cfg: Any) -> bool:
         return self.enabled and bool(cfg.amopo and cfg.amopo.enabled)
+
+
+def _has_our_datasets(cfg: dict) -> bool:
+    return any(str(entry.get("type")).startswith("amopo.") for entry in cfg.get("datasets") or [])
 
 
 def _suit_a_cpu(cfg: dict) -> None:

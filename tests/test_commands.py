@@ -1,0 +1,212 @@
+"""axolotl's commands on `rl: amopo`, from the shell; few, because each takes half a minute."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+
+DIMENSIONS = ("overall", "helpfulness", "honesty")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return runs.ROOT / "quickstart" / "train.jsonl"
+
+
+def evaluated(data: Path, **changes):
+    """Settings for a run with an evaluation set of its own."""
+    held_out = data.with_name("heldout.jsonl")
+    return {
+        "test_datasets": [{"path": str(held_out), "type": "amopo.rated", "scale": [1, 5]}],
+        "val_set_size": None,
+    } | changes
+
+
+def test_preprocess_train_evaluate_merge_and_answer(tmp_path, tiny_model, data):
+    values = runs.config(tmp_path, tiny_model, data, **runs.LORA, **evaluated(data))
+    path = str(runs.write_config(tmp_path, values | {"eval_steps": 2}))
+
+    done = runs.command("axolotl", "preprocess", path, cwd=tmp_path)
+    assert re.search(r"train.jsonl: 56 rows, 56 prompts, \d+ pairs made", done.stdout + done.stderr)
+    prepared = {p.name for p in (tmp_path / "prepared").iterdir() if p.is_dir()}
+    assert len(prepared) == 2  # training and evaluation
+
+    done = runs.command("axolotl", "train", path, "--learning-rate", "0.002", cwd=tmp_path)
+    log = done.stdout + done.stderr
+    assert {p.name for p in (tmp_path / "prepared").iterdir() if p.is_dir()} == prepared
+    assert "Loading prepared dataset from disk" in log
+    for name in DIMENSIONS:
+        for metric in ("loss", "margin", "accuracy", "weight", "prob"):
+            assert f"'amopo/{name}/{metric}'" in log
+            assert f"'eval_amopo/{name}/{metric}'" in log
+    assert "'learning_rate': '0.002'" in log
+    assert "ppl" not in log
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+    runs.command(
+        "axolotl", "evaluate", path, "--lora-model-dir", values["output_dir"], cwd=tmp_path
+    )
+    with open(tmp_path / "out" / "eval_summary.csv", newline="") as file:
+        summary = {row["metric"]: row for row in csv.DictReader(file)}
+    assert float(summary["amopo/honesty/accuracy"]["validation"]) <= 1
+    assert float(summary["loss"]["validation"]) > 0
+
+    runs.command(
+        "axolotl", "merge-lora", path, "--lora-model-dir", values["output_dir"], cwd=tmp_path
+    )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "merged")
+    original = AutoModelForCausalLM.from_pretrained(tiny_model)
+    weights = original.state_dict()
+    assert any(not torch.equal(weights[name], w) for name, w in merged.state_dict().items())
+    question = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello?"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    answer = merged.generate(**question, max_new_tokens=4, do_sample=False)
+    assert answer.shape[1] > question["input_ids"].shape[1]
+
+
+def test_full_training_and_overrides_of_the_block(tmp_path, tiny_model, data):
+    """`axolotl amopo train` passes --amopo.* and axolotl's own options through the launcher."""
+    path = str(runs.write_config(tmp_path, runs.config(tmp_path, tiny_model, data)))
+    overrides = ("--amopo.gamma", "0.25", "--amopo.rating-in-prompt=none", "--max-steps", "2")
+    done = runs.command("axolotl", "amopo", "train", path, *overrides, cwd=tmp_path)
+    log = done.stdout + done.stderr
+    assert "gamma 0.25" in log
+    assert '"rating_in_prompt": "none"' in log
+    assert "2/2" in log
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_inference_with_the_trained_config(tmp_path, tiny_model, data):
+    """On a CPU too, where axolotl's defaults for LoRA would fail."""
+    values = runs.config(tmp_path, tiny_model, data, **runs.LORA, bf16=None)
+    values.pop("output_dir")
+    done = subprocess.run(
+        [sys.executable, "-m", "axolotl.cli.inference", str(runs.write_config(tmp_path, values))],
+        input="Hello?",
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer = done.stdout.rpartition("Hello?")[2]
+    assert len(answer.strip()) > 20  # gibberish, from random weights
+
+
+def test_resume_after_sigkill_continues_the_same_run(tmp_path, tiny_model, data):
+    """Losses, weights and draws go on as if nothing had happened."""
+
+    def settings(folder):
+        folder.mkdir()
+        values = runs.config(
+            folder,
+            tiny_model,
+            data,
+            **runs.LORA,
+            lora_dropout=0.1,
+            max_steps=16,
+            save_strategy="steps",
+            save_steps=4,
+            gradient_accumulation_steps=2,
+        )
+        return runs.write_config(folder, values)
+
+    whole = runs.train(settings(tmp_path / "whole"))
+
+    killed = settings(tmp_path / "killed")
+    out = tmp_path / "killed" / "out"
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "axolotl.cli.train", str(killed)],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 200
+        while not (out / "checkpoint-4" / "trainer_state.json").exists():
+            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.2)  # some steps beyond the checkpoint
+        os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "checkpoint-16").exists()
+
+    resumed = runs.train(killed, resume_from_checkpoint=str(out / "checkpoint-4"))
+    names = [f"amopo/{name}/weight" for name in DIMENSIONS] + ["loss", "grad_norm"]
+
+    def history(trainer):
+        return {
+            entry["step"]: [entry[name] for name in names]
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        }
+
+    assert list(history(resumed)) == list(range(1, 17))
+    assert history(resumed) == history(whole)
+
+
+def test_prepared_rows_are_made_anew_when_what_shapes_them_changes(tmp_path, tiny_model, data):
+    """And only then: the loss' own settings leave them as they are."""
+    copy = tmp_path / "data.jsonl"
+    copy.write_bytes(data.read_bytes())
+    values = runs.config(tmp_path, tiny_model, copy)
+    path = runs.write_config(tmp_path, values)
+
+    def folders(**changes):
+        runs.prepare(runs.write_config(tmp_path, values | changes, "changed.yml"))
+        return {p.name for p in (tmp_path / "prepared").iterdir() if p.is_dir()}
+
+    runs.prepare(path)
+    seen = folders()
+    assert len(seen) == 1
+    block = values["amopo"]
+    entry = values["datasets"][0]
+    same = [
+        {"amopo": block | {"gamma": 0.1, "weighting": "mean"}},
+        {"learning_rate": 1.0},
+        {"rl_beta": 0.1},
+    ]
+    for changes in same:
+        assert folders(**changes) == seen, changes
+    shaping = [
+        {"amopo": block | {"dimensions": ["helpfulness", "safety"]}},
+        {"amopo": block | {"dimensions": [{"name": "helpfulness", "description": "useful"}]}},
+        {"amopo": block | {"winner": "per_dimension"}},
+        {"amopo": block | {"instruction": "Be {{ dimension }}."}},
+        {"amopo": block | {"overall": False}},
+        {"datasets": [entry | {"scale": [0, 5]}]},
+        {"sequence_len": 300},
+        {"sequence_len": 300, "excess_length_strategy": "truncate"},
+        {"chat_template": "llama3"},
+    ]
+    for changes in shaping:
+        now = folders(**changes)
+        assert len(now) == len(seen) + 1, changes
+        seen = now
+    copy.write_text(copy.read_text().replace("toaster", "kettle"))
+    now = folders()
+    assert len(now) == len(seen) + 1, "the data's content"
+    seen = now
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    seen = folders(tokenizer_config=str(tmp_path / "tokenizer"))
+    tokenizer.chat_template = tokenizer.chat_template.replace("\n", "\n\n")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert len(folders(tokenizer_config=str(tmp_path / "tokenizer"))) == len(seen) + 1

@@ -1,0 +1,144 @@
+"""The plugin does nothing in a run without `rl: amopo`, and registers itself once."""
+
+import importlib.metadata
+import json
+
+import pytest
+import runs
+from axolotl.integrations import base
+
+SFT = [
+    {
+        "messages": [
+            {"role": "user", "content": f"Is {i} even?"},
+            {"role": "assistant", "content": a},
+        ]
+    }
+    for i, a in enumerate(["Yes.", "No."] * 4)
+]
+DPO = [
+    {
+        "messages": [{"role": "user", "content": f"Is {i} even?"}],
+        "chosen": {"role": "assistant", "content": a},
+        "rejected": {"role": "assistant", "content": "Perhaps."},
+    }
+    for i, a in enumerate(["Yes.", "No."] * 4)
+]
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """A switch that hides the plugin's entry point from axolotl, or shows it."""
+
+    def switch(visible: bool) -> None:
+        def entry_points(**query):
+            found = importlib.metadata.entry_points(**query)
+            return [p for p in found if visible or p.dist.name != "axolotl-amopo"]
+
+        monkeypatch.setattr(base, "entry_points", entry_points)
+        base.reset_plugin_entry_points_cache()
+        base.PluginManager.get_instance().plugins.clear()
+
+    yield switch
+    monkeypatch.undo()
+    base.reset_plugin_entry_points_cache()
+    base.PluginManager.get_instance().plugins.clear()
+
+
+def plugins() -> list[str]:
+    return [type(p).__name__ for p in base.PluginManager.get_instance().plugins.values()]
+
+
+@pytest.mark.parametrize(
+    ("rl", "rows", "kind"),
+    [(None, SFT, "chat_template"), ("dpo", DPO, "chat_template.default")],
+    ids=["sft", "dpo"],
+)
+def test_other_runs_are_untouched(rl, rows, kind, tmp_path, tiny_model, installed):
+    data = runs.write_jsonl(tmp_path / "data.jsonl", rows)
+    entry = {"path": str(data), "type": kind}
+    if rl:
+        entry |= {"split": "train", "ds_type": "json", "data_files": [str(data)]}
+    histories = []
+    for visible in (True, False):
+        folder = tmp_path / str(visible)
+        folder.mkdir()
+        values = runs.config(
+            folder,
+            tiny_model,
+            data,
+            rl=rl,
+            amopo=None,
+            datasets=[entry],
+            max_steps=4,
+            num_epochs=2,
+            lora_mlp_kernel=False,
+            **runs.LORA,
+        )
+        installed(visible)
+        trainer = _train(runs.write_config(folder, values), rl)
+        assert ("AMoPOPlugin" in plugins()) is visible
+        assert "AMoPO" not in type(trainer).__name__
+        histories.append(
+            [
+                {k: v for k, v in entry.items() if not k.endswith(("runtime", "second", "gpu"))}
+                for entry in trainer.state.log_history
+            ]
+        )
+    assert len(runs.losses(trainer)) == 4
+    assert json.dumps(histories[0]) == json.dumps(histories[1])
+
+
+def _train(path, rl):
+    if not rl:
+        return runs.train(path)
+    from axolotl.common.datasets import load_preference_datasets
+    from axolotl.train import train
+
+    cfg = runs.load(path)
+    return train(cfg=cfg, dataset_meta=load_preference_datasets(cfg=cfg))[2]
+
+
+@pytest.mark.parametrize(
+    "named",
+    [None, "axolotl_amopo.AMoPOPlugin", "axolotl_amopo.plugin.AMoPOPlugin"],
+    ids=["entry point", "named", "named by its module"],
+)
+def test_registers_once(named, tmp_path, tiny_model, installed):
+    installed(True)
+    data = runs.ROOT / "quickstart" / "train.jsonl"
+    values = runs.config(tmp_path, tiny_model, data, plugins=[named] if named else None)
+    cfg = runs.load(runs.write_config(tmp_path, values))
+    assert cfg.amopo.enabled
+    assert cfg.rl is None
+    manager = base.PluginManager.get_instance()
+    assert manager.get_input_args().count("axolotl_amopo.args.AMoPOArgs") == 1
+    assert manager.get_trainer_cls(cfg).__name__ == "AMoPOTrainer"
+
+
+def test_block_alone_does_nothing(tmp_path, tiny_model, installed):
+    installed(True)
+    data = runs.write_jsonl(tmp_path / "data.jsonl", SFT)
+    values = runs.config(
+        tmp_path, tiny_model, data, rl=None, datasets=[{"path": str(data), "type": "chat_template"}]
+    )
+    cfg = runs.load(runs.write_config(tmp_path, values))
+    assert cfg.amopo is None
+    assert base.PluginManager.get_instance().get_trainer_cls(cfg) is None
+
+
+def test_validated_config_registers_again_as_on_a_ray_worker(tmp_path, tiny_model, installed):
+    from axolotl.cli.config import prepare_plugins
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.dict import DictDefault
+
+    installed(True)
+    data = runs.ROOT / "quickstart" / "train.jsonl"
+    cfg = runs.load(runs.write_config(tmp_path, runs.config(tmp_path, tiny_model, data)))
+    worker = DictDefault(cfg.to_dict())
+    for derived in ("batch_size", "capabilities", "env_capabilities"):
+        worker.pop(derived, None)
+    prepare_plugins(worker)
+    again = validate_config(worker)
+    assert again.amopo.to_dict() == cfg.amopo.to_dict()
+    assert again.datasets[0].conversation == cfg.datasets[0].conversation
