@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from axolotl_amopo.data.instructions import ENVIRONMENT
+from axolotl_amopo.data.instructions import ENVIRONMENT, dimension_facts, render
 from axolotl_amopo.errors import ConfigError, did_you_mean
 from axolotl_amopo.loss import Weighting
 
@@ -135,19 +135,18 @@ class AMoPOConfig(BaseModel):
     def check_template(cls, text, info):
         if text is None:
             return text
-        known = (
-            {"dimensions"}
-            if info.field_name == "overall_instruction"
-            else {"dimension", "description", "min", "max", "rating"}
-        )
+        facts = dimension_facts("name", None, (1, 5), 3)
+        if info.field_name == "overall_instruction":
+            facts = {"dimensions": [facts]}
         try:
-            unknown = meta.find_undeclared_variables(ENVIRONMENT.parse(text)) - known
-        except TemplateError as error:
-            raise ValueError(f"is not a Jinja template: {error}") from error
-        if unknown:
+            unknown = meta.find_undeclared_variables(ENVIRONMENT.parse(text)) - set(facts)
+            if unknown:
+                raise ValueError(f"uses {', '.join(sorted(unknown))}")
+            render(text, facts)
+        except (TemplateError, TypeError, ValueError) as error:
             raise ValueError(
-                f"uses {', '.join(sorted(unknown))}; it may use {', '.join(sorted(known))}"
-            )
+                f"is not a Jinja template that works ({error}); it may use {', '.join(facts)}"
+            ) from None
         return text
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ from pathlib import Path
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; two threads only wait for each other
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is tested is the same everywhere
 
 import pytest

@@ -94,9 +94,16 @@ def make_pairs(
 def _candidates(
     prompt: RatedPrompt, config: AMoPOConfig, scales: Scales
 ) -> Iterator[tuple[int, int]]:
-    count = len(prompt.responses)
-    if config.pairs == "best_worst" and count > 2:
-        scores = [overall_score(response.ratings, scales) for response in prompt.responses]
-        yield scores.index(max(scores)), scores.index(min(scores))
-    else:
-        yield from itertools.combinations(range(count), 2)
+    indices = range(len(prompt.responses))
+    if config.pairs == "best_worst":
+        # A response that could not be in a pair is neither best nor worst.
+        usable = any if config.missing_ratings == "mask" else all
+        scores = {
+            i: overall_score(prompt.responses[i].ratings, scales)
+            for i in indices
+            if usable(rating is not None for rating in prompt.responses[i].ratings.values())
+        }
+        if len(scores) > 1:  # with equal scores, the first and the last: a tie
+            yield max(scores, key=scores.get), min(reversed(scores), key=scores.get)
+            return
+    yield from itertools.combinations(indices, 2)

@@ -99,14 +99,18 @@ class Row:
             messages = [{"role": "user", "content": self.check_text(value, self.key(name))}]
         else:
             messages = self.check_messages(value, self.key(name))
+        return self.check_prompt(messages, self.key(name))
+
+    def check_prompt(self, messages: list[Message], key: str) -> list[Message]:
+        """Messages that a response can follow, with the `system` field's text before them."""
         if self.has("system"):
+            if messages and messages[0]["role"] == "system":
+                raise self.error(self.key("system"), f"is there twice: {key} begins with one.")
             messages = [{"role": "system", "content": self.text("system")}, *messages]
         if not any(message["role"] == "user" for message in messages):
-            raise self.error(self.key(name), "has no user turn.")
+            raise self.error(key, "has no user turn before the response.")
         if messages[-1]["role"] == "assistant":
-            raise self.error(
-                self.key(name), "ends with an assistant turn; that is the response's place."
-            )
+            raise self.error(key, "ends with an assistant turn; that is the response's place.")
         return messages
 
     def check_messages(self, value: Any, key: str) -> list[Message]:

@@ -15,7 +15,6 @@ sequence (what axolotl's own length handling and statistics read):
 
 import functools
 import hashlib
-import itertools
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -25,7 +24,7 @@ from typing import Any
 from axolotl.prompt_tokenizers import DatasetWrappingStrategy
 from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 
 from axolotl_amopo.args import AMoPOConfig, DatasetOptions
 from axolotl_amopo.data import instructions
@@ -43,6 +42,25 @@ BAD_ROW = "rows that can't be used (bad_rows: drop)"
 BAD_PAIR = "pairs that can't be tokenised (bad_rows: drop)"
 TOO_LONG = "pairs longer than sequence_len"
 SHORTENED = "pairs shortened to sequence_len"
+
+_IDS = List(Value("int64"))
+# Stated, because `datasets` infers them from the first thousand rows, which may all be dropped.
+FEATURES = Features(
+    {
+        "input_ids": _IDS,
+        "labels": _IDS,
+        "attention_mask": _IDS,
+        "prompt_ids": List(_IDS),
+        "response_ids": List(_IDS),
+        "winners": _IDS,
+        "dimension_mask": _IDS,
+        "example_id": Value("int64"),
+        "outcome": Value("string"),
+    }
+)
+
+# What axolotl's own chat formats take for these, without being told.
+ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class AMoPOStrategy(DatasetWrappingStrategy, ABC):
@@ -78,9 +96,8 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
             },
             ratings_required=self.config.missing_ratings == "error",
             fields=self._fields(),
-            roles={
-                alias: role for role, aliases in (ds_cfg.roles or {}).items() for alias in aliases
-            },
+            roles=ROLES
+            | {alias: role for role, aliases in (ds_cfg.roles or {}).items() for alias in aliases},
         )
         self.sequence_len = cfg.sequence_len
         if self.eval_split and cfg.eval_sequence_len:
@@ -202,6 +219,7 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
                 drop_bad=self.config.bad_rows == "drop",
             ),
             remove_columns=plain.column_names,
+            features=FEATURES,
             num_proc=processes if processes > 1 else None,
             desc=f"Tokenising pairs of {self.source.name}",
         )
@@ -316,24 +334,26 @@ def prepare_row(
         )
 
     outcome = ""
+    pair: PairTokens | None
     try:
         pair = tokenize(messages)
-        if (length := total(pair.longest())) > sequence_len:
-            if excess_length == "raise":
-                raise DataError(
-                    f"{where}: a sequence of this pair has {length} tokens, sequence_len is "
-                    f"{sequence_len}; raise sequence_len, or write excess_length_strategy: drop."
-                )
-            pair = (
-                shorten(tokenize, chat, messages, sequence_len)
-                if excess_length == "truncate"
-                else None
-            )
-            outcome = SHORTENED if pair else TOO_LONG
+        length = total(pair.longest())
+        if length > sequence_len:
+            outcome = TOO_LONG
+            if excess_length == "truncate":
+                pair = shorten(tokenize, chat, messages, sequence_len)
+                outcome = SHORTENED if pair else TOO_LONG
+            elif excess_length == "drop":
+                pair = None
     except DataError:
-        if not drop_bad or excess_length == "raise":
+        if not drop_bad:
             raise
         pair, outcome = None, BAD_PAIR
+    if outcome == TOO_LONG and excess_length == "raise":
+        raise DataError(
+            f"{where}: a sequence of this pair has {length} tokens, sequence_len is "
+            f"{sequence_len}; raise sequence_len, or write excess_length_strategy: drop."
+        )
     if pair is None:
         pair = PairTokens([[]] * len(row["instructions"]), [[], []], row["winners"])
 
@@ -346,14 +366,14 @@ def prepare_row(
         "response_ids": pair.responses,
         "winners": row["winners"],
         "dimension_mask": row["dimension_mask"],
-        "example_id": _example_id(pair),
+        "example_id": _example_id(pair, row["dimension_mask"]),
         "outcome": outcome,
     }
 
 
-def _example_id(pair: PairTokens) -> int:
-    ids = itertools.chain.from_iterable([*pair.prompts, *pair.responses])
-    digest = hashlib.blake2b(" ".join(map(str, ids)).encode(), digest_size=8).digest()
+def _example_id(pair: PairTokens, dimension_mask: list[int]) -> int:
+    content = json.dumps([pair.prompts, pair.responses, pair.winners, dimension_mask])
+    digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1  # fits a signed 64-bit column
 
 

@@ -1,5 +1,6 @@
 """Pairs -> token ids, through the model's own chat template."""
 
+import os.path
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,10 @@ class ChatTokenizer:
         bos = self.tokenizer.bos_token_id
         self._bos = bos if bos is not None and self.tokenizer("a").input_ids[0] == bos else None
         self._eos = self.tokenizer.eos_token
+        # Some tokenizers name few special tokens and mark the others in their vocabulary alone.
+        added = self.tokenizer.added_tokens_decoder.values()
+        marked = [token.content for token in added if token.special]
+        self._special = (*self.tokenizer.all_special_tokens, *marked)
         if self._eos is None:
             raise AMoPOError(
                 f"The tokenizer of {self.tokenizer.name_or_path} has no EOS token, so a response "
@@ -66,29 +71,32 @@ class ChatTokenizer:
             ValueError: where the text itself contains the EOS token.
         """
         prompt = self.render(messages, generation_prompt=True)
-        whole = self.render(
-            [*messages, {"role": "assistant", "content": response}], generation_prompt=False
-        )
-        if whole.startswith(prompt):
-            text = whole[len(prompt) :]
-        else:  # a template that writes the last turn in another way than the generation prompt
-            start = whole.rfind(response.strip())
-            if start < 0:
-                raise ValueError("the chat template does not render the response's text")
-            text = whole[start:]
-        ids = self.ids(self._close(text))
+        turn = {"role": "assistant", "content": response}
+        whole = self.render([*messages, turn], generation_prompt=False)
+        if not whole.startswith(prompt):
+            # A generation prompt that the template doesn't write into a whole conversation, such
+            # as an opened <think>: the response starts where another one would differ.
+            other = self.render([*messages, turn | {"content": "\0"}], generation_prompt=False)
+            prompt = os.path.commonprefix([whole, other])  # noqa: RUF071, characters are meant
+            if not whole.startswith(response.strip(), len(prompt)):
+                raise ValueError("is not rendered by the chat template")
+        text = self._close(whole[len(prompt) :], response)
+        # Tokenised behind the prompt: some tokenizers write a text's beginning in another way.
+        head, ids = self.ids(prompt), self.ids(prompt + text)
+        ids = ids[len(head) :] if ids[: len(head)] == head else self.ids(text)
         if self.tokenizer.eos_token_id in ids[:-1]:
             raise ValueError(f"contains the end-of-sequence token {self._eos}")
         return ids
 
-    def _close(self, text: str) -> str:
+    def _close(self, text: str, response: str) -> str:
         # Templates write a newline after the turn's end; the model stops before it.
         stripped = text.rstrip()
         if stripped.endswith((self._eos, *self.eot_tokens)):
             return stripped
-        if stripped.endswith(tuple(self.tokenizer.all_special_tokens)):
+        if stripped.endswith(self._special):
             return stripped + self._eos
-        # No end of turn in the template: white space at the end is the response's own.
+        if text.startswith(response) and not text[len(response) :].strip():
+            text = response  # no end of turn in the template, but white space
         return text + self._eos
 
 
@@ -159,7 +167,7 @@ def tokenize_pair(
             "choose another `chat_template:`."
         ) from None
     except ValueError as error:
-        raise DataError(f"{where}: the response can't be used: it {error}.") from None
+        raise DataError(f"{where}: the response can't be used: its text {error}.") from None
     return PairTokens(prompts, ids, winners)
 
 
@@ -191,7 +199,7 @@ def shorten(
 
     turn = last_user_turn(messages)
     while (excess := total(pair.longest()) - sequence_len) > 0:
-        question = messages[turn]["content"]
+        question = messages[turn]["content"].rstrip()
         offsets = chat.tokenizer(
             question, add_special_tokens=False, return_offsets_mapping=True
         ).offset_mapping

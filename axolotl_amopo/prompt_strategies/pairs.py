@@ -52,9 +52,7 @@ class PairsStrategy(AMoPOStrategy):
             raise row.error(
                 row.key("rejected"), "and chosen must share all turns but the last, the prompt."
             )
-        if not any(message["role"] == "user" for message in chosen):
-            raise row.error(row.key("chosen"), "has no user turn before the response.")
-        return chosen
+        return row.check_prompt(chosen, row.key("chosen"))
 
 
 def load(tokenizer, cfg, ds_cfg):
