@@ -1,8 +1,11 @@
 """The `amopo:` block of the YAML, and what of axolotl's own keys can't go with it."""
 
+import difflib
 import math
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
+from axolotl.cli.args import EvaluateCliArgs, InferenceCliArgs, PreprocessCliArgs, TrainerCliArgs
 from jinja2 import TemplateError, meta
 from pydantic import (
     BaseModel,
@@ -17,6 +20,7 @@ from axolotl_amopo.data.instructions import ENVIRONMENT, dimension_facts, render
 from axolotl_amopo.errors import ConfigError, did_you_mean
 from axolotl_amopo.loss import Weighting
 
+COMMAND_ARGUMENTS = (TrainerCliArgs, EvaluateCliArgs, PreprocessCliArgs, InferenceCliArgs)
 OVERALL = "overall"
 DEFAULT_BETA = 0.8
 
@@ -296,6 +300,17 @@ NO_EFFECT: tuple[str, ...] = (
 )
 
 
+# What axolotl's commands put into the raw config beside the YAML's keys.
+COMMAND_LINE_KEYS = {
+    *(field.name for arguments in COMMAND_ARGUMENTS for field in fields(arguments)),
+    "axolotl_config_path",
+    "is_preprocess",
+    "inference",
+    "merge_lora",
+    "launcher",
+}
+
+
 def check_axolotl_keys(cfg: dict) -> list[str]:
     """Refuse axolotl options that can't work with `rl: amopo`; return those with no effect.
 
@@ -318,8 +333,25 @@ def check_axolotl_keys(cfg: dict) -> list[str]:
                 f"{key}: {cfg[key]} can't work with rl: amopo, whose pairs must stay whole on one "
                 "device; shard the model with FSDP2 or DeepSpeed ZeRO-3 instead."
             )
+    _check_spelling(cfg)
     beta = cfg.get("rl_beta")
     number = isinstance(beta, (int, float)) and not isinstance(beta, bool)
     if beta is not None and not (number and 0 < beta < math.inf):
         raise ConfigError(f"rl_beta: must be a number above 0, e.g. {DEFAULT_BETA}; got {beta!r}.")
     return [key for key in NO_EFFECT if cfg.get(key)]
+
+
+def _check_spelling(cfg: dict) -> None:
+    """axolotl drops keys that it doesn't know; one letter off, that is a mistake.
+
+    A key that resembles none stays: people keep YAML anchors and notes there.
+    """
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    known = {*AxolotlInputConfig.model_fields, "plugins", "amopo"}
+    for name, field in AxolotlInputConfig.model_fields.items():
+        known |= {name, str(field.validation_alias or name), str(field.alias or name)}
+    for key in cfg:
+        close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.85)
+        if key not in known and key not in COMMAND_LINE_KEYS and close:
+            raise ConfigError(f"{key}: axolotl has no such key. Did you mean '{close[0]}'?")

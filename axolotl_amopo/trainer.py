@@ -1,7 +1,7 @@
 """AMoPOTrainer: axolotl's trainer with the AMoPO loss, its metrics, a deterministic evaluation."""
 
 import hashlib
-from typing import Any, override
+from typing import Any, ClassVar, override
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ class AMoPOTrainer(AxolotlTrainer):
     """Trains on pairs under K prompts. `configure` must be called before it is used; axolotl's
     builder does so through `post_set_axolotl_cfg`."""
 
-    tag_names = ("axolotl", "amopo")
+    tag_names: ClassVar = ["axolotl", "amopo"]
     # exp(loss) of a preference loss is not a perplexity.
     reports_token_perplexity = False
     # compute_loss divides by the examples of the whole optimizer step. Left to itself, the base
@@ -104,11 +104,9 @@ class AMoPOTrainer(AxolotlTrainer):
     @override
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Any]], device: torch.device
-    ) -> Tensor | None:
+    ) -> Tensor:
         """Examples of an optimizer step, over its micro batches and all ranks."""
         examples = sum(len(batch["dimension_mask"]) for batch in batch_samples)
-        if not batch_samples:
-            return None
         count = torch.tensor(examples, device=device, dtype=torch.float32)
         return self.accelerator.reduce(count, reduction="sum")
 

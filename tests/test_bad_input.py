@@ -234,6 +234,10 @@ CONFIGS = {
     "trl block": ({"trl": {"beta": 0.1}}, ["trl", "other rl methods"]),
     "simpo_gamma": ({"simpo_gamma": 1.0}, ["simpo_gamma", "amopo.gamma"]),
     "context parallel": ({"context_parallel_size": 2}, ["context_parallel_size", "FSDP2"]),
+    "misspelt key of axolotl's": (
+        {"learning_rates": 1e-4},
+        ["learning_rates", "Did you mean 'learning_rate'?"],
+    ),
     "no datasets": ({"datasets": []}, ["datasets", "missing or empty"]),
     "datasets not a list": ({"datasets": {"path": "x"}}, ["datasets", "list"]),
 }

@@ -15,6 +15,8 @@ from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 from runs import load, write_config, write_jsonl
 
+from axolotl_amopo.errors import AMoPOError
+
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "example_configs").glob("*.yml"))
 SECTIONS = ("datasets", "test_datasets")
@@ -183,5 +185,6 @@ def test_a_misspelt_key_is_noticed(block, key, misspelt, local):
     given = read(ROOT / "example_configs" / "qwen2.5-32b-fsdp2.yml")
     holder = given[block] if block else given
     holder[misspelt] = holder.pop(key)
-    with pytest.raises(AssertionError, match=misspelt):
+    # Refused by the plugin, or (in a block that axolotl owns) missed in what validation kept.
+    with pytest.raises((AMoPOError, AssertionError), match=misspelt):
         assert_kept(given, validate(local(given)))

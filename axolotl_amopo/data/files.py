@@ -56,15 +56,16 @@ def _check_mapping(node: yaml.Node | None, path: Any) -> None:
         return
     seen: dict[str, int] = {}
     for key, value in node.value:
+        _check_mapping(value, path)
+        if not isinstance(key, yaml.ScalarNode) or key.value == "<<":  # merges may repeat
+            continue
         line = key.start_mark.line + 1
         if key.value in seen:
             raise ConfigError(
                 f"{path}, line {line}: the key '{key.value}' is there twice (first on line "
                 f"{seen[key.value]}); keep one."
             )
-        if isinstance(key.value, str):
-            seen[key.value] = line
-        _check_mapping(value, path)
+        seen[key.value] = line
 
 
 def check_loads(entry: dict[str, Any], where: str) -> None:
@@ -103,8 +104,9 @@ def _check_utf8(path: Path) -> None:
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as broken:
+                unit = "row" if path.suffix == ".jsonl" else "line"
                 raise DataError(
-                    f"{path}, row {number}: is not UTF-8 (byte {line[broken.start]:#04x} at "
+                    f"{path}, {unit} {number}: is not UTF-8 (byte {line[broken.start]:#04x} at "
                     f"position {broken.start}); save the file as UTF-8."
                 ) from None
 

@@ -379,6 +379,9 @@ def _example_id(pair: PairTokens, dimension_mask: list[int]) -> int:
 
 def _source_name(ds_cfg: Any) -> str:
     files = ds_cfg.data_files
-    if not files:
-        return str(ds_cfg.path)
-    return ", ".join([files] if isinstance(files, str) else files)
+    name = str(ds_cfg.path)
+    if files:
+        name = ", ".join([files] if isinstance(files, str) else files)
+    # axolotl shuffles for these before a format sees the rows, so their numbers are not the file's.
+    shuffled = ds_cfg.shards or (ds_cfg.weight or 1.0) < 1.0
+    return f"{name} (as shuffled for `shards` or `weight`)" if shuffled else name

@@ -17,26 +17,29 @@ from axolotl_amopo.data.strategy import AMoPOStrategy
 TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
+def with_turns(messages: list[Message], row: Row) -> list[Message]:
+    """HelpSteer2's earlier turns, out of the text of the last message."""
+    *before, last = messages
+    first, *rest = TURN.split(last["content"])
+    turns = [("User", first), *zip(rest[::2], rest[1::2], strict=True)]
+    key = row.key("prompt")
+    if turns[-1][0] != "User":
+        raise row.error(key, "ends with an assistant turn.")
+    return [
+        *before,
+        *({"role": role.lower(), "content": row.check_text(text, key)} for role, text in turns),
+    ]
+
+
 class HelpSteerStrategy(AMoPOStrategy):
     scale = (0, 4)
     one_response_a_row = True
 
     def read(self, row: Row) -> RatedPrompt:
         messages = row.conversation("prompt", "messages")
-        if row.has("prompt") and isinstance(row.get("prompt"), str):
-            messages = [*messages[:-1], *self.turns(messages[-1]["content"], row)]
+        if isinstance(row.values.get(row.key("prompt")), str):
+            messages = with_turns(messages, row)
         return RatedPrompt(messages, [Response(row.text("response"), row.ratings())], [row.number])
-
-    @staticmethod
-    def turns(prompt: str, row: Row) -> list[Message]:
-        first, *rest = TURN.split(prompt)
-        turns = [("User", first), *zip(rest[::2], rest[1::2], strict=True)]
-        if turns[-1][0] != "User":
-            raise row.error(row.key("prompt"), "ends with an assistant turn.")
-        return [
-            {"role": role.lower(), "content": row.check_text(text, row.key("prompt"))}
-            for role, text in turns
-        ]
 
 
 def load(tokenizer, cfg, ds_cfg):

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 
 from axolotl_amopo.data.rows import Message, RatedPrompt, Response, Row
 from axolotl_amopo.data.strategy import AMoPOStrategy
+from axolotl_amopo.prompt_strategies.helpsteer import with_turns
 
 
 class PairsStrategy(AMoPOStrategy):
@@ -43,6 +44,8 @@ class PairsStrategy(AMoPOStrategy):
 
     @staticmethod
     def prompt(row: Row) -> list[Message]:
+        if isinstance(row.values.get(row.key("prompt")), str):  # the published file is HelpSteer2's
+            return with_turns(row.conversation("prompt"), row)
         if row.has("prompt") or row.has("messages") or not isinstance(row.get("chosen"), list):
             return row.conversation("prompt", "messages")
         chosen, rejected = (
