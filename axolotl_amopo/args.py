@@ -23,6 +23,8 @@ from axolotl_amopo.loss import Weighting
 COMMAND_ARGUMENTS = (TrainerCliArgs, EvaluateCliArgs, PreprocessCliArgs, InferenceCliArgs)
 OVERALL = "overall"
 DEFAULT_BETA = 0.8
+# Fields of the block that the plugin fills in.
+INTERNAL = {"enabled", "datasets"}
 
 Scale = Annotated[
     tuple[float, float],
@@ -226,6 +228,8 @@ def parse_block(model: type[BaseModel], block: Any, where: str) -> BaseModel:
         block = {}
     if not isinstance(block, dict):
         raise ConfigError(f"{where}: must be a block of keys, not {block!r}.")
+    if model is AMoPOConfig and (internal := INTERNAL & set(block)):
+        raise ConfigError(f"{where}.{min(internal)}: is for the plugin alone; remove it.")
     try:
         return model.model_validate(block)
     except ValidationError as error:
@@ -240,7 +244,7 @@ def _sentence(model: type[BaseModel], where: str, detail: dict) -> str:
     kind, given, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         owner = Dimension if len(path) > 1 and path[0] == "dimensions" else model
-        known = [name for name in owner.model_fields if name not in ("enabled", "datasets")]
+        known = [name for name in owner.model_fields if name not in INTERNAL]
         if path[-1] == "beta":
             return f"{key}: unknown key; beta is axolotl's own key rl_beta, outside this block."
         return f"{key}: unknown key.{did_you_mean(path[-1], known)} Known: {', '.join(known)}."
@@ -320,7 +324,7 @@ def check_axolotl_keys(cfg: dict) -> list[str]:
     for key, advice in INCOMPATIBLE.items():
         if cfg.get(key):
             raise ConfigError(f"{key}: {cfg[key]!r} can't work with rl: amopo; {advice}.")
-    ours = set(AMoPOConfig.model_fields) - {"datasets"}
+    ours = set(AMoPOConfig.model_fields) - INTERNAL
     for key in cfg:
         if key in ours or (key != "amopo" and str(key).lower().startswith(("amopo", "amop_"))):
             raise ConfigError(

@@ -181,6 +181,7 @@ def test_bad_file(name, tmp_path, tiny_model):
 # name: (changes to the config, parts of the error's text)
 CONFIGS = {
     "unknown key": ({"amopo": {"gama": 1}}, ["amopo.gama", "Did you mean 'gamma'?"]),
+    "a field of the plugin's": ({"amopo": {"enabled": True}}, ["amopo.enabled", "remove it"]),
     "beta in the block": ({"amopo": {"beta": 1}}, ["amopo.beta", "rl_beta"]),
     "key outside the block": ({"weighting": "mean"}, ["weighting", "amopo: {weighting"]),
     "key with a prefix": ({"amopo_gamma": 1}, ["amopo_gamma", "amopo: {gamma"]),
@@ -305,7 +306,7 @@ def test_too_long_raises_with_the_row(tmp_path, tiny_model):
     long = changed(GOOD, "prompt", to="word " * 1000)
     data = runs.write_jsonl(tmp_path / "data.jsonl", [GOOD, long])
     values = runs.config(tmp_path, tiny_model, data, excess_length_strategy="raise")
-    with pytest.raises(DataError, match=r"data.jsonl, row 2: .*sequence_len is 512"):
+    with pytest.raises(DataError, match=r"data.jsonl, row 2: a prompt of \d+ .* sequence_len, 512"):
         runs.prepare(runs.write_config(tmp_path, values))
 
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from runs import ROOT
 
-from axolotl_amopo.args import AMoPOConfig
+from axolotl_amopo.args import INTERNAL, AMoPOConfig
 from axolotl_amopo.data.entries import formats
 from axolotl_amopo.metrics import metric_names
 
@@ -19,7 +19,7 @@ def test_every_key_of_the_block_is_in_the_table_with_its_default():
     defaults = {
         name: field.default
         for name, field in AMoPOConfig.model_fields.items()
-        if name not in ("enabled", "datasets")
+        if name not in INTERNAL
     }
     assert set(rows) == set(defaults)
     for name, default in defaults.items():

@@ -271,3 +271,36 @@ def test_every_way_learns(changes, tmp_path, tiny_model, data):
     trainer = runs.train(runs.write_config(tmp_path, values))
     losses = runs.losses(trainer)
     assert losses[-1] < losses[0] - 0.02, losses
+
+
+@pytest.mark.parametrize(
+    ("block", "prompts"),
+    [
+        ({"rating_in_prompt": "own"}, 3),
+        ({"rating_in_prompt": "none", "overall": False}, 2),
+        ({"weighting": "uniform", "instruction": "", "overall_instruction": ""}, 3),
+        (
+            {
+                "weighting": "static",
+                "weights": {"overall": 2, "helpfulness": 1, "honesty": 1},
+            },
+            3,
+        ),
+        ({"winner": "per_dimension", "pairs": "best_worst", "gamma": 0.0}, 3),
+    ],
+    ids=["own ratings", "no overall", "no instructions", "static", "per dimension"],
+)
+def test_every_setting_trains(block, prompts, tmp_path, tiny_model, data):
+    values = runs.config(tmp_path, tiny_model, data, max_steps=2)
+    values["amopo"] |= block
+    trainer = runs.train(runs.write_config(tmp_path, values))
+    entry = trainer.state.log_history[0]
+    weights = [entry[f"amopo/{name}/weight"] for name in trainer.amopo.prompt_names]
+    assert len(weights) == prompts
+    if block.get("weighting") == "static":
+        assert weights == pytest.approx([0.5, 0.25, 0.25])
+    if block.get("weighting") == "uniform":
+        assert weights == pytest.approx([1 / 3] * 3, abs=1e-4)
+        # Without instructions the prompts are one and the same, and so are their losses.
+        losses = {entry[f"amopo/{name}/loss"] for name in trainer.amopo.prompt_names}
+        assert len(losses) == 1

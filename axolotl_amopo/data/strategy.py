@@ -337,8 +337,7 @@ def prepare_row(
     pair: PairTokens | None
     try:
         pair = tokenize(messages)
-        length = total(pair.longest())
-        if length > sequence_len:
+        if total(pair.longest()) > sequence_len:
             outcome = TOO_LONG
             if excess_length == "truncate":
                 pair = shorten(tokenize, chat, messages, sequence_len)
@@ -350,9 +349,11 @@ def prepare_row(
             raise
         pair, outcome = None, BAD_PAIR
     if outcome == TOO_LONG and excess_length == "raise":
+        prompt, response = map(len, pair.longest())
         raise DataError(
-            f"{where}: a sequence of this pair has {length} tokens, sequence_len is "
-            f"{sequence_len}; raise sequence_len, or write excess_length_strategy: drop."
+            f"{where}: a prompt of {prompt} tokens (with its instruction) and a response of "
+            f"{response} are more than sequence_len, {sequence_len}; raise it, or write "
+            "excess_length_strategy: drop."
         )
     if pair is None:
         pair = PairTokens([[]] * len(row["instructions"]), [[], []], row["winners"])

