@@ -1,6 +1,7 @@
 """The quickstart: fetch a real small model, train it with `rl: amopo`, say what that changed."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,7 +25,9 @@ def main() -> None:
     ensure(MODEL)
     console.print(f"Training: axolotl train {CONFIG}")
     began = time.monotonic()
-    done = subprocess.run(["axolotl", "train", str(CONFIG)], check=False)
+    # Left to itself, `accelerate launch` gives each process one thread.
+    threads = {"OMP_NUM_THREADS": str(os.cpu_count())}
+    done = subprocess.run(["axolotl", "train", str(CONFIG)], env=threads | os.environ, check=False)
     if done.returncode:
         sys.exit(done.returncode)
 

@@ -222,11 +222,10 @@ INSTRUCTIONS = ["Aim high.", "Be kind and clear.", "Be true."]
 def prepared(tokenizer, sequence_len=2048, excess="drop", drop_bad=False, **changes):
     """A pair's prepared row."""
     row = {"messages": ASKED, "responses": ["Yes.", "No."], "instructions": INSTRUCTIONS} | changes
-    row |= {"messages": json.dumps(row["messages"]), "row": 1}
+    row |= {"messages": json.dumps(row["messages"]), "where": "data.jsonl, row 1"}
     return prepare_row(
         row | {"winners": [0, 0, 1], "dimension_mask": [1, 1, 1]},
         chat=chat(tokenizer),
-        source="data.jsonl",
         sequence_len=sequence_len,
         excess_length=excess,
         drop_bad=drop_bad,

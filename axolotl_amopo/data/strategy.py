@@ -122,11 +122,10 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
                 left.
         """
         chat = self._chat_tokenizer()
-        counts: Counter = Counter()
-        prompts = self.read_all(enumerate(dataset, start=1), counts)
+        dropped: Counter = Counter()
+        prompts = self.read_all(enumerate(dataset, start=1), dropped)
         self._check_dimensions(prompts, dataset.column_names)
         scales = self._scales(prompts)
-        dropped: Counter = Counter(counts)
         pairs = [pair for prompt in prompts for pair in self._pairs(prompt, scales, dropped)]
         made = len(pairs)
         prepared = self._tokenize(pairs, scales, chat, process_count, dropped)
@@ -213,7 +212,6 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
             functools.partial(
                 prepare_row,
                 chat=chat,
-                source=self.source.name,
                 sequence_len=self.sequence_len,
                 excess_length=(self.cfg.excess_length_strategy or "drop").lower(),
                 drop_bad=self.config.bad_rows == "drop",
@@ -232,13 +230,16 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
 
     def _plain(self, pair: Pair, scales: Scales) -> dict[str, Any]:
         responses = [pair.prompt.responses[i] for i in pair.responses]
+        rows = pair.prompt.rows
+        if self.one_response_a_row:
+            rows = sorted(rows[i] for i in pair.responses)
         return {
             "messages": json.dumps(pair.prompt.messages),
             "responses": [response.text for response in responses],
             "instructions": self.instructions(pair, scales),
             "winners": pair.winners,
             "dimension_mask": [int(keep) for keep in pair.mask],
-            "row": pair.prompt.rows[0],
+            "where": f"{self.source.name}, row {' and '.join(map(str, rows))}",
         }
 
     def instructions(self, pair: Pair, scales: Scales) -> list[str]:
@@ -319,13 +320,12 @@ def prepare_row(
     row: dict[str, Any],
     *,
     chat: ChatTokenizer,
-    source: str,
     sequence_len: int,
     excess_length: str,
     drop_bad: bool,
 ) -> dict[str, Any]:
     """One pair's prepared row; `outcome` says why it is to be dropped, empty where it isn't."""
-    where = f"{source}, row {row['row']}"
+    where = row["where"]
     messages = json.loads(row["messages"])
 
     def tokenize(conversation: list[dict]) -> PairTokens:
