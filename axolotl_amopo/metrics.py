@@ -86,7 +86,7 @@ class Means:
 
     def add(self, values: Tensor) -> None:
         """Add [B, 1 + M] values."""
-        sums = torch.stack([values.nansum(0), values.isfinite().sum(0).to(values)]).double()
+        sums = torch.stack([values.nansum(0), values.isfinite().sum(0).to(values)])
         self.sums = sums if self.sums is None else self.sums + sums
 
     def take(self, reduce_sum) -> list[float | None]:

@@ -1,5 +1,6 @@
 """The main job on real input: SmolLM2's first layers, and HelpSteer's rows as published."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -64,7 +65,8 @@ def test_prompts_of_the_real_template(tmp_path, smollm2, shared):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    published = data.read_text(encoding="utf-8")
+    lines = data.read_text(encoding="utf-8").splitlines()
+    published = {json.loads(line)["response"].strip() for line in lines}
     for row in datasets.train_dataset:
         for prompt in row["prompt_ids"]:
             text = tokenizer.decode(prompt)
@@ -74,6 +76,4 @@ def test_prompts_of_the_real_template(tmp_path, smollm2, shared):
         for response in row["response_ids"]:
             assert response.count(tokenizer.eos_token_id) == 1
             assert response[-1] == tokenizer.eos_token_id
-            text = tokenizer.decode(response[:-1])
-            first_line = text.strip().splitlines()[0].replace('"', '\\"')
-            assert first_line[:40] in published
+            assert tokenizer.decode(response[:-1]).strip() in published
