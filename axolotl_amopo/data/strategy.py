@@ -122,6 +122,11 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
                 left.
         """
         chat = self._chat_tokenizer()
+        if self._excess_length() == "truncate" and not self.tokenizer.is_fast:
+            raise AMoPOError(
+                "excess_length_strategy: truncate needs a fast tokenizer, to cut the question by "
+                "its tokens; write drop, or remove tokenizer_use_fast: false."
+            )
         dropped: Counter = Counter()
         prompts = self.read_all(enumerate(dataset, start=1), dropped)
         self._check_dimensions(prompts, dataset.column_names)
@@ -213,7 +218,7 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
                 prepare_row,
                 chat=chat,
                 sequence_len=self.sequence_len,
-                excess_length=(self.cfg.excess_length_strategy or "drop").lower(),
+                excess_length=self._excess_length(),
                 drop_bad=self.config.bad_rows == "drop",
             ),
             remove_columns=plain.column_names,
@@ -295,6 +300,9 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
             dict(self.cfg.chat_template_kwargs or {}),
             tuple(self.cfg.eot_tokens or ()),
         )
+
+    def _excess_length(self) -> str:
+        return (self.cfg.excess_length_strategy or "drop").lower()
 
     def _nothing_left(self, dropped: Counter) -> DataError:
         reasons = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
