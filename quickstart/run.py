@@ -42,7 +42,7 @@ def main() -> None:
     for name in ("accuracy", "margin"):
         table.add_column(f"{name} before", justify="right")
         table.add_column("after", justify="right")
-    for key in before:
+    for key in sorted(before, key=lambda key: "/overall/" not in key):
         if key.startswith("eval_amopo/") and key.endswith("/accuracy"):
             margin = key.replace("/accuracy", "/margin")
             table.add_row(
