@@ -8,7 +8,6 @@ import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from torch import Tensor, nn
 from transformers import EvalPrediction
-from transformers.trainer_utils import EvalLoopOutput
 
 from axolotl_amopo.args import AMoPOConfig
 from axolotl_amopo.logprobs import response_logps, takes_logits_to_keep
@@ -125,23 +124,14 @@ class AMoPOTrainer(AxolotlTrainer):
         return loss.detach(), outputs["values"], inputs["example_ids"]
 
     def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        values = prediction.predictions  # [N, 1 + M]
+        values = prediction.predictions[:, 1:]  # [N, M]; the loop has the losses already
         counts = np.isfinite(values).sum(0)
         means = np.where(counts, np.nansum(values, 0) / counts.clip(min=1), np.nan)
-        names = ["exact_loss", *self.metric_names]
-        return {name: float(mean) for name, mean in zip(names, means, strict=True) if mean == mean}
-
-    @override
-    def evaluation_loop(
-        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> EvalLoopOutput:
-        kwargs["prediction_loss_only"] = False
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        # The base class averages over batches, which is off where the last one is smaller.
-        exact = output.metrics.pop(f"{metric_key_prefix}_exact_loss", None)
-        if exact is not None:
-            output.metrics[f"{metric_key_prefix}_loss"] = exact
-        return output
+        return {
+            name: float(mean)
+            for name, mean in zip(self.metric_names, means, strict=True)
+            if not np.isnan(mean)
+        }
 
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

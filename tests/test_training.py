@@ -134,6 +134,22 @@ def test_draws_do_not_depend_on_the_batch_layout(tmp_path, tiny_model, data):
     same_step(whole, halves)
 
 
+def test_draws_depend_on_seed_step_and_example_alone():
+    from axolotl_amopo.trainer import draw_noise
+
+    ids = torch.tensor([11, 22, 33])
+    draws = draw_noise(ids, 4, seed=7, step=3)
+    assert draws.shape == (3, 4, 2)
+    assert torch.equal(draws, draw_noise(ids.flip(0), 4, seed=7, step=3).flip(0))
+    assert torch.equal(draws[1:2], draw_noise(ids[1:2], 4, seed=7, step=3))
+    others = [draw_noise(ids, 4, seed=8, step=3), draw_noise(ids, 4, seed=7, step=4)]
+    assert not any(torch.isclose(draws, other).any() for other in others)
+    assert not torch.isclose(draws[0], draws[1]).any()
+    many = draw_noise(torch.arange(2000), 4, seed=0, step=0)
+    assert abs(many.mean()) < 0.05
+    assert abs(many.std() - 1) < 0.05
+
+
 def test_same_seed_same_run(tmp_path, tiny_model, data):
     """Bit for bit; another seed draws other weights."""
     histories = []
