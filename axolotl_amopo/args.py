@@ -107,6 +107,16 @@ class AMoPOConfig(BaseModel):
         description="Jinja template of the overall instruction: dimensions, a list of the same; "
         "empty for none",
     )
+    instruction_place: Literal["before", "after"] = Field(
+        default="before",
+        description="The instruction stands before the question, or after it, which is cheaper: "
+        "all prompts of a pair then share the question",
+    )
+    share_prompt: Literal["auto", True, False] = Field(
+        default="auto",
+        description="Run a pair's shared prompt once: auto, where the model gives the same "
+        "numbers; true, or stop; false, never",
+    )
     pairs: Literal["all", "best_worst"] = Field(
         default="all", description="Which pairs are made of a prompt's rated responses"
     )

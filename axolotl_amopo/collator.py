@@ -1,66 +1,58 @@
 """Prepared rows -> one batch."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from axolotl_amopo.data.tokens import PairTokens
+from axolotl_amopo.layout import plant
 
 
 @dataclass
 class AMoPOCollator:
-    """Lays a batch of B pairs under K prompts out as B * K * 2 sequences.
+    """Collects B pairs under K prompts into one forest of segments, see `layout`.
 
-    Rows go example by example, prompt by prompt, chosen before rejected. Sequences are padded on
-    the left, so that all responses end in the last column and the model's own `logits_to_keep`
-    limits the logits to the response positions.
+    Nothing is padded here: which layout the model can take is the trainer's to find out.
 
     The batch holds:
         dimension_mask  [B, K] bool; first, because transformers takes the number of examples
                         from a batch's first tensor
         example_ids     [B]
-        input_ids, attention_mask, position_ids, labels  [B * K * 2, L]; labels are -100 but at
-                        response tokens
-        response_len    int, T: no response is longer
+        input_ids       [1, N] the forest's tokens, each shared one once
+        position_ids    [1, N] counted from each segment's root
+        labels          [1, N] the token's id at response tokens, else -100; for token counts
+        forest          a `Forest`
+        pad_to_multiple_of  int, for layouts that need padding
     """
 
-    tokenizer: Any
+    tokenizer: Any  # axolotl passes this and the two below to every collator
     pad_to_multiple_of: int | None = None
-    padding: Any = True  # axolotl passes these two to every collator
+    padding: Any = True
     return_tensors: str = "pt"
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        sequences = [
-            sequence
-            for row in rows
-            for sequence in PairTokens(
-                row["prompt_ids"], row["response_ids"], row["winners"]
-            ).sequences()
-        ]
-        longest = max(len(prompt) + len(response) for prompt, response in sequences)
-        multiple = self.pad_to_multiple_of or 1
-        length = math.ceil(longest / multiple) * multiple
-        pad = self.tokenizer.pad_token_id
-
-        shape = (len(sequences), length)
-        input_ids = torch.full(shape, pad)
-        labels = torch.full(shape, -100)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        for i, (prompt, response) in enumerate(sequences):
-            start = length - len(prompt) - len(response)
-            input_ids[i, start:] = torch.tensor(prompt + response)
-            labels[i, length - len(response) :] = torch.tensor(response)
-            attention_mask[i, start:] = 1
-        position_ids: Tensor = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        pairs = [PairTokens(row["prompt_ids"], row["response_ids"], row["winners"]) for row in rows]
+        dimension_mask = torch.tensor([row["dimension_mask"] for row in rows]).bool()
+        forest, tokens = plant(pairs, dimension_mask.tolist())
+        input_ids = torch.tensor([tokens])
+        ends = [0] * len(forest.parents)
+        positions = []
+        for segment, (parent, length) in enumerate(
+            zip(forest.parents, forest.lengths, strict=True)
+        ):
+            begin = ends[parent] if parent >= 0 else 0
+            ends[segment] = begin + length
+            positions.append(torch.arange(begin, begin + length))
+        is_response = torch.zeros(len(forest.parents), dtype=torch.bool)
+        is_response[[leaf.segment for leaf in forest.leaves]] = True
+        is_response = is_response.repeat_interleave(torch.tensor(forest.lengths))
         return {
-            "dimension_mask": torch.tensor([row["dimension_mask"] for row in rows]).bool(),
+            "dimension_mask": dimension_mask,
             "example_ids": torch.tensor([row["example_id"] for row in rows]),
             "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "labels": labels,
-            "response_len": max(len(response) for _, response in sequences),
+            "position_ids": torch.cat(positions).unsqueeze(0),
+            "labels": input_ids.masked_fill(~is_response, -100),
+            "forest": forest,
+            "pad_to_multiple_of": self.pad_to_multiple_of or 1,
         }

@@ -1,65 +1,301 @@
-"""A batch through the model -> log-probabilities of the response tokens."""
+"""A batch through the model -> log-probabilities of the response tokens.
 
-import inspect
+The model's own forward is taught one more way to be called (`prepare_model`): with the places
+whose hidden states predict a response token, it returns those tokens' log-probabilities and
+never makes the logits of the rest. As all happens inside that forward, DDP, FSDP2, ZeRO-3,
+autocast and adapters see nothing unusual.
+"""
+
+from functools import partial, wraps
+from types import MethodType
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from axolotl_amopo.attention import attention_inputs
+from axolotl_amopo.layout import Layout, LayoutName, lay_out
+
+# Float32 logits that exist at one time; beside them stand at most as many bytes in half precision.
+CHUNK_BYTES = 96 * 2**20
+
+
+def causal_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside adapters; not inside DDP and the like."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def prepare_model(model: nn.Module) -> None:
+    """Teach an unwrapped model, and its head, to return log-probabilities of chosen tokens.
+
+    The forward is replaced on this one instance; called as before, it does what it did.
+
+    Raises:
+        TypeError: for a model without a head in transformers' usual place.
+    """
+    causal = causal_model(model)
+    if hasattr(causal, "amopo_head"):
+        return
+    head = causal.get_output_embeddings()
+    if head is None:
+        raise TypeError(f"{type(causal).__name__} has no output embeddings to train on")
+    causal.amopo_head = [head]  # in a list, so that it isn't registered as a module again
+    plain = causal.forward
+
+    @wraps(plain)
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        predict_M: Tensor | None = None,
+        targets_M: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if predict_M is None:
+            return plain(*args, **kwargs)
+        hidden = self.base_model(*args, **kwargs)[0]  # [R, L, H]
+        return head_logps(self, hidden.flatten(0, 1)[predict_M], targets_M)
+
+    causal.forward = MethodType(forward, causal)
+    if _is_plain_linear(head):
+        head.forward = MethodType(_linear_or_logps, head)
 
 
 def response_logps(
-    model: nn.Module, batch: dict[str, Any], *, accepts_logits_to_keep: bool = True
+    model: nn.Module,
+    batch: dict[str, Any],
+    layout: LayoutName = "sequences",
+    *,
+    own_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the response tokens, from one forward of the (wrapped) model.
 
-    All goes through the model's own forward, so that DDP, FSDP2 and ZeRO-3 see every parameter
-    that is used, and adapters on the head, soft-capping and logit scaling apply.
-
     Args:
-        model: the model as the trainer wraps it.
+        model: as the trainer wraps it, after `prepare_model` (not needed for `own_logits`).
         batch: as `AMoPOCollator` makes it.
-        accepts_logits_to_keep: see `takes_logits_to_keep`.
+        layout: how the batch is laid out; must be one that the model can take.
+        own_logits: take the logits that the model's own forward makes, for models whose head is
+            not a matter of hidden states alone.
 
     Returns:
-        token_logps [B, K, 2, T] in float32, and their mask (true at response tokens).
+        token_logps [B, K, 2, T] in float32, and their mask (true at response tokens); both are
+        empty where `dimension_mask` is false.
     """
-    length = batch["response_len"]
-    # The position before the first response token predicts it.
-    keep = {"logits_to_keep": length + 1} if accepts_logits_to_keep else {}
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-        use_cache=False,
-        **keep,
-    ).logits[:, -(length + 1) : -1]  # [B * K * 2, T, V]
-    labels = batch["labels"][:, -length:]  # [B * K * 2, T]
+    causal = causal_model(unwrap(model))
+    tokens_N, positions_N = batch["input_ids"][0], batch["position_ids"][0]
+    laid = lay_out(batch["forest"], layout, batch["pad_to_multiple_of"]).to(tokens_N.device)
+    index_RL = laid.index_RL.clamp(min=0)
+    positions_RL = positions_N[index_RL]
+    inputs = {
+        "input_ids": tokens_N[index_RL],
+        "position_ids": positions_RL,
+        "use_cache": False,
+    } | attention_inputs(laid, positions_RL, causal.config.get_text_config(), causal.dtype)
+    targets_M = tokens_N[laid.targets_M]
+    if own_logits:
+        logps_M = _own_logps(model, inputs, laid, targets_M)
+    else:
+        logps_M = model(**inputs, predict_M=laid.predict_M, targets_M=targets_M)
 
-    # Row by row: one response's float32 logits at a time, made again in the backward pass.
-    recompute = logits.dtype != torch.float32 and torch.is_grad_enabled()
-    token_logps = torch.stack(
-        [
-            checkpoint(gather_logps, row, label, use_reentrant=False)
-            if recompute
-            else gather_logps(row, label)
-            for row, label in zip(logits, labels, strict=True)
-        ]
-    )
-    batch_size, prompts = batch["dimension_mask"].shape
-    shape = (batch_size, prompts, 2, length)
-    return token_logps.view(shape), (labels != -100).view(shape)
+    forest = laid.forest
+    shape = (forest.examples, forest.prompts, 2, forest.longest_response)
+    size = forest.examples * forest.prompts * 2 * forest.longest_response
+    token_logps = logps_M.new_zeros(size).index_copy(0, laid.slots_M, logps_M)
+    mask = torch.zeros(size, dtype=torch.bool, device=logps_M.device)
+    mask[laid.slots_M] = True
+    return token_logps.view(shape), mask.view(shape)
 
 
-def gather_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    """log softmax of `logits` [T, V] at `labels` [T], in float32; any value where they are -100."""
-    logits = logits.float()
-    chosen = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DDP or a DeepSpeed engine."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def _own_logps(model: nn.Module, inputs: dict, laid: Layout, targets_M: Tensor) -> Tensor:
+    length = laid.index_RL.shape[1]
+    rows_M, columns_M = laid.predict_M // length, laid.predict_M % length
+    keep = columns_M.unique()
+    logits = model(**inputs, logits_to_keep=keep).logits  # [R, len(keep), V]
+    chosen = logits[rows_M, torch.searchsorted(keep, columns_M)]  # [M, V]
+    return _chunked(gather_logps, chosen, targets_M, chosen.shape[-1])
+
+
+@torch.compiler.disable
+def head_logps(causal: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities of `targets` [M] from hidden states [M, H], in float32, chunk by chunk."""
+    (head,) = causal.amopo_head
+    scale, softcap = logit_options(causal.config.get_text_config())
+    if getattr(head.forward, "__func__", None) is _linear_or_logps:
+        return head(hidden, targets=targets, scale=scale, softcap=softcap)
+
+    def logps(hidden: Tensor, targets: Tensor) -> Tensor:
+        return gather_logps(head(hidden), targets, scale=scale, softcap=softcap)
+
+    # An adapted or quantised head: its own forward, once more in the backward pass.
+    vocabulary = causal.config.get_text_config().vocab_size
+    return _chunked(logps, hidden, targets, vocabulary)
+
+
+def logit_options(config: Any) -> tuple[float, float | None]:
+    """What transformers' models do to the head's output: a factor, and a soft cap.
+
+    Granite divides by `logits_scaling`, HyperCLOVA X multiplies by it, Cohere by `logit_scale`,
+    Falcon-H1 by `lm_head_multiplier`; Gemma caps. Whether this is all that a model does is
+    proven at the start, see `sharing`.
+    """
+    scale = 1.0
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        scale = divisor if config.model_type.startswith("hyperclovax") else 1 / divisor
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        if (factor := getattr(config, name, None)) is not None:
+            scale *= factor
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def gather_logps(
+    logits: Tensor, targets: Tensor, *, scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """log softmax of `logits` [M, V] at `targets` [M], in float32."""
+    logits = logits.float() * scale
+    if softcap:
+        logits = softcap * (logits / softcap).tanh()
+    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return chosen - logits.logsumexp(-1)
 
 
-def takes_logits_to_keep(model: nn.Module) -> bool:
-    """Whether the unwrapped model's forward can limit the logits to the last positions."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+def _chunked(function: Any, values: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+    """`function` over chunks of rows, made again in the backward pass to keep nothing of it."""
+    if torch.is_grad_enabled():
+        function = partial(checkpoint, function, use_reentrant=False)
+    rows = _chunk_rows(vocabulary)
+    chunks = zip(values.split(rows), targets.split(rows), strict=True)
+    return torch.cat([function(*chunk) for chunk in chunks])
+
+
+def _chunk_rows(vocabulary: int) -> int:
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
+def _is_plain_linear(head: nn.Module) -> bool:
+    return (
+        isinstance(head, nn.Linear)
+        and type(head).forward is nn.Linear.forward
+        and head.weight.is_floating_point()
+    )
+
+
+def _linear_or_logps(
+    self: nn.Linear,
+    hidden: Tensor,
+    *,
+    targets: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """A linear head's forward. It is called as a module, so that ZeRO-3 and FSDP2 have its weight
+    in place, in the backward pass too."""
+    if targets is None:
+        return nn.Linear.forward(self, hidden)
+    weight, bias, device = self.weight, self.bias, hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return LinearLogps.apply(hidden, weight, bias, targets, scale, softcap)
+
+
+class LinearLogps(torch.autograd.Function):
+    """log softmax(scale and cap(hidden W^T + bias)) at the targets, without the logits.
+
+    A token's log-probability depends on its own hidden state alone, so the gradient with respect
+    to that is the incoming number times a vector known in the forward pass already. With a frozen
+    head the logits are thus made once: two products with W in all, where recomputing takes three.
+    A head that is trained costs two more in the backward pass, over slices of the vocabulary, so
+    that each slice of its gradient is one product and no float32 copy of it is summed up.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [M, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        targets: Tensor,  # [M]
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:  # [M] float32
+        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        norms = torch.empty_like(logps)  # log of the softmax's denominator
+        unit_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # of each logp
+        rows = _chunk_rows(len(weight))
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            logits, slope = _logits(hidden[chunk], weight, bias, scale, softcap)
+            highest = logits.amax(-1, keepdim=True)
+            target = targets[chunk].unsqueeze(-1)
+            # In place from here on: a chunk of logits is the largest thing there is.
+            picked = logits.sub_(highest).gather(-1, target)
+            total = logits.exp_().sum(-1, keepdim=True)
+            logps[chunk] = (picked - total.log()).squeeze(-1)
+            norms[chunk] = (highest + total.log()).squeeze(-1)
+            if unit_grad is not None:
+                towards = logits.div_(total).neg_()
+                towards.scatter_add_(-1, target, torch.ones_like(picked))
+                if slope is not None:
+                    towards.mul_(slope)
+                torch.mm(towards.to(weight.dtype), weight, out=unit_grad[chunk])
+        if unit_grad is not None and scale != 1.0:
+            unit_grad *= scale
+        ctx.save_for_backward(hidden, weight, bias, targets, norms, unit_grad)
+        ctx.options = scale, softcap
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, norms, unit_grad = ctx.saved_tensors
+        scale, softcap = ctx.options
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = (grad.unsqueeze(-1) * unit_grad).to(hidden.dtype) if wants_hidden else None
+        grad_weight = torch.empty_like(weight) if wants_weight else None
+        grad_bias = torch.empty_like(bias) if wants_bias else None
+        if not (wants_weight or wants_bias):
+            return grad_hidden, None, None, None, None, None
+
+        columns = max(1, CHUNK_BYTES // (4 * max(1, len(hidden))))
+        for start in range(0, len(weight), columns):
+            chunk = slice(start, start + columns)
+            part = None if bias is None else bias[chunk]
+            logits, slope = _logits(hidden, weight[chunk], part, scale, softcap)
+            towards = logits.sub_(norms.unsqueeze(-1)).exp_().neg_()
+            inside = (targets >= start) & (targets < start + columns)
+            (rows,) = inside.nonzero(as_tuple=True)
+            towards[rows, targets[rows] - start] += 1
+            if slope is not None:
+                towards.mul_(slope)
+            towards.mul_((grad * scale).unsqueeze(-1))
+            if grad_weight is not None:
+                torch.mm(towards.to(weight.dtype).t(), hidden, out=grad_weight[chunk])
+            if grad_bias is not None:
+                grad_bias[chunk] = towards.sum(0)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Final logits in float32, and (under a cap) their derivative by the scaled ones."""
+    logits = torch.mm(hidden, weight.t())
+    if bias is not None:
+        logits += bias
+    logits = logits.float()
+    if scale != 1.0:
+        logits *= scale
+    if not softcap:
+        return logits, None
+    bent = logits.div_(softcap).tanh_()
+    slope = 1 - bent.square()
+    return bent.mul_(softcap), slope

@@ -6,13 +6,17 @@ from typing import Any, ClassVar, override
 import numpy as np
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
+from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import EvalPrediction
 
 from axolotl_amopo.args import AMoPOConfig
-from axolotl_amopo.logprobs import response_logps, takes_logits_to_keep
+from axolotl_amopo.logprobs import prepare_model, response_logps
 from axolotl_amopo.loss import AMoPOLoss, amopo_loss
 from axolotl_amopo.metrics import Means, example_metrics, metric_names
+from axolotl_amopo.sampler import GROUPED_PASSES, LengthGroupedSampler, row_lengths
+from axolotl_amopo.sharing import Choice, choose_layout
 
 
 class AMoPOTrainer(AxolotlTrainer):
@@ -33,7 +37,9 @@ class AMoPOTrainer(AxolotlTrainer):
         # The evaluation loop gathers per-example metrics over ranks, drops the examples that
         # padded the last batch, and hands them here.
         self.compute_metrics = self._mean_metrics
-        self._keeps_logits = takes_logits_to_keep(self.accelerator.unwrap_model(self.model))
+        # Before accelerate wraps the forward in autocast and the model in DDP and the like.
+        prepare_model(self.accelerator.unwrap_model(self.model))
+        self._choice: Choice | None = None
         self._means = Means()
 
     @classmethod
@@ -52,18 +58,31 @@ class AMoPOTrainer(AxolotlTrainer):
         self.beta = beta
         self.metric_names = metric_names(config.prompt_names)
 
+    @property
+    def data_seed(self) -> int:
+        """Of the order of the rows and of the weights' draws."""
+        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
+
     def amopo_forward(self, model: nn.Module, inputs: dict[str, Any]) -> AMoPOLoss:
         """The loss of a batch; evaluation takes the means instead of draws."""
-        token_logps, mask = response_logps(model, inputs, accepts_logits_to_keep=self._keeps_logits)
         config = self.amopo
+        if self._choice is None:  # at the first batch, when the model is wrapped as it will be
+            self._choice = choose_layout(
+                model,
+                inputs,
+                config.share_prompt,
+                agree=lambda worst: self.accelerator.gather(worst).max(),
+                half_precision=self.accelerator.mixed_precision != "no",
+                compiled=self.args.torch_compile,
+            )
+        layout, own_logits = self._choice
+        token_logps, mask = response_logps(model, inputs, layout, own_logits=own_logits)
         noise = static = None
         weighting = config.weighting
         if weighting == "gaussian":
             if model.training:
-                seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-                noise = draw_noise(
-                    inputs["example_ids"], token_logps.shape[1], seed, self.state.global_step
-                )
+                ids, prompts = inputs["example_ids"], token_logps.shape[1]
+                noise = draw_noise(ids, prompts, self.data_seed, self.state.global_step)
             else:
                 weighting = "mean"
         if weighting == "static":
@@ -99,6 +118,20 @@ class AMoPOTrainer(AxolotlTrainer):
                 share = len(values) * self.args.world_size / num_items_in_batch
                 loss = loss * share
         return (loss, {"values": values}) if return_outputs else loss
+
+    @override
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        cfg = self.axolotl_cfg
+        if cfg.group_by_length is False or cfg.curriculum_sampling:
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        return LengthGroupedSampler(
+            row_lengths(train_dataset if train_dataset is not None else self.train_dataset),
+            pass_size=args.train_batch_size * args.world_size,
+            window=GROUPED_PASSES if cfg.group_by_length else args.gradient_accumulation_steps,
+            seed=self.data_seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
 
     @override
     def _get_num_items_in_batch(
