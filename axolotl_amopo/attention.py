@@ -6,7 +6,7 @@ functions are registered by name, and keyword arguments of the model's forward r
 """
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface, PretrainedConfig
+from transformers.integrations.flash_attention import get_target_dtype
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask, sdpa_mask
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
 from axolotl_amopo.layout import Forest, Layout
 
-PACKED_SDPA = "amopo_packed_sdpa"
-PACKED_VARLEN = "amopo_packed_varlen"
-# Keywords that change the scores, which only the attention they were written for knows.
-UNKNOWN_SCORES = ("s_aux", "position_bias", "cache")
+FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+# The packed counterpart of an attention implementation, by the name it is registered under.
+# (transformers takes a name with "flash" in it for a kernel to be downloaded.)
+PACKED = {"sdpa": "amopo_packed_sdpa"} | {name: f"amopo_packed_varlen_{name[-1]}" for name in FLASH}
+# Keywords that change the scores, which SDPA can't follow.
+UNKNOWN_SCORES = ("softcap", "s_aux", "position_bias", "cache")
 
 
 def attention_inputs(
@@ -111,7 +114,8 @@ class PackedForest:
         self.lengths = forest.lengths
         self.parents = forest.parents
         self.paths = [forest.path(segment) for segment in range(len(forest.parents))]
-        self._masks: dict[tuple, Tensor | None] = {}
+        self._masks: dict[tuple, Tensor] = {}
+        self._varlen: tuple[Tensor, dict[str, Any]] | None = None
 
     def mask(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor | None:
         """Additive [queries, keys], the last query seeing the last key; None for plain causal."""
@@ -130,24 +134,31 @@ class PackedForest:
             )
         return self._masks[key]
 
-    @cached_property
-    def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """Every segment as a query whose keys are its whole path: the keys' places among the
-        packed tokens, the boundaries of queries and of keys, and the longest of both."""
+    def varlen(self, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+        """Every segment as a query whose keys are its whole path.
+
+        Returns:
+            The keys' places among the packed tokens, and what transformers' FlashAttention takes
+            for sequences of any length: the boundaries of queries and of keys, the longest ones.
+        """
+        if self._varlen is None:
+            self._varlen = self._make_varlen(device)
+        return self._varlen
+
+    def _make_varlen(self, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
         tokens = torch.arange(sum(self.lengths)).split(self.lengths)
         keys = [torch.cat([tokens[segment] for segment in path]) for path in self.paths]
-        key_lengths = [len(places) for places in keys]
+        key_lengths = list(map(len, keys))
 
         def boundaries(lengths: list[int]) -> Tensor:
-            return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+            return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
 
-        return (
-            torch.cat(keys),
-            boundaries(self.lengths),
-            boundaries(key_lengths),
-            max(self.lengths),
-            max(key_lengths),
-        )
+        return torch.cat(keys).to(device), {
+            "cu_seq_lens_q": boundaries(self.lengths),
+            "cu_seq_lens_k": boundaries(key_lengths),
+            "max_length_q": max(self.lengths),
+            "max_length_k": max(key_lengths),
+        }
 
 
 def packed_sdpa(
@@ -177,7 +188,8 @@ def packed_sdpa(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    _check_scores(kwargs, (*UNKNOWN_SCORES, "softcap"))
+    if unknown := [name for name in UNKNOWN_SCORES if kwargs.get(name) is not None]:
+        raise NotImplementedError(f"packed attention does not know {', '.join(unknown)}")
     window = kwargs.get("sliding_window")
     groups = query.shape[1] // key.shape[1]
     # One split instead of slices: its backward is one concatenation, not a zero-filled [N] each.
@@ -199,57 +211,44 @@ def packed_sdpa(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def packed_varlen(
+def packed_flash(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
     scaling: float | None = None,
     amopo_forest: PackedForest | None = None,
+    *,
+    implementation: str,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The same in one call of FlashAttention's variable-length kernel.
+    """The same in one call of FlashAttention's variable-length kernel, through transformers.
 
-    Its causal mask is aligned to the last query and the last key (since FlashAttention 2.1), which
-    is what a segment behind its path needs.
+    The kernel aligns its causal mask to the last query and the last key, which is what a segment
+    behind its path needs.
     """
-    if amopo_forest is None:
-        raise RuntimeError("this model runs AMoPO's packed attention, which needs its own inputs")
-    _check_scores(kwargs, UNKNOWN_SCORES)
-    (_, varlen_kernel, *_), _ = lazy_import_flash_attention(None)
-    places, query_ends, key_ends, longest_query, longest_key = (
-        value.to(query.device) if isinstance(value, Tensor) else value
-        for value in amopo_forest.varlen
-    )
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [N, heads, D]
-    options: dict[str, Any] = {}
-    if (window := kwargs.get("sliding_window")) is not None and longest_key > window:
-        options["window_size"] = (window - 1, 0)
-    if (softcap := kwargs.get("softcap")) is not None:
-        options["softcap"] = softcap
-    out = varlen_kernel(
-        q.contiguous(),
-        k[places],
-        v[places],
-        cu_seqlens_q=query_ends,
-        cu_seqlens_k=key_ends,
-        max_seqlen_q=longest_query,
-        max_seqlen_k=longest_key,
+    target_dtype = get_target_dtype(query, module)
+    varlen: dict[str, Any] = {}
+    if amopo_forest is not None:
+        places, varlen = amopo_forest.varlen(query.device)
+        key, value, attention_mask = key[:, :, places], value[:, :, places], None
+    output = _flash_attention_forward(
+        *(states.transpose(1, 2) for states in (query, key, value)),
+        attention_mask,
+        query_length=query.shape[2],
+        is_causal=True,
         softmax_scale=scaling,
-        causal=True,
-        **({"dropout_p": dropout} if dropout else {}),
-        **options,
+        target_dtype=target_dtype,
+        attn_implementation=implementation,
+        **varlen,
+        **{name: option for name, option in kwargs.items() if name != "is_causal"},
     )
-    return (out[0] if isinstance(out, tuple) else out).unsqueeze(0), None
+    return output, None
 
 
-def _check_scores(kwargs: dict[str, Any], unknown: tuple[str, ...]) -> None:
-    if used := [name for name in unknown if kwargs.get(name) is not None]:
-        raise NotImplementedError(f"packed attention does not know {', '.join(used)}")
-
-
-AttentionInterface.register(PACKED_SDPA, packed_sdpa)
-AttentionInterface.register(PACKED_VARLEN, packed_varlen)
-AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
+AttentionInterface.register(PACKED["sdpa"], packed_sdpa)
+AttentionMaskInterface.register(PACKED["sdpa"], sdpa_mask)
+for _name in FLASH:
+    AttentionInterface.register(PACKED[_name], partial(packed_flash, implementation=_name))
+    AttentionMaskInterface.register(PACKED[_name], flash_attention_mask)

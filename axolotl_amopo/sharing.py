@@ -14,7 +14,7 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from axolotl_amopo.attention import PACKED_SDPA, PACKED_VARLEN, layer_types
+from axolotl_amopo.attention import FLASH, PACKED, layer_types
 from axolotl_amopo.collator import AMoPOCollator
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.layout import LayoutName
@@ -24,8 +24,6 @@ LOG = get_logger(__name__)
 
 # Attention that takes a prepared 4D mask.
 MASKED = ("sdpa", "eager", "flex_attention")
-# Attention whose kernels take sequences of any length one after the other.
-VARLEN = ("flash_attention_2", "flash_attention_3")
 # Mean difference of log-probabilities, in nats, that rounding explains in 32 and in 16 bits. A
 # token seen that shouldn't be, or a wrong position, costs tenths of a nat.
 TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
@@ -101,7 +99,7 @@ def cannot_share(causal: PreTrainedModel) -> str:
     if unknown:
         return f"{type(causal).__name__} has layers of another kind ({', '.join(sorted(unknown))})"
     implementation = config._attn_implementation
-    if implementation not in (*MASKED, *VARLEN, PACKED_SDPA, PACKED_VARLEN):
+    if implementation not in (*MASKED, *PACKED, *PACKED.values()):
         return f"attention implementation {implementation} takes no mask"
     return ""
 
@@ -111,10 +109,10 @@ def candidates(
 ) -> list[LayoutName]:
     """Layouts worth trying, best first."""
     implementation = causal.config.get_text_config()._attn_implementation
-    if implementation in (*VARLEN, PACKED_VARLEN):
+    if any(implementation in (name, PACKED[name]) for name in FLASH):
         return ["packed"]
     # A kernel call a segment is cheap on a CPU; elsewhere one call with a mask is preferred.
-    on_cpu = implementation in ("sdpa", PACKED_SDPA) and device.type == "cpu"
+    on_cpu = implementation in ("sdpa", PACKED["sdpa"]) and device.type == "cpu"
     return ["packed", "tree"] if on_cpu and not compiled else ["tree"]
 
 
@@ -124,9 +122,7 @@ class _Attention:
     def __init__(self, causal: PreTrainedModel, layout: LayoutName):
         self.causal = causal
         self.before = causal.config.get_text_config()._attn_implementation
-        self.needed = self.before
-        if layout == "packed":
-            self.needed = PACKED_VARLEN if self.before in VARLEN else PACKED_SDPA
+        self.needed = PACKED.get(self.before, self.before) if layout == "packed" else self.before
         self.keep = False
 
     def __enter__(self) -> "_Attention":

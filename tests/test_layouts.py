@@ -10,6 +10,7 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.attention.flex_attention import create_mask
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from axolotl_amopo import sharing
-from axolotl_amopo.attention import PACKED_VARLEN
+from axolotl_amopo.attention import PACKED, attention_inputs
 from axolotl_amopo.collator import AMoPOCollator
 from axolotl_amopo.data.tokens import PairTokens
 from axolotl_amopo.errors import AMoPOError
@@ -307,13 +308,13 @@ def test_an_adapted_head(name, lora):
 
 
 def test_variable_length_kernel(monkeypatch):
-    """The metadata given to FlashAttention's kernel, against what its documentation says it does
-    (https://github.com/Dao-AILab/flash-attention, flash_attn_varlen_func); no GPU is needed."""
-    from axolotl_amopo import attention
+    """transformers' FlashAttention path, with a kernel that does what the real one documents
+    (https://github.com/Dao-AILab/flash-attention, flash_attn_varlen_func), as no GPU is here."""
+    from transformers import modeling_flash_attention_utils as flash
 
     def kernel(
-        q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-        window_size=(-1, -1),
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+        softmax_scale=None, causal=False, window_size=(-1, -1),
     ):  # fmt: skip
         assert causal
         outputs = []
@@ -334,16 +335,37 @@ def test_variable_length_kernel(monkeypatch):
             outputs.append(scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values)
         return torch.cat(outputs, 1).transpose(0, 1)
 
+    functions = (None, kernel, None, None, None)
+    process = flash._lazy_define_process_function(kernel)
     monkeypatch.setattr(
-        attention, "lazy_import_flash_attention", lambda _: ((None, kernel), (None, None))
+        flash, "lazy_import_flash_attention", lambda _: (functions, (process, dict))
     )
     for name in ("llama", "mistral", "gemma3"):
         model = build(name, "sdpa")
         slow = slow_logps(model, rows())
         prepare_model(model)
-        model.set_attn_implementation(PACKED_VARLEN)
+        model.set_attn_implementation(PACKED["flash_attention_2"])
         logps, mask = response_logps(model, batch_of(rows()), "packed")
         torch.testing.assert_close(logps[mask], slow[mask], atol=2e-5, rtol=1e-5)
+
+
+def test_flex_attention_gets_the_same_mask():
+    model = build("gemma3", "flex_attention")
+    batch = batch_of(rows())
+    laid = lay_out(batch["forest"], "tree", 8)
+    positions = batch["position_ids"][0][laid.index_RL.clamp(min=0)]
+    masks = {}
+    for implementation in ("flex_attention", "sdpa"):
+        model.config._attn_implementation = implementation
+        inputs = attention_inputs(laid, positions, model.config, torch.float32)
+        masks[implementation] = inputs["attention_mask"]
+    assert set(masks["sdpa"]) == {"full_attention", "sliding_attention"}
+    for kind, dense in masks["sdpa"].items():
+        block_mask = masks["flex_attention"][kind]
+        rows_R, _, length, _ = dense.shape
+        made = create_mask(block_mask.mask_mod, rows_R, None, length, length, device="cpu")
+        assert made.equal(dense)
+    assert not masks["sdpa"]["full_attention"].equal(masks["sdpa"]["sliding_attention"])
 
 
 # Which layout a model gets.
