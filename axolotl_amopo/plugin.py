@@ -77,6 +77,12 @@ class AMoPOPlugin(BasePlugin):
     def get_input_args(self) -> str | None:
         return "axolotl_amopo.args.AMoPOArgs" if self.enabled else None
 
+    def pre_model_load(self, cfg: Any) -> None:
+        if self._runs(cfg) and cfg.amopo.share_prompt is True:
+            from axolotl_amopo.sharing import check_before_loading
+
+            check_before_loading(cfg)
+
     def get_trainer_cls(self, cfg: Any) -> type | None:
         if not self._runs(cfg):
             return None

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from axolotl.loaders.utils import load_model_config
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from axolotl_amopo.attention import FLASH, PACKED, layer_types
 from axolotl_amopo.collator import AMoPOCollator
@@ -68,7 +69,8 @@ def choose_layout(
         return Choice("sequences", own_logits)
 
     causal = causal_model(unwrap(model))
-    reason = cannot_share(causal)
+    config = causal.config.get_text_config()
+    reason = cannot_share(type(causal), config, config._attn_implementation)
     if not reason:
         for layout in candidates(causal, proof.device, compiled):
             with _Attention(causal, layout) as attention:
@@ -78,10 +80,7 @@ def choose_layout(
                 LOG.info("AMoPO: prompts are shared (%s layout).", layout)
                 return Choice(layout, own_logits)
     if share_prompt is True:
-        raise AMoPOError(
-            f"amopo.share_prompt: true can't work with this model: {reason}. Write auto or false, "
-            "or choose attn_implementation: sdpa if that is the reason."
-        )
+        raise _refusal(reason)
     LOG.warning(
         "AMoPO: PROMPTS ARE NOT SHARED, every response runs with a prompt of its own: %s. "
         "(amopo.share_prompt: false silences this.)",
@@ -90,15 +89,15 @@ def choose_layout(
     return Choice("sequences", own_logits)
 
 
-def cannot_share(causal: PreTrainedModel) -> str:
-    """Why a model's config rules sharing out; empty where it doesn't."""
-    config = causal.config.get_text_config()
-    if causal._is_stateful:
-        return f"{type(causal).__name__} carries a state from token to token"
+def cannot_share(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, implementation: str
+) -> str:
+    """Why a model's class, config or attention rules sharing out; empty where nothing does."""
+    if model_class._is_stateful:
+        return f"{model_class.__name__} carries a state from token to token"
     unknown = set(layer_types(config)) - {"full_attention", "sliding_attention"}
     if unknown:
-        return f"{type(causal).__name__} has layers of another kind ({', '.join(sorted(unknown))})"
-    implementation = config._attn_implementation
+        return f"{model_class.__name__} has layers of another kind ({', '.join(sorted(unknown))})"
     if implementation not in (*MASKED, *PACKED, *PACKED.values()):
         return f"attention implementation {implementation} takes no mask"
     return ""
@@ -114,6 +113,27 @@ def candidates(
     # A kernel call a segment is cheap on a CPU; elsewhere one call with a mask is preferred.
     on_cpu = implementation in ("sdpa", PACKED["sdpa"]) and device.type == "cpu"
     return ["packed", "tree"] if on_cpu and not compiled else ["tree"]
+
+
+def check_before_loading(cfg: Any) -> None:
+    """Refuse `share_prompt: true` while only the model's config is known, if that suffices.
+
+    Raises:
+        AMoPOError: says why the model can't.
+    """
+    config = load_model_config(cfg)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is not None:
+        implementation = cfg.attn_implementation or "sdpa"
+        if reason := cannot_share(model_class, config.get_text_config(), implementation):
+            raise _refusal(reason)
+
+
+def _refusal(reason: str) -> AMoPOError:
+    return AMoPOError(
+        f"amopo.share_prompt: true can't work with this model: {reason}. Write auto or false, or "
+        "choose attn_implementation: sdpa if that is the reason."
+    )
 
 
 class _Attention:

@@ -402,7 +402,7 @@ def test_the_proof_alone_finds_them(name, monkeypatch, caplog):
     """Were the config silent."""
     model = build(name, "eager")
     prepare_model(model)
-    monkeypatch.setattr(sharing, "cannot_share", lambda causal: "")
+    monkeypatch.setattr(sharing, "cannot_share", lambda *_: "")
     assert choose_layout(model, batch_of(rows()), "auto") == ("sequences", False)
     assert "PROMPTS ARE NOT SHARED" in caplog.text
 
@@ -463,7 +463,8 @@ def test_configs_that_rule_sharing_out(name, change, reason):
     model = build(name, "sdpa")
     for key, value in change.items():
         setattr(model.config, key, value)
-    assert reason in cannot_share(model)
+    implementation = model.config._attn_implementation
+    assert reason in cannot_share(type(model), model.config, implementation)
 
 
 def test_the_saved_model_knows_nothing_of_it(tmp_path):
