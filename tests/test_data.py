@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from axolotl_amopo.args import AMoPOConfig, Dimension
+from axolotl_amopo.data.entries import prepare_entries
 from axolotl_amopo.data.pairs import IDENTICAL, MISSING, SINGLE, TIE, make_pairs
 from axolotl_amopo.data.rows import RatedPrompt, Response
 
@@ -271,6 +272,27 @@ def instructions(ratings=((90, 2), (20, 4)), dimensions=SCALED, **block):
 def test_rating_in_the_instruction(name):
     block, expected = SHOWN[name]
     assert instructions(**SHOW | block) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"instruction_place": "after"}, False),
+        ({"instruction_place": "before"}, True),  # the default
+        ({"instruction": "Be good."}, False),
+        ({"gamma": 1.0, "weighting": "mean", "share_prompt": False}, True),
+    ],
+)
+def test_fingerprint_holds_what_shapes_the_rows(change, same, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(Q | LISTED))
+
+    def fingerprint(**block):
+        cfg = {"base_model": "x", "datasets": [{"path": str(data), "type": "amopo.rated"}]}
+        (stored,) = prepare_entries(cfg, AMoPOConfig(**block))
+        return stored
+
+    assert (fingerprint(**change) == fingerprint()) == same
 
 
 @pytest.mark.parametrize("rating", ["chosen", "none"])

@@ -2,18 +2,19 @@
 
 import copy
 import json
+import os.path
 
 import pytest
 from conftest import CHATML, ROOT
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data import ASKED, PER, SCALED, SCALES, SYSTEM, TALK, assistant, strategy, user
-from tokenizers import AddedToken, Tokenizer, models, normalizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from axolotl_amopo.collator import AMoPOCollator
+from axolotl_amopo.data import strategy as strategies
 from axolotl_amopo.data.strategy import BAD_PAIR, SHORTENED, TOO_LONG, prepare_row
 from axolotl_amopo.data.tokens import (
     MIN_QUESTION_TOKENS,
@@ -23,6 +24,7 @@ from axolotl_amopo.data.tokens import (
     tokenize_pair,
     total,
 )
+from axolotl_amopo.errors import DataError
 
 EOS, EOT, START = "<|im_end|>", "<end_of_turn>", "<|im_start|>assistant\n"
 
@@ -124,17 +126,86 @@ def test_prompt_and_response_are_the_whole_conversation(tokenizer):
                 assert ours.prompts[0] + ids == chat(tokenizer).ids(whole)
 
 
-def test_response_is_tokenised_as_it_stands_after_the_prompt():
-    """A tokenizer like Llama 2's writes a space before whatever text it is given."""
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    trainer = trainers.BpeTrainer(special_tokens=["<s>", "</s>"], show_progress=False)
-    bpe.train_from_iterator(["[INST]", "Is", "it?", "[/INST]", "Yes", "it", "is."] * 3, trainer)
-    llama = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+def metaspace(kind):
+    """BPE on words that begin with "▁", and where a text gets one at its beginning."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    if kind == "prepend":  # Llama 2's: before every piece of text between two special tokens
+        replace = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        bpe.normalizer = normalizers.Sequence(replace)
+    else:
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", EOS]
+    trainer = trainers.BpeTrainer(special_tokens=special, show_progress=False)
+    words = ["[INST]", "Is", "it?", "[/INST]", "Yes", "it", "is.", "user\n", "assistant\n"]
+    bpe.train_from_iterator(words * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+KINDS = ["byte level", "prepend", "always", "first", "never"]
+
+
+@pytest.fixture(params=KINDS)
+def any_kind(request, tokenizer):
+    return copy.deepcopy(tokenizer) if request.param == KINDS[0] else metaspace(request.param)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_response_is_tokenised_as_it_stands_after_the_prompt(kind):
     body = "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>"
-    ours = chat(llama, template(body + "{% endif %}", start=""))
+    ours = chat(llama := metaspace(kind), template(body + "{% endif %}", start=""))
     ids = ours.prompt_ids(ASKED) + ours.response_ids(ASKED, "Yes it is.")
-    assert ids == ours.ids("[INST] Is it? [/INST] Yes it is.</s>")
+    assert ids == llama.encode("[INST] Is it? [/INST] Yes it is.</s>", add_special_tokens=False)
+
+
+# name: special tokens beside ChatML's, and how they are found
+BESIDE = {
+    "none": {},
+    "takes white space": {"<a>": ["lstrip"]},
+    "longer one takes it": {"<a>": [], "<a>is.": ["lstrip"]},
+    "begins with white space": {"<a>": ["rstrip"], " <b>": []},
+    "whole word": {"it": ["single_word"], "a<b>": []},
+    "normalised": {"<a>": ["normalized"]},
+    "longer": {f"{EOS}\n": []},
+    "overlap": {"a<|im": [], "is.<|im_start|>": []},
+}
+PARTS = ["<s>", EOS, "<|im_start|>", "<a>", "<b>", "a<b>", "it", "is.", "a", " ", "\n", "Yes"]
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("beside", BESIDE)
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(parts=st.lists(st.sampled_from(PARTS)), at=st.integers(0, 9), written=st.booleans())
+def test_ids_of_the_pieces_are_those_of_the_text(beside, split, parts, at, written, any_kind):
+    for content, flags in BESIDE[beside].items():
+        any_kind.add_tokens([AddedToken(content, special=True, **dict.fromkeys(flags, True))])
+    any_kind.split_special_tokens = split
+    ours = chat(any_kind, CHATML + "".join(f"{{# {text} #}}" for text in BESIDE[beside]) * written)
+
+    def whole(text):
+        return any_kind(text, add_special_tokens=False).input_ids
+
+    prompt, response = "".join(parts[:at]), "".join(parts[at:])
+    assert ours.ids(prompt + response) == whole(prompt + response)
+    head, ids = whole(prompt), whole(prompt + response)
+    expected = ids[len(head) :] if ids[: len(head)] == head else whole(response)
+    assert ours.ids_behind(prompt, response) == expected
+
+
+def test_shared_turns_and_the_prompt_before_a_response_are_not_tokenised_again(any_kind):
+    ours = chat(any_kind)
+    tokenize_pair(ours, TALK, ["Yes.", "No."], ["a", "b"], [0, 0], "")
+    pieces = "".join(ours._known)
+    for text in ("Be kind.", "Hi.", "Hello.", "a\n\nIs it?", "b\n\nIs it?", "Yes.", "No."):
+        assert pieces.count(text) == 1
+    assert pieces.count("Is it?") == 2
+
+
+def test_truncation_of_the_tokenizers_own_is_ended(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.backend_tokenizer.enable_truncation(4)
+    other.backend_tokenizer.enable_padding(length=64)
+    other.bos_token = None
+    assert chat(other).ids("Is it so? " * 9) == chat(tokenizer).ids("Is it so? " * 9)
 
 
 def test_a_pair_tokenises_each_prompt_and_response_once(tokenizer, monkeypatch):
@@ -167,14 +238,23 @@ def wrap(tokenizer, rows, **changes):
     return wanted.wrap_dataset(Dataset.from_list(rows))
 
 
+SHOWN = ["all", "help=90", "truth=4"]
+AFTER = {"instruction_place": "after"}
+
+
 @pytest.mark.parametrize(
-    ("templates", "before"),
-    [(SHOW, ["all\n\n", "help=90\n\n", "truth=4\n\n"]), (NO_INSTRUCTION, ["", "", ""])],
-    ids=["instruction", "empty instruction"],
+    ("block", "asked"),
+    [
+        (SHOW, [f"{text}\n\nIs it?" for text in SHOWN]),
+        (SHOW | AFTER, [f"Is it?\n\n{text}" for text in SHOWN]),
+        (NO_INSTRUCTION, ["Is it?"] * 3),
+        (NO_INSTRUCTION | AFTER, ["Is it?"] * 3),
+    ],
+    ids=["instruction", "after the question", "empty instruction", "empty, after"],
 )
-def test_prepared_row(templates, before, tokenizer):
-    (row,) = wrap(tokenizer, [rated("Is it?", *reversed(BOTH))], **PER, **templates)
-    prompts = [chatml([user(text + "Is it?")]) for text in before]
+def test_prepared_row(block, asked, tokenizer):
+    (row,) = wrap(tokenizer, [rated("Is it?", *reversed(BOTH))], **PER, **block)
+    prompts = [chatml([user(text)]) for text in asked]
     assert tokenizer.batch_decode(row["prompt_ids"]) == prompts
     assert tokenizer.batch_decode(row["response_ids"]) == ["No." + EOS, "Yes." + EOS]
     assert (row["winners"], row["dimension_mask"]) == ([0, 0, 1], [1, 1, 1])
@@ -206,6 +286,30 @@ def test_what_happened_is_counted_and_logged(tokenizer, caplog):
     )
     wrap(tokenizer, rows[:1])
     assert caplog.messages[-1].endswith("1 prompts, 1 pairs made, 1 kept; nothing left out")
+
+
+def test_prompts_with_the_instruction_after_the_question_begin_alike(tokenizer):
+    rows = [{"messages": TALK} | rated("", *BOTH) | {"prompt": None}]
+    (row,) = wrap(tokenizer, rows, **SHOW, **AFTER)
+    shared = os.path.commonprefix(row["prompt_ids"])  # noqa: RUF071, of lists too
+    assert tokenizer.decode(shared).startswith(chatml(TALK).removesuffix(f"{EOS}\n{START}"))
+
+
+def test_several_processes_prepare_the_same_rows(tokenizer, monkeypatch, caplog):
+    rows = [rated(f"Is it {i}?" * (1 + i % 9), *BOTH, (50, 3)) for i in range(300)]
+    rows[7] = rated("Ends?", *BOTH, texts=["Yes.", "N<|im_end|>o."])
+    monkeypatch.setattr(strategies, "ROWS_PER_PROCESS", 1)
+    results = []
+    for processes in (1, 3):
+        wanted = strategy("rated", tokenizer, sequence_len=120, dimensions=SCALED, bad_rows="drop")
+        prepared = wanted.wrap_dataset(Dataset.from_list(rows), process_count=processes)
+        results.append((prepared.to_list(), caplog.messages[-1]))
+    assert results[0] == results[1]
+    assert "can't be tokenised" in results[0][1] and "longer than" in results[0][1]
+
+    wanted = strategy("rated", tokenizer, dimensions=SCALED)
+    with pytest.raises(DataError, match=r"^data.jsonl, row 8: the response can't be used"):
+        wanted.wrap_dataset(Dataset.from_list(rows), process_count=3)
 
 
 def test_many_dropped_pairs_before_the_first_good_one(tokenizer):
@@ -250,14 +354,16 @@ def test_pair_that_can_not_be_used_is_dropped(excess, tokenizer):
     assert row["outcome"] == BAD_PAIR
 
 
-def fit(tokenizer, messages, responses, sequence_len):
+def fit(tokenizer, messages, responses, sequence_len, place="before"):
     """`shorten`: what is left before the question, of the question and of the responses."""
     calls = []
 
     def tokenize(conversation):
         calls.append(conversation)
         assert len(calls) < 200, "no end"
-        return tokenize_pair(chat(tokenizer), conversation, responses, INSTRUCTIONS, [0, 0, 1], "")
+        return tokenize_pair(
+            chat(tokenizer), conversation, responses, INSTRUCTIONS, [0, 0, 1], "", place
+        )
 
     pair = shorten(tokenize, chat(tokenizer), messages, sequence_len)
     if pair is None:
@@ -265,9 +371,12 @@ def fit(tokenizer, messages, responses, sequence_len):
     assert max(map(total, pair.sequences())) <= sequence_len
     left = set()
     for ids, instruction in zip(pair.prompts, INSTRUCTIONS, strict=True):
-        before, question = tokenizer.decode(ids).split(f"{instruction}\n\n")
-        assert question.endswith(f"{EOS}\n{START}")
-        left.add((before, question.removesuffix(f"{EOS}\n{START}")))
+        before, turn, asked = tokenizer.decode(ids).rpartition("<|im_start|>user\n")
+        begin, end = f"{instruction}\n\n", f"{EOS}\n{START}"
+        if place == "after":
+            begin, end = "", f"\n\n{instruction}{end}"
+        assert asked.startswith(begin) and asked.endswith(end)
+        left.add((before + turn, asked.removeprefix(begin).removesuffix(end)))
     assert len(left) == 1, "the prompts are not cut alike"
     return *left.pop(), pair.responses
 
@@ -282,14 +391,16 @@ LONG = [SYSTEM, *EARLIER, user(" ".join(f"word{i}" for i in range(40)) + " Is it
 ANSWERS = ["Yes. " * 12, "No. " * 9]
 
 
-def test_what_is_cut_first(tokenizer):
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_what_is_cut_first(place, tokenizer):
     """At every length: the oldest turns go, then the question's beginning, then responses' ends."""
     ours, question = chat(tokenizer), LONG[-1]["content"]
     whole = [ours.response_ids(LONG, text) for text in ANSWERS]
     kept_turns = [chatml(m).removesuffix(START) for m in (LONG[:5], [SYSTEM, *LONG[3:5]], [SYSTEM])]
-    length = len(ours.prompt_ids(instructed(LONG, INSTRUCTIONS[1]))) + max(map(len, whole))
+    length = len(ours.prompt_ids(instructed(LONG, INSTRUCTIONS[1], place)))
+    length += max(map(len, whole))
     stages = []
-    while result := fit(tokenizer, LONG, ANSWERS, length):
+    while result := fit(tokenizer, LONG, ANSWERS, length, place):
         before, end, responses = result
         turns = kept_turns.index(before.removesuffix("<|im_start|>user\n"))
         assert question.endswith(end)
@@ -313,18 +424,22 @@ WORDS = st.lists(WORD, min_size=1, max_size=30).map(" ".join)
     responses=st.tuples(WORDS.map("Yes {}".format), WORDS.map("No {}".format)),
     system=st.booleans(),
     sequence_len=st.integers(1, 300),
+    place=st.sampled_from(["before", "after"]),
 )
-def test_shortened_pairs_always_fit(turns, question, responses, system, sequence_len, tokenizer):
+def test_shortened_pairs_always_fit(
+    turns, question, responses, system, sequence_len, place, tokenizer
+):
     talk = [message for text in turns for message in (user(text), assistant("Hm."))]
     begin = [SYSTEM] * system
-    result = fit(tokenizer, [*begin, *talk, user(question)], responses, sequence_len)
+    talk = [*begin, *talk, user(question)]
+    result = fit(tokenizer, talk, responses, sequence_len, place)
     if result:
         assert result[1] and question.endswith(result[1])
         assert result[0].startswith(chatml(begin).removesuffix(START))
     else:  # what has to stay is too long (2: cut at another place, text may merge into fewer ids)
         while len(chat(tokenizer).ids(question[1:])) > MIN_QUESTION_TOKENS:
             question = question[1:]
-        least = [*begin, user(f"{INSTRUCTIONS[1]}\n\n{question}")]
+        least = instructed([*begin, user(question)], INSTRUCTIONS[1], place)
         assert len(chat(tokenizer).prompt_ids(least)) + 2 >= sequence_len
 
 
@@ -360,37 +475,3 @@ def test_example_id_is_the_content(tokenizer):
     assert ids == again
     assert len(set(ids)) == len(changes)
     assert all(0 <= number < 2**63 for number in ids)
-
-
-# fmt: off
-PAIRS = [
-    {"prompt_ids": [[10], [11, 12]], "response_ids": [[20, 3], [30, 31, 3]], "winners": [0, 1],
-     "dimension_mask": [1, 0], "example_id": 2**62 + 1},
-    # `own`: two prompts a dimension, the winner's and the loser's
-    {"prompt_ids": [[40], [41, 41], [42], [43] * 3], "response_ids": [[50, 3], [60, 3]],
-     "winners": [0, 1], "dimension_mask": [1, 1], "example_id": 7},
-]
-# Prompt and response, example by example, prompt by prompt, winner before loser.
-SEQUENCES = [
-    ([10], [20, 3]), ([10], [30, 31, 3]), ([11, 12], [30, 31, 3]), ([11, 12], [20, 3]),
-    ([40], [50, 3]), ([41, 41], [60, 3]), ([42], [60, 3]), ([43] * 3, [50, 3]),
-]
-# fmt: on
-
-
-@pytest.mark.parametrize(("multiple", "length"), [(None, 5), (4, 8), (5, 5)])
-def test_batch(multiple, length, tokenizer):
-    batch = AMoPOCollator(tokenizer, pad_to_multiple_of=multiple)(PAIRS)
-    assert next(iter(batch)) == "dimension_mask"
-    assert batch["dimension_mask"].tolist() == [[True, False], [True, True]]
-    assert batch["example_ids"].tolist() == [2**62 + 1, 7]
-    assert batch["response_len"] == 3
-    for name in ("input_ids", "attention_mask", "position_ids", "labels"):
-        assert batch[name].shape == (len(SEQUENCES), length)
-    for i, (prompt, response) in enumerate(SEQUENCES):
-        used = len(prompt) + len(response)
-        left = length - used
-        assert batch["input_ids"][i].tolist() == [tokenizer.pad_token_id] * left + prompt + response
-        assert batch["attention_mask"][i].tolist() == [0] * left + [1] * used
-        assert batch["position_ids"][i].tolist() == [0] * left + list(range(used))
-        assert batch["labels"][i].tolist() == [-100] * (length - len(response)) + response

@@ -2,10 +2,14 @@
 
 import json
 
+import axolotl.cli  # noqa: F401, sets logging up when imported, which would undo caplog's
 import pytest
 import runs
 import torch
 from safetensors.torch import load_file
+from transformers import JambaConfig, JambaForCausalLM
+
+from axolotl_amopo.errors import AMoPOError
 
 ROWS = 8
 
@@ -62,6 +66,69 @@ def whole_step(tmp_path_factory, tiny_model, data):
 
 def test_a_step_moves_the_model(whole_step):
     assert max(change.abs().max() for change in whole_step[1].values()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        ("sequences", {"amopo": {"share_prompt": False}}),
+        ("tree", {"attn_implementation": "eager"}),
+        ("packed", {"amopo": {"share_prompt": True}, "gradient_checkpointing": True}),
+    ],
+    ids=["unshared", "eager", "checkpointing"],
+)
+def test_every_layout_makes_the_same_step(
+    tmp_path, tiny_model, data, whole_step, layout, changes, caplog
+):
+    block = {"weighting": "mean"} | changes.pop("amopo", {})
+    step = one_step(tmp_path / "run", tiny_model, data, micro_batch_size=4, amopo=block, **changes)
+    same_step(whole_step, step)
+    assert (f"({layout} layout)" in caplog.text) == (layout != "sequences")
+
+
+def test_a_recurrent_model_trains_unshared(tmp_path, tokenizer, data, caplog):
+    """By itself, with one loud line; `share_prompt: true` stops before the model loads."""
+    config = JambaConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=1,
+        num_experts_per_tok=1,
+    )
+    model = tmp_path / "model"
+    JambaForCausalLM(config).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    one_step(tmp_path / "auto", model, data, sequence_len=2048)
+    loud = [r for r in caplog.records if "PROMPTS ARE NOT SHARED" in r.message]
+    assert len(loud) == 1
+    assert "JambaForCausalLM carries a state" in loud[0].message
+    for file in model.glob("*.safetensors"):
+        file.unlink()  # the config alone suffices to refuse
+    with pytest.raises(AMoPOError, match="share_prompt: true can't work"):
+        one_step(tmp_path / "true", model, data, amopo={"share_prompt": True})
+
+
+def test_instruction_after_the_question(tmp_path, tiny_model, data):
+    """The question is run once a pair, not once a prompt."""
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        row["prompt"] *= 10
+    long = runs.write_jsonl(tmp_path / "long.jsonl", rows)
+    tokens = {}
+    for place in ("before", "after"):
+        folder = tmp_path / place
+        folder.mkdir()
+        values = full(folder, tiny_model, long, max_steps=1, amopo={"instruction_place": place})
+        trainer = runs.train(runs.write_config(folder, values))
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+        tokens[place] = batch["input_ids"].numel()
+        assert runs.losses(trainer)[0] > 0
+    assert tokens["after"] < 0.7 * tokens["before"]
 
 
 def test_accumulation_equals_one_batch(tmp_path, tiny_model, data, whole_step):

@@ -1,4 +1,4 @@
-"""Dimension-aware prompts: the instruction that stands before the question (paper, section 3.1).
+"""Dimension-aware prompts: the instruction beside the question (paper, section 3.1).
 
 Templates are Jinja, rendered in a sandbox: a shared YAML runs no code.
 """
@@ -11,6 +11,9 @@ from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
+
+# A dimension's name, description, scale, and the rating to aim for.
+Asked = tuple[str, str | None, tuple[float, float], float | None]
 
 DEFAULT_INSTRUCTION = (
     "Your answer will be rated on {{ dimension }}"
@@ -54,3 +57,18 @@ def dimension_facts(
 def render(template: str, facts: Mapping[str, Any]) -> str:
     """The instruction's text, empty where the template is."""
     return _template(template).render(**facts).strip()
+
+
+# Remembered: with few different ratings in the data, the same texts come again and again.
+@functools.lru_cache(maxsize=4096)
+def instruction(template: str | None, asked: Asked) -> str:
+    """One dimension's instruction; by the default template where there is none."""
+    template = DEFAULT_INSTRUCTION if template is None else template
+    return render(template, dimension_facts(*asked))
+
+
+@functools.lru_cache(maxsize=4096)
+def overall_instruction(template: str | None, asked: tuple[Asked, ...]) -> str:
+    """The overall prompt's instruction, which names all the dimensions."""
+    template = DEFAULT_OVERALL_INSTRUCTION if template is None else template
+    return render(template, {"dimensions": [dimension_facts(*one) for one in asked]})
