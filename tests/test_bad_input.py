@@ -235,6 +235,35 @@ CONFIGS = {
     "trl block": ({"trl": {"beta": 0.1}}, ["trl", "other rl methods"]),
     "simpo_gamma": ({"simpo_gamma": 1.0}, ["simpo_gamma", "amopo.gamma"]),
     "context parallel": ({"context_parallel_size": 2}, ["context_parallel_size", "FSDP2"]),
+    "context parallel, its old name": (
+        {"sequence_parallel_degree": 2},
+        ["sequence_parallel_degree: 2", "FSDP2"],
+    ),
+    "context parallel, its block": (
+        {"context_parallel": {"size": 2}},
+        ["context_parallel.size: 2", "FSDP2"],
+    ),
+    "batches dispatched by one process": (
+        {"accelerator_config": {"dispatch_batches": True}},
+        ["accelerator_config.dispatch_batches", "remove it"],
+    ),
+    "attention that takes no padding": (
+        {"attn_implementation": "xformers"},
+        ["attn_implementation: 'xformers'", "write sdpa"],
+    ),
+    "attention that takes no mask": (
+        {"attn_implementation": "fp8"},
+        ["attn_implementation: 'fp8'", "write sdpa"],
+    ),
+    "attention by its old flag": (
+        {"xformers_attention": True},
+        ["xformers_attention", "attn_implementation: sdpa"],
+    ),
+    "tiled MLP": ({"tiled_mlp": True}, ["tiled_mlp", "remove it", "gradients"]),
+    "changed positions": ({"use_pose": True}, ["use_pose", "remove it"]),
+    "distillation": ({"kd_trainer": True}, ["kd_trainer", "a trainer and a loss of its own"]),
+    "an adapter with a trainer": ({"adapter": "mixlora"}, ["adapter: 'mixlora'", "write lora"]),
+    "Liger's kernel for DPO": ({"dpo_use_liger_kernel": True}, ["dpo_use_liger_kernel", "rl: dpo"]),
     "misspelt key of axolotl's": (
         {"learning_rates": 1e-4},
         ["learning_rates", "Did you mean 'learning_rate'?"],

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from axolotl.cli.config import prepare_plugins
+from axolotl.integrations.base import PluginManager
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 from runs import load, write_config, write_jsonl
@@ -70,14 +71,23 @@ def local(tmp_path, tiny_model, helpsteer):
     return replace
 
 
-def validate(values: dict[str, Any]) -> DictDefault:
+@pytest.fixture(autouse=True)
+def forget_plugins():
+    """Those that a config names would stay in this process, for other tests too."""
+    yield
+    PluginManager.get_instance().plugins.clear()
+
+
+def validate(values: dict[str, Any], gpu: bool = True) -> DictDefault:
     """The first half of axolotl's `load_cfg`: plugins, then validation.
 
     `load_cfg` itself asks this machine for its GPU, and goes on to set the environment up for
     FSDP or DeepSpeed; `validate_config` takes the GPUs that a config is written for as arguments.
+    Without `gpu`, the plugin sees a machine that has none.
     """
     cfg = DictDefault(values)
-    prepare_plugins(cfg)
+    with mock.patch.object(torch.accelerator, "is_available", lambda: gpu):
+        prepare_plugins(cfg)
     return validate_config(
         cfg,
         capabilities={
@@ -129,6 +139,15 @@ def test_axolotl_accepts_it(path, local):
             assert entry["type"].startswith("amopo.")
             format_name = entry["type"].removeprefix("amopo.")
             assert validated["type"] == f"axolotl_amopo.prompt_strategies.{format_name}"
+
+
+@every_config
+@pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "cpu"])
+def test_fused_lora_kernels_are_on_where_they_work(path, gpu, local):
+    given = read(path)
+    cfg = validate(local(given), gpu)
+    for part in ("mlp", "qkv", "o", "embedding"):
+        assert bool(cfg[f"lora_{part}_kernel"]) is bool(gpu and "adapter" in given), part
 
 
 # With `deepspeed:`, axolotl already starts a process group (NCCL) while it loads the config.

@@ -7,6 +7,8 @@ import pytest
 import runs
 from axolotl.integrations import base
 
+from axolotl_amopo.args import NO_EFFECT, check_axolotl_keys
+
 SFT = [
     {
         "messages": [
@@ -114,6 +116,44 @@ def test_registers_once(named, tmp_path, tiny_model, installed):
     manager = base.PluginManager.get_instance()
     assert manager.get_input_args().count("axolotl_amopo.args.AMoPOArgs") == 1
     assert manager.get_trainer_cls(cfg).__name__ == "AMoPOTrainer"
+
+
+def test_keys_of_other_plugins_are_not_misspelt(tmp_path, tiny_model, installed):
+    """These two resemble axolotl's eval_batch_size and context_parallel_size."""
+    installed(True)
+    values = runs.config(
+        tmp_path,
+        tiny_model,
+        runs.ROOT / "quickstart" / "train.jsonl",
+        plugins=["axolotl.integrations.lm_eval.LMEvalPlugin"],
+        lm_eval_batch_size=4,
+        context_parallel={"size": 1},
+    )
+    assert runs.load(runs.write_config(tmp_path, values)).lm_eval_batch_size == 4
+
+
+def test_what_has_no_effect_is_said(tmp_path, tiny_model, installed, caplog):
+    """Cut cross-entropy is on by default where its plugin is named."""
+    installed(True)
+    data = runs.ROOT / "quickstart" / "train.jsonl"
+    values = runs.config(
+        tmp_path,
+        tiny_model,
+        data,
+        plugins=["axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"],
+        flash_attn_cross_entropy=True,
+    )
+    with caplog.at_level("WARNING"):
+        runs.load(runs.write_config(tmp_path, values))
+    for key in ("cut_cross_entropy", "flash_attn_cross_entropy"):
+        assert f"{key} has no effect with rl: amopo" in caplog.text
+    assert "chunked_cross_entropy" not in caplog.text
+
+
+@pytest.mark.parametrize("key", NO_EFFECT)
+def test_every_other_loss_is_named(key):
+    assert check_axolotl_keys({"rl": "amopo", key: True}) == [key]
+    assert check_axolotl_keys({"rl": "amopo", key: False}) == []
 
 
 def test_block_alone_does_nothing(tmp_path, tiny_model, installed):
