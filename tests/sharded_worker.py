@@ -1,0 +1,311 @@
+"""`RANK=0 sharded_worker.py KIND FOLDER` and RANK=1: loss and gradients against one process's.
+
+Every case builds the same tiny model, wraps it as KIND says (ddp, fsdp2, zero3), gives each
+process an example of its own, and compares with both examples as plain sequences through the
+unwrapped model's own forward. All cases share one process group: starting Python and torch takes
+longer than any of them.
+
+Each process writes FOLDER/RANK.json, {case: what is wrong with it}; before a case too, so that one
+that hangs or dies is named.
+"""
+
+import gc
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from test_layouts import VOCABULARY, batch_of, build, rows, slow_logps
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from axolotl_amopo import logprobs, sharing
+from axolotl_amopo.logprobs import causal_model, prepare_model, response_logps
+from axolotl_amopo.loss import amopo_loss
+from axolotl_amopo.sharing import choose_layout
+
+LAYOUTS = ("packed", "tree", "sequences")
+MODELS = {"untied": "llama", "tied": "qwen2"}
+LORA = {"full": None, "lora": "trunk", "lora on the head": "head", "head saved": "saved head"}
+RELATIVE = 1e-5
+# Ten rows of logits a chunk: the two examples have different numbers of chunks.
+CHUNK_BYTES = 4 * VOCABULARY * 10
+UNFINISHED = "did not end"
+
+
+@dataclass(frozen=True)
+class Case:
+    head: str  # of MODELS
+    train: str  # of LORA
+    checkpointing: bool = False
+    how: str = ""  # what else is special about the wrapping
+    masked: bool = False  # whether the second process's example has no dimension that counts
+    disagree: bool = False  # whether the second process alone finds fault with the packed layout
+
+    def __str__(self) -> str:
+        flags = ("checkpointing", "masked", "disagree")
+        parts = [self.head, self.train, self.how, *(f for f in flags if getattr(self, f))]
+        return ", ".join(filter(None, parts))
+
+
+def cases(kind: str) -> Iterator[Case]:
+    trained = [(head, train) for head in MODELS for train in LORA]
+    if kind == "ddp":
+        for checkpointing in (False, True):
+            yield from (Case(*names, checkpointing) for names in trained)
+        yield Case("untied", "full", how="finding unused")
+        yield Case("untied", "full", disagree=True)
+    if kind == "fsdp2":
+        for checkpointing in (False, True):
+            yield from (Case(*names, checkpointing, "root") for names in trained)
+        for how in ("root kept", "tail", "head"):
+            # torch refuses to put a shared parameter into two units.
+            yield from (
+                Case(*names, how=how) for names in trained if how != "head" or names[0] == "untied"
+            )
+        yield Case("untied", "full", how="head, prepared last")
+    if kind == "zero3":  # the slowest
+        yield from (Case("untied", train) for train in LORA)
+        yield from (Case(head, train, True) for head in MODELS for train in ("full", "lora"))
+        yield Case("tied", "full", how="loaded in shards")
+    yield Case("untied", "full", how="root" * (kind == "fsdp2"), masked=True)
+
+
+def two_rows(masked: bool) -> list[dict]:
+    first, second, _ = rows()
+    return [first, second | {"dimension_mask": [0, 0, 0]} if masked else second]
+
+
+_references: dict[tuple, tuple[Tensor, dict[str, Tensor]]] = {}
+
+
+def reference(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of both examples in one process."""
+    key = (case.head, case.train, case.masked)
+    if key not in _references:
+        model = build(MODELS[case.head], "sdpa", LORA[case.train])
+        both = two_rows(case.masked)
+        logps = slow_logps(model, both)
+        loss = loss_of(batch_of(both), logps, logps != 0)  # padding is exactly 0, nothing else is
+        loss.backward()
+        _references[key] = loss.detach(), whole_gradients(model)
+    return _references[key]
+
+
+def loss_of(batch: dict, logps: Tensor, mask: Tensor) -> Tensor:
+    keep = batch["dimension_mask"]
+    options = {"beta": 2.0, "gamma": 0.5, "weighting": "mean", "dimension_mask": keep}
+    return amopo_loss(logps, mask, **options).loss
+
+
+def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Of every trained parameter; empty where there is none."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            grad = torch.empty(0) if parameter.grad is None else parameter.grad
+            gradients[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    return gradients
+
+
+@dataclass
+class Wrapped:
+    """What a training step needs of a wrapped model."""
+
+    model: nn.Module
+    backward: Callable[[Tensor], Any]
+    gradients: Callable[[], dict[str, Tensor]]  # averaged over the processes, unsharded
+    end_step: Callable[[], Any]
+
+
+def ddp(model: nn.Module, case: Case) -> Wrapped:
+    prepare_model(model)
+    # To find parameters without a gradient, DDP follows what its forward returns.
+    wrapped = DistributedDataParallel(model, find_unused_parameters=case.how == "finding unused")
+    return Wrapped(wrapped, Tensor.backward, lambda: whole_gradients(model), wrapped.zero_grad)
+
+
+def fsdp2(model: nn.Module, case: Case) -> Wrapped:
+    """Every layer is a unit, and
+
+    root: the head, the embeddings and the last norm are in the root's, as axolotl has it;
+    root kept: the same, and stay gathered until the backward pass;
+    tail: the last norm, the head and embeddings tied to it are one unit, as accelerate has it;
+    head: the head is a unit of its own, as size-based wrapping has it.
+    """
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    causal = causal_model(model)
+    head = causal.get_output_embeddings()
+    last = "prepared last" in case.how
+    if not last:
+        prepare_model(model)
+    for layer in causal.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if case.how == "tail":
+        embeddings = [causal.get_input_embeddings()] if case.head == "tied" else []
+        fully_shard([causal.model.norm, *embeddings, head], mesh=mesh, reshard_after_forward=False)
+    if case.how.startswith("head"):
+        fully_shard(head, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=case.how != "root kept")
+    if last:
+        prepare_model(model)
+    return Wrapped(model, Tensor.backward, lambda: whole_gradients(model), model.zero_grad)
+
+
+def zero3(model: nn.Module, case: Case) -> Wrapped:
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # Communication through shared memory, which takes minutes to compile; without it, gloo.
+    deepspeed.ops.__compatible_ops__ = {}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": 3,
+            # Nothing stays gathered because it is small or needed again soon.
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+        },
+    }
+    if case.how == "loaded in shards":
+        path = folder / "model"
+        if dist.get_rank() == 0:
+            model.save_pretrained(path)
+        dist.barrier()
+        sharded = HfDeepSpeedConfig(config)  # from_pretrained looks for it as long as it lives
+        model = type(model).from_pretrained(path, attn_implementation="sdpa").train()
+        del sharded
+    prepare_model(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.0)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    def gradients() -> dict[str, Tensor]:
+        named = engine.module.named_parameters()
+        return {n: safe_get_full_grad(p) for n, p in named if p.requires_grad}
+
+    return Wrapped(engine, engine.backward, gradients, engine.step)
+
+
+def run(case: Case, wrap: Callable[[nn.Module, Case], Wrapped]) -> list[str]:
+    """What is wrong with a case on this process."""
+    wanted_loss, wanted = reference(case)
+    batch = batch_of([two_rows(case.masked)[dist.get_rank()]])
+    wrapped = wrap(build(MODELS[case.head], "sdpa", LORA[case.train], case.checkpointing), case)
+    wrong = []
+
+    with finding_fault(case.disagree and dist.get_rank() == 1):
+        choice = choose_layout(wrapped.model, batch, "auto", agree=highest)
+    if choice != ("tree" if case.disagree else "packed", False):
+        wrong.append(f"chose {choice}")
+
+    # The packed layout needs the attention that its choice has set.
+    for layout in LAYOUTS if choice.layout == "packed" else LAYOUTS[1:]:
+        # The head's softmax is kept for the backward pass, or made again, which takes its weight.
+        again = layout != "tree"
+        logprobs.KEPT_BYTES = 0 if again else 2**30
+        with head_rows() as forward_rows:
+            logps, mask = response_logps(wrapped.model, batch, layout)
+        loss = loss_of(batch, logps, mask)
+        with head_rows() as backward_rows:
+            wrapped.backward(loss)
+        if case.train in ("full", "lora"):  # no adapter on the head: no logits in autograd
+            if set(forward_rows) != {VOCABULARY}:
+                wrong.append(f"{layout}: the forward saw {forward_rows} of the head's rows")
+            if sum(backward_rows) != VOCABULARY * (case.train == "full" and again):
+                wrong.append(f"{layout}: the backward saw {backward_rows} of the head's rows")
+        mean = loss.detach() / dist.get_world_size()
+        dist.all_reduce(mean)
+        gradients = wrapped.gradients()
+        if not close(mean, wanted_loss):
+            wrong.append(f"{layout}: loss {mean.item():.7g} instead of {wanted_loss.item():.7g}")
+        if gradients.keys() != wanted.keys():
+            wrong.append(f"{layout}: gradients of {gradients.keys() ^ wanted.keys()}")
+        other = [n for n in gradients if n in wanted and not close(gradients[n], wanted[n])]
+        if other:
+            wrong.append(f"{layout}: {len(other)} wrong gradients, such as {other[-1]}")
+        wrapped.end_step()
+    return wrong
+
+
+def highest(worst: Tensor) -> Tensor:
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return worst
+
+
+def close(got: Tensor, wanted: Tensor) -> bool:
+    if got.shape != wanted.shape:
+        return False
+    return bool((got - wanted).abs().max() <= RELATIVE * wanted.abs().max() + 1e-8)
+
+
+@contextmanager
+def head_rows() -> Iterator[list[int]]:
+    """How many rows the head's weight had, each time that logits were made of it."""
+    seen: list[int] = []
+    plain = logprobs._logits
+
+    def watched(hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
+        seen.append(len(weight))
+        return plain(hidden, weight, *rest)
+
+    logprobs._logits = watched
+    yield seen
+    logprobs._logits = plain
+
+
+@contextmanager
+def finding_fault(here: bool) -> Iterator[None]:
+    """Let the proof of the packed layout fail, if only `here`."""
+    plain = sharing._Proof._logps
+
+    def shifted(self: Any, layout: str, *rest: Any, **options: Any) -> Tensor:
+        return plain(self, layout, *rest, **options) + float(here and layout == "packed")
+
+    sharing._Proof._logps = shifted
+    yield
+    sharing._Proof._logps = plain
+
+
+def main(kind: str) -> None:
+    rank = int(os.environ["RANK"])
+    # A process that waits for another that has gone another way gives up after this time.
+    patience = timedelta(seconds=60)
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", store, patience, rank=rank, world_size=2)
+    logprobs.CHUNK_BYTES = CHUNK_BYTES
+    gc.freeze()  # DeepSpeed collects garbage often, which takes long with so much imported
+    wrap = {"ddp": ddp, "fsdp2": fsdp2, "zero3": zero3}[kind]
+    path = folder / f"{rank}.json"
+    report: dict[str, str] = {}
+    for case in cases(kind):
+        report[str(case)] = UNFINISHED
+        path.write_text(json.dumps(report), encoding="utf-8")
+        try:
+            report[str(case)] = "; ".join(run(case, wrap))
+        except Exception:
+            report[str(case)] = traceback.format_exc()
+            path.write_text(json.dumps(report), encoding="utf-8")
+            os._exit(1)  # the other process waits for this one, so there is no going on
+    path.write_text(json.dumps(report), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[2])
+    main(sys.argv[1])
