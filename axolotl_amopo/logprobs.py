@@ -20,8 +20,11 @@ from transformers import PreTrainedModel
 from axolotl_amopo.attention import attention_inputs
 from axolotl_amopo.layout import Layout, LayoutName, lay_out
 
-# Float32 logits that exist at one time; beside them stand at most as many bytes in half precision.
-CHUNK_BYTES = 96 * 2**20
+# Float32 logits that exist at one time; beside them stands their softmax, as large.
+CHUNK_BYTES = 64 * 2**20
+# A softmax up to this size is kept for the gradient of a head that is trained; a larger one is made
+# again.
+KEPT_BYTES = 600 * 2**20
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
@@ -214,8 +217,9 @@ class LinearLogps(torch.autograd.Function):
     A token's log-probability depends on its own hidden state alone, so the gradient with respect
     to that is the incoming number times a vector known in the forward pass already. With a frozen
     head the logits are thus made once: two products with W in all, where recomputing takes three.
-    A head that is trained costs two more in the backward pass, over slices of the vocabulary, so
-    that each slice of its gradient is one product and no float32 copy of it is summed up.
+    A head that is trained costs one more product where the softmax is small enough to be kept
+    (`KEPT_BYTES`), else two, over slices of the vocabulary, so that each slice of its gradient is
+    one product and no float32 copy of it is summed up.
     """
 
     @staticmethod
@@ -228,59 +232,73 @@ class LinearLogps(torch.autograd.Function):
         scale: float,
         softcap: float | None,
     ) -> Tensor:  # [M] float32
-        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        norms = torch.empty_like(logps)  # log of the softmax's denominator
+        size = len(hidden), len(weight)
+        trained = any(ctx.needs_input_grad[1:3])
+        keep = trained and size[0] * size[1] * weight.itemsize <= KEPT_BYTES
+        kept = weight.new_empty(size) if keep else None  # softmax - 1 at the target, sloped
+        logps, highest, total = (hidden.new_empty(size[0], dtype=torch.float32) for _ in range(3))
         unit_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # of each logp
-        rows = _chunk_rows(len(weight))
-        for start in range(0, len(hidden), rows):
+        rows = _chunk_rows(size[1])
+        for start in range(0, size[0], rows):
             chunk = slice(start, start + rows)
             logits, slope = _logits(hidden[chunk], weight, bias, scale, softcap)
-            highest = logits.amax(-1, keepdim=True)
             target = targets[chunk].unsqueeze(-1)
-            # In place from here on: a chunk of logits is the largest thing there is.
-            picked = logits.sub_(highest).gather(-1, target)
-            total = logits.exp_().sum(-1, keepdim=True)
-            logps[chunk] = (picked - total.log()).squeeze(-1)
-            norms[chunk] = (highest + total.log()).squeeze(-1)
+            if trained and not keep:
+                highest[chunk] = logits.amax(-1)
+                total[chunk] = logits.gather(-1, target).squeeze(-1) - highest[chunk]
+            room = kept[chunk] if keep and kept.dtype == torch.float32 else None
+            towards = torch.log_softmax(logits, -1, out=room)
+            picked = towards.gather(-1, target)
+            logps[chunk] = picked.squeeze(-1)
+            if unit_grad is None and not keep:
+                continue
+            towards.exp_().scatter_add_(-1, target, torch.full_like(picked, -1.0))
+            if slope is not None:
+                towards.mul_(slope)
+            towards = towards.to(weight.dtype)
+            if keep and room is None:
+                kept[chunk] = towards
             if unit_grad is not None:
-                towards = logits.div_(total).neg_()
-                towards.scatter_add_(-1, target, torch.ones_like(picked))
-                if slope is not None:
-                    towards.mul_(slope)
-                torch.mm(towards.to(weight.dtype), weight, out=unit_grad[chunk])
-        if unit_grad is not None and scale != 1.0:
-            unit_grad *= scale
-        ctx.save_for_backward(hidden, weight, bias, targets, norms, unit_grad)
+                torch.mm(towards, weight, out=unit_grad[chunk])
+        if unit_grad is not None:
+            unit_grad *= -scale
+        total = (total - logps).exp_()  # of exp(logit - highest): more exact than their log-sum
+        ctx.save_for_backward(hidden, weight, bias, targets, unit_grad, kept, highest, total)
         ctx.options = scale, softcap
         return logps
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, norms, unit_grad = ctx.saved_tensors
+        hidden, weight, bias, targets, unit_grad, kept, highest, total = ctx.saved_tensors
         scale, softcap = ctx.options
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        factor = -scale * grad.unsqueeze(-1)  # [M, 1]
         grad_hidden = (grad.unsqueeze(-1) * unit_grad).to(hidden.dtype) if wants_hidden else None
-        grad_weight = torch.empty_like(weight) if wants_weight else None
-        grad_bias = torch.empty_like(bias) if wants_bias else None
-        if not (wants_weight or wants_bias):
-            return grad_hidden, None, None, None, None, None
-
-        columns = max(1, CHUNK_BYTES // (4 * max(1, len(hidden))))
-        for start in range(0, len(weight), columns):
-            chunk = slice(start, start + columns)
-            part = None if bias is None else bias[chunk]
-            logits, slope = _logits(hidden, weight[chunk], part, scale, softcap)
-            towards = logits.sub_(norms.unsqueeze(-1)).exp_().neg_()
-            inside = (targets >= start) & (targets < start + columns)
-            (rows,) = inside.nonzero(as_tuple=True)
-            towards[rows, targets[rows] - start] += 1
-            if slope is not None:
-                towards.mul_(slope)
-            towards.mul_((grad * scale).unsqueeze(-1))
-            if grad_weight is not None:
-                torch.mm(towards.to(weight.dtype).t(), hidden, out=grad_weight[chunk])
-            if grad_bias is not None:
-                grad_bias[chunk] = towards.sum(0)
+        grad_weight = grad_bias = None
+        if kept is not None:
+            if wants_weight:
+                grad_weight = torch.mm(kept.t(), (factor * hidden).to(weight.dtype))
+            if wants_bias:
+                grad_bias = torch.mm(kept.t(), factor.to(weight.dtype)).squeeze(-1)
+        elif wants_weight or wants_bias:
+            grad_weight = torch.empty_like(weight) if wants_weight else None
+            grad_bias = torch.empty_like(bias) if wants_bias else None
+            columns = max(1, CHUNK_BYTES // (4 * max(1, len(hidden))))
+            for start in range(0, len(weight), columns):
+                chunk = slice(start, start + columns)
+                part = None if bias is None else bias[chunk]
+                logits, slope = _logits(hidden, weight[chunk], part, scale, softcap)
+                towards = logits.sub_(highest.unsqueeze(-1)).exp_()
+                towards.mul_(factor / total.unsqueeze(-1))
+                inside = (targets >= start) & (targets < start + columns)
+                (rows,) = inside.nonzero(as_tuple=True)
+                towards[rows, targets[rows] - start] -= factor[rows, 0]
+                if slope is not None:
+                    towards.mul_(slope)
+                if grad_weight is not None:
+                    torch.mm(towards.to(weight.dtype).t(), hidden, out=grad_weight[chunk])
+                if grad_bias is not None:
+                    grad_bias[chunk] = towards.sum(0)
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 

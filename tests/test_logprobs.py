@@ -20,6 +20,11 @@ def chunk_bytes(request, monkeypatch):
     monkeypatch.setattr(logprobs, "CHUNK_BYTES", request.param)
 
 
+@pytest.fixture(params=[2**40, 0], ids=["softmax kept", "made again"], autouse=True)
+def kept_bytes(request, monkeypatch):
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", request.param)
+
+
 def inputs(dtype=torch.float32, bias=False):
     torch.manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN).to(dtype).requires_grad_()
