@@ -11,6 +11,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
@@ -139,7 +140,7 @@ def head_logps(causal: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tens
 
     # An adapted or quantised head: its own forward, once more in the backward pass.
     vocabulary = causal.config.get_text_config().vocab_size
-    return _chunked(logps, hidden, targets, vocabulary)
+    return _chunked(logps, hidden, targets, vocabulary, in_step=True)
 
 
 def logit_options(config: Any) -> tuple[float, float | None]:
@@ -169,13 +170,22 @@ def gather_logps(
     return chosen - logits.logsumexp(-1)
 
 
-def _chunked(function: Any, values: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
-    """`function` over chunks of rows, made again in the backward pass to keep nothing of it."""
+def _chunked(
+    function: Any, values: Tensor, targets: Tensor, vocabulary: int, *, in_step: bool = False
+) -> Tensor:
+    """`function` over chunks of rows, made again in the backward pass to keep nothing of it.
+
+    With `in_step`, all processes call it equally often, on empty chunks if need be: FSDP2 and
+    ZeRO-3 gather weights at each call of a module, and wait for each other there.
+    """
+    rows = _chunk_rows(vocabulary)
+    count = torch.tensor(-(-len(values) // rows), device=values.device)
+    if in_step and dist.is_initialized():
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
     if torch.is_grad_enabled():
         function = partial(checkpoint, function, use_reentrant=False)
-    rows = _chunk_rows(vocabulary)
-    chunks = zip(values.split(rows), targets.split(rows), strict=True)
-    return torch.cat([function(*chunk) for chunk in chunks])
+    starts = range(0, int(count) * rows, rows)
+    return torch.cat([function(values[i : i + rows], targets[i : i + rows]) for i in starts])
 
 
 def _chunk_rows(vocabulary: int) -> int:
