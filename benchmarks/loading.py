@@ -208,6 +208,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "seconds": clock.seconds,
             "pairs_per_second": count / clock.seconds,
             "processor_ms_per_pair": 1000 * clock.processor_seconds / count,
+            "cores_used": clock.processor_seconds / clock.seconds,
         }
 
     results = {"naive": cost(by_itself, len(measured)), "ours": cost(ours, len(pairs))}
@@ -228,7 +229,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def rows_of(result: dict[str, Any]) -> list[list[str]]:
-    head = ["", "ratio", "pairs a second", "seconds", "pairs", "processor ms a pair"]
+    head = ["", "ratio", "pairs a second", "seconds", "pairs", "processor ms a pair", "cores used"]
     body = [
         [
             name,
@@ -237,6 +238,7 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
             f"{result[name]['seconds']:.1f}",
             str(result[name]["pairs"]),
             f"{result[name]['processor_ms_per_pair']:.1f}",
+            f"{result[name]['cores_used']:.2f}",
         ]
         for name in ("ours", "naive")
     ]
@@ -248,7 +250,8 @@ def notes(result: dict[str, Any]) -> list[str]:
     return [
         f"{result['prompts_per_pair']} prompts a pair; tokens of a prompt: "
         f"{result['prompt_tokens']}; of a response: {result['response_tokens']}.",
-        f"ours: {result['processes']} processes; naive: 1, without reading, pairing and writing.",
+        f"ours: {result['processes']} processes; naive: 1, without reading, pairing and writing. "
+        "Fewer cores used than processes: others had them.",
         f"The ids of {result['pairs_compared']} pairs were compared: all equal.",
         f"Peak memory of the largest process: {memory['ours']:.2f} GiB, {memory['before']:.2f} of "
         "it before loading began.",
