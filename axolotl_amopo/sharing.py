@@ -72,7 +72,7 @@ def choose_layout(
     config = causal.config.get_text_config()
     reason = cannot_share(type(causal), config, config._attn_implementation)
     if not reason:
-        for layout in candidates(causal, proof.device, compiled):
+        for layout in candidates(config._attn_implementation, proof.device, compiled):
             with _Attention(causal, layout) as attention:
                 reason = proof.failure(layout, own_logits) or proof.leak(layout, own_logits)
                 attention.keep = not reason
@@ -104,10 +104,9 @@ def cannot_share(
 
 
 def candidates(
-    causal: PreTrainedModel, device: torch.device, compiled: bool = False
+    implementation: str, device: torch.device, compiled: bool = False
 ) -> list[LayoutName]:
-    """Layouts worth trying, best first."""
-    implementation = causal.config.get_text_config()._attn_implementation
+    """Layouts worth trying with an attention implementation, best first."""
     if any(implementation in (name, PACKED[name]) for name in FLASH):
         return ["packed"]
     # A kernel call a segment is cheap on a CPU; elsewhere one call with a mask is preferred.
@@ -241,11 +240,13 @@ class _Proof:
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
     # Not model.eval(): in evaluation mode, on some CPUs, bitsandbytes repacks 4-bit weights for
-    # good in a way that can't be trained.
+    # good in a way that can't be trained. Only a module's own parameters are looked at: a weight
+    # that is computed (PEFT's of its base layer, axolotl's of NF4 shards) can't be outside forward.
     training = [
         module
         for module in model.modules()
-        if module.training and not hasattr(getattr(module, "weight", None), "quant_state")
+        if module.training
+        and not any(hasattr(p, "quant_state") for p in module.parameters(recurse=False))
     ]
     for module in training:
         module.training = False

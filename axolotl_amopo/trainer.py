@@ -1,6 +1,7 @@
 """AMoPOTrainer: axolotl's trainer with the AMoPO loss, its metrics, a deterministic evaluation."""
 
 import hashlib
+from pathlib import Path
 from typing import Any, ClassVar, override
 
 import numpy as np
@@ -10,8 +11,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import EvalPrediction
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from axolotl_amopo.args import AMoPOConfig
+from axolotl_amopo.checkpoints import Checkpoints, Run
 from axolotl_amopo.logprobs import prepare_model, response_logps
 from axolotl_amopo.loss import AMoPOLoss, amopo_loss
 from axolotl_amopo.metrics import Means, example_metrics, metric_names
@@ -50,6 +53,8 @@ class AMoPOTrainer(AxolotlTrainer):
     @override
     def post_set_axolotl_cfg(self) -> None:
         cfg = self.axolotl_cfg
+        # Before axolotl writes the checkpoint that it finds by itself into the same key.
+        self._auto_resume = cfg.auto_resume_from_checkpoints and not cfg.resume_from_checkpoint
         self.configure(AMoPOConfig.model_validate(cfg.amopo.to_dict()), cfg.rl_beta)
 
     def configure(self, config: AMoPOConfig, beta: float) -> None:
@@ -62,6 +67,70 @@ class AMoPOTrainer(AxolotlTrainer):
     def data_seed(self) -> int:
         """Of the order of the rows and of the weights' draws."""
         return self.args.data_seed if self.args.data_seed is not None else self.args.seed
+
+    @override
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """As the base class, from a checkpoint that is known to be complete.
+
+        Raises:
+            AMoPOError: where the checkpoint named in the config is damaged, or this run can't go
+                on from the one to be resumed.
+        """
+        self._checkpoints = Checkpoints(self.args.output_dir, self._run())
+        # Each machine loads what it finds on its disk.
+        self.args.save_on_each_node |= self._checkpoints.each_saves()
+        if self._auto_resume or resume_from_checkpoint is True:
+            resume_from_checkpoint = self._checkpoints.newest()
+        elif resume_from_checkpoint:
+            resume_from_checkpoint = self._checkpoints.named(resume_from_checkpoint)
+        # axolotl's callbacks read from there what they had saved.
+        self.axolotl_cfg.resume_from_checkpoint = resume_from_checkpoint or None
+        return super().train(resume_from_checkpoint or None, **kwargs)
+
+    def _run(self) -> Run:
+        args, state, sharding, resizable = self.args, self.accelerator.state, "", True
+        if self.is_fsdp_enabled:
+            sharding = f"FSDP ({state.fsdp_plugin.state_dict_type.name})"
+        elif self.is_deepspeed_enabled:
+            plugin = state.deepspeed_plugin
+            sharding = f"DeepSpeed ZeRO-{plugin.zero_stage}"
+            resizable = plugin.deepspeed_config.get("checkpoint", {}).get("load_universal", False)
+        return Run(
+            processes=args.world_size,
+            micro_batch_size=args.train_batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            seed=self.data_seed,
+            rows=len(self.train_dataset),
+            group_by_length=self.axolotl_cfg.group_by_length,
+            sharding=sharding,
+            resizable=resizable,
+        )
+
+    @override
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        args, name = self.args, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial)) / name
+        self._checkpoints.begin(folder)
+        # Nothing is deleted or uploaded before the checkpoint is complete.
+        limit, push, args.save_total_limit, args.push_to_hub = (
+            args.save_total_limit,
+            args.push_to_hub,
+            None,
+            False,
+        )
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.save_total_limit, args.push_to_hub = limit, push
+        self._checkpoints.finish(folder, limit, self.state.best_model_checkpoint)
+        if push:
+            self._push_from_checkpoint(str(folder))
+
+    @override
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # axolotl's writes the model on the main process alone, even where every machine saves.
+        parent = super() if self.is_world_process_zero() else super(AxolotlTrainer, self)
+        parent._save(output_dir, state_dict=state_dict)
 
     def amopo_forward(self, model: nn.Module, inputs: dict[str, Any]) -> AMoPOLoss:
         """The loss of a batch; evaluation takes the means instead of draws."""
@@ -137,8 +206,19 @@ class AMoPOTrainer(AxolotlTrainer):
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Any]], device: torch.device
     ) -> Tensor:
-        """Examples of an optimizer step, over its micro batches and all ranks."""
+        """Examples of an optimizer step, over its micro batches and all ranks.
+
+        Where an epoch's rows don't fill its last pass, accelerate pads the pass with rows from the
+        epoch's beginning. They are masked here, so that they count for nothing.
+        """
         examples = sum(len(batch["dimension_mask"]) for batch in batch_samples)
+        args, ended = self.args, self.accelerator.gradient_state.end_of_dataloader
+        if ended and args.world_size > 1 and not args.dataloader_drop_last:
+            mask = batch_samples[-1]["dimension_mask"]  # [B, K]; B rows of each rank make a pass
+            left = (len(self.train_dataset) - 1) % (len(mask) * args.world_size) + 1
+            own = min(max(left - args.process_index * len(mask), 0), len(mask))
+            mask[own:] = False
+            examples -= len(mask) - own
         count = torch.tensor(examples, device=device, dtype=torch.float32)
         return self.accelerator.reduce(count, reduction="sum")
 
@@ -149,20 +229,21 @@ class AMoPOTrainer(AxolotlTrainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[None, Tensor, Tensor]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        # The loop only computes metrics where there are labels.
-        return loss.detach(), outputs["values"], inputs["example_ids"]
+            _, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        # The loop would take a batch's loss for that of each of its examples, and so count in what
+        # pads the last one. It only computes metrics where there are labels.
+        return None, outputs["values"], inputs["example_ids"]
 
     def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        values = prediction.predictions[:, 1:]  # [N, M]; the loop has the losses already
+        values = prediction.predictions  # [N, 1 + M]
         counts = np.isfinite(values).sum(0)
         means = np.where(counts, np.nansum(values, 0) / counts.clip(min=1), np.nan)
         return {
             name: float(mean)
-            for name, mean in zip(self.metric_names, means, strict=True)
+            for name, mean in zip(["loss", *self.metric_names], means, strict=True)
             if not np.isnan(mean)
         }
 

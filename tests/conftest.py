@@ -1,6 +1,9 @@
 """Shared inputs: a tiny model made on the spot, and the real data beside the checkout."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
@@ -77,3 +80,31 @@ def tiny_model(tokenizer, tmp_path_factory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Runs a call of a module's function in several processes, see `fork_server`.
+
+    All of them are forked from one that has imported what the workers' modules need, which takes
+    longer than most jobs. Fails with what the processes have printed where one goes wrong.
+    """
+    server = Path(__file__).parent / "fork_server.py"
+    modules = ["checkpoint_worker", "parallel_worker", "sharded_worker"]
+    with subprocess.Popen(
+        [sys.executable, server, *modules],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+
+        def run(world: int, folder: Path, module: str, function: str, *arguments: str) -> None:
+            job = {"world": world, "folder": str(folder), "call": [module, function, *arguments]}
+            print(json.dumps(job), file=process.stdin, flush=True)
+            wrong = json.loads(process.stdout.readline())
+            logs = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("?.log"))]
+            assert not wrong, "\n".join([wrong, *(log[-4000:] for log in logs)])
+
+        yield run
+        process.stdin.close()

@@ -1,28 +1,26 @@
-"""`RANK=0 sharded_worker.py KIND FOLDER` and RANK=1: loss and gradients against one process's.
+"""One of two processes whose loss and gradients are compared with a single process's.
 
-Every case builds the same tiny model, wraps it as KIND says (ddp, fsdp2, zero3), gives each
+Every case builds the same tiny model, wraps it as its kind says (ddp, fsdp2, zero3), gives each
 process an example of its own, and compares with both examples as plain sequences through the
-unwrapped model's own forward. All cases share one process group: starting Python and torch takes
-longer than any of them.
+unwrapped model's own forward. All cases share one process group: making one takes longer than any
+of them.
 
 Each process writes FOLDER/RANK.json, {case: what is wrong with it}; before a case too, so that one
 that hangs or dies is named.
 """
 
-import gc
 import json
-import os
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from fork_server import PATIENCE
 from test_layouts import VOCABULARY, batch_of, build, rows, slow_logps
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -163,7 +161,7 @@ def fsdp2(model: nn.Module, case: Case) -> Wrapped:
     return Wrapped(model, Tensor.backward, lambda: whole_gradients(model), model.zero_grad)
 
 
-def zero3(model: nn.Module, case: Case) -> Wrapped:
+def zero3(folder: Path, model: nn.Module, case: Case) -> Wrapped:
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
     from transformers.integrations import HfDeepSpeedConfig
@@ -282,30 +280,15 @@ def finding_fault(here: bool) -> Iterator[None]:
     sharing._Proof._logps = plain
 
 
-def main(kind: str) -> None:
-    rank = int(os.environ["RANK"])
-    # A process that waits for another that has gone another way gives up after this time.
-    patience = timedelta(seconds=60)
-    store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", store, patience, rank=rank, world_size=2)
+def main(kind: str, folder: str) -> None:
     logprobs.CHUNK_BYTES = CHUNK_BYTES
-    gc.freeze()  # DeepSpeed collects garbage often, which takes long with so much imported
-    wrap = {"ddp": ddp, "fsdp2": fsdp2, "zero3": zero3}[kind]
-    path = folder / f"{rank}.json"
+    dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
+    wrap = {"ddp": ddp, "fsdp2": fsdp2, "zero3": partial(zero3, Path(folder))}[kind]
+    path = Path(folder, f"{dist.get_rank()}.json")
     report: dict[str, str] = {}
     for case in cases(kind):
         report[str(case)] = UNFINISHED
         path.write_text(json.dumps(report), encoding="utf-8")
-        try:
-            report[str(case)] = "; ".join(run(case, wrap))
-        except Exception:
-            report[str(case)] = traceback.format_exc()
-            path.write_text(json.dumps(report), encoding="utf-8")
-            os._exit(1)  # the other process waits for this one, so there is no going on
+        report[str(case)] = "; ".join(run(case, wrap))
     path.write_text(json.dumps(report), encoding="utf-8")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[2])
-    main(sys.argv[1])
