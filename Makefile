@@ -17,7 +17,7 @@ test: $(STAMP)
 	$(BIN)/pip install --quiet --no-deps --force-reinstall .
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 $(STAMP):
 	./find-python -m venv --clear $(VENV)

@@ -6,6 +6,7 @@ trainer and loads data the way it always does, with our trainer class, collator 
 formats in their places. In a run without `rl: amopo` every hook returns what the base class does.
 """
 
+import os
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
@@ -33,7 +34,9 @@ class AMoPOPlugin(BasePlugin):
         """
         from axolotl_amopo.data.entries import prepare_entries
         from axolotl_amopo.data.files import check_yaml
+        from axolotl_amopo.parallel import check_devices, check_parallel
 
+        planned_for = cfg.pop("plan", None)  # `axolotl amopo plan`: a device that isn't here
         asked = cfg.get("rl") == "amopo"
         # On a Ray worker the config comes back validated, with `rl` already taken out.
         again = not asked and bool((cfg.get("amopo") or {}).get("enabled"))
@@ -47,16 +50,23 @@ class AMoPOPlugin(BasePlugin):
         apply_overrides(cfg)
         config = parse_block(AMoPOConfig, plain(cfg.get("amopo")), "amopo")
         without_effect = check_axolotl_keys(cfg)
+        check_parallel(cfg)
+        if not planned_for:
+            check_devices(cfg)
         config.enabled = True
-        # merge-lora and its like load the config alone; their data may be elsewhere by now.
-        if not cfg.get("merge_lora"):
+        # merge-lora and plan load the config alone; the data may be elsewhere.
+        if not (cfg.get("merge_lora") or planned_for):
             config.datasets = prepare_entries(cfg, config)
 
         cfg["rl"] = None
         cfg["amopo"] = config.model_dump(exclude_none=True)
         if cfg.get("rl_beta") is None:
             cfg["rl_beta"] = DEFAULT_BETA
-        _suit_a_cpu(cfg)
+        if planned_for != "cuda":
+            _suit_a_cpu(cfg)
+        if cfg.get("use_ray"):
+            # Or Ray moves its workers to a folder of its own, where relative paths lead nowhere.
+            os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
         LOG.info(
             "rl: amopo: prompts %s; weighting %s, winner %s, rl_beta %g, gamma %g. (axolotl logs "
             "its config with `rl` absent: the plugin has taken over from there.)",
@@ -77,10 +87,21 @@ class AMoPOPlugin(BasePlugin):
     def get_input_args(self) -> str | None:
         return "axolotl_amopo.args.AMoPOArgs" if self.enabled else None
 
-    def pre_model_load(self, cfg: Any) -> None:
-        if self._runs(cfg) and cfg.amopo.share_prompt is True:
-            from axolotl_amopo.sharing import check_before_loading
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        """Loads nothing: the first hook of a training run that knows that it is one."""
+        if self._runs(cfg) and not preprocess:
+            from axolotl_amopo.parallel import check_processes
 
+            check_processes(cfg)
+
+    def pre_model_load(self, cfg: Any) -> None:
+        if not self._runs(cfg):
+            return
+        from axolotl_amopo.parallel import check_layers
+        from axolotl_amopo.sharing import check_before_loading
+
+        check_layers(cfg)
+        if cfg.amopo.share_prompt is True:
             check_before_loading(cfg)
 
     def get_trainer_cls(self, cfg: Any) -> type | None:

@@ -16,7 +16,7 @@ from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 from runs import load, write_config, write_jsonl
 
-from axolotl_amopo.errors import AMoPOError
+from axolotl_amopo.errors import AMoPOError, ConfigError
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "example_configs").glob("*.yml"))
@@ -114,7 +114,7 @@ def assert_kept(given: dict[str, Any], validated: dict[str, Any], changed: set[s
 
 
 def test_there_are_configs():
-    assert {"qwen2.5-7b-lora", "qwen2.5-32b-fsdp2", "qwen2.5-32b-zero3"} <= {
+    assert {"qwen2.5-7b-80gb-lora", "qwen2.5-32b-8x80gb-fsdp2", "qwen2.5-32b-8x80gb-zero3"} <= {
         path.stem for path in CONFIGS
     }
 
@@ -145,6 +145,10 @@ def test_axolotl_accepts_it(path, local):
 @pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "cpu"])
 def test_fused_lora_kernels_are_on_where_they_work(path, gpu, local):
     given = read(path)
+    if given.get("deepspeed") and not gpu:
+        with pytest.raises(ConfigError, match="deepspeed: needs a GPU"):
+            validate(local(given), gpu)
+        return
     cfg = validate(local(given), gpu)
     for part in ("mlp", "qkv", "o", "embedding"):
         assert bool(cfg[f"lora_{part}_kernel"]) is bool(gpu and "adapter" in given), part
@@ -188,7 +192,7 @@ def test_fsdp_shards_layers_of_the_model():
     """A class name that the model doesn't have would shard nothing, at the price of memory."""
     from transformers.models.qwen2 import modeling_qwen2
 
-    fsdp = read(ROOT / "example_configs" / "qwen2.5-32b-fsdp2.yml")["fsdp_config"]
+    fsdp = read(ROOT / "example_configs" / "qwen2.5-32b-8x80gb-fsdp2.yml")["fsdp_config"]
     assert hasattr(modeling_qwen2, fsdp["transformer_layer_cls_to_wrap"])
 
 
@@ -201,7 +205,7 @@ def test_fsdp_shards_layers_of_the_model():
     ],
 )
 def test_a_misspelt_key_is_noticed(block, key, misspelt, local):
-    given = read(ROOT / "example_configs" / "qwen2.5-32b-fsdp2.yml")
+    given = read(ROOT / "example_configs" / "qwen2.5-32b-8x80gb-fsdp2.yml")
     holder = given[block] if block else given
     holder[misspelt] = holder.pop(key)
     # Refused by the plugin, or (in a block that axolotl owns) missed in what validation kept.

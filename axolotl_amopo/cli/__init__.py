@@ -1,17 +1,18 @@
-"""`axolotl amopo ...`: axolotl's commands with `--amopo.*` overrides."""
+"""`axolotl amopo ...`: commands of ours, and axolotl's with `--amopo.*` overrides."""
 
 import os
 
 import click
 
 from axolotl_amopo.cli.overrides import ENVIRONMENT_VARIABLE, split_overrides, to_json
+from axolotl_amopo.cli.plan import plan
 
 PASSED_ON = ("preprocess", "train", "evaluate", "inference", "merge-lora")
 
 
 @click.group()
 def amopo() -> None:
-    """AMoPO: `axolotl COMMAND`, with overrides of the amopo: block.
+    """AMoPO: what a run needs; and `axolotl COMMAND` with overrides of the amopo: block.
 
     axolotl's own commands know no options of plugins, so `axolotl train --amopo.gamma 1.5` would
     hand the option to the launcher. These take it, and everything that axolotl's command takes:
@@ -24,7 +25,8 @@ def _passed_on(name: str) -> click.Command:
     @click.command(
         name,
         add_help_option=False,
-        context_settings={"ignore_unknown_options": True},
+        # What follows the config is passed on as it is, a launcher's `--` included.
+        context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
         short_help=f"axolotl {name}, with --amopo.KEY VALUE",
     )
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -41,5 +43,6 @@ def _passed_on(name: str) -> click.Command:
     return command
 
 
+amopo.add_command(plan)
 for _name in PASSED_ON:
     amopo.add_command(_passed_on(_name))
