@@ -385,11 +385,6 @@ def check_axolotl_keys(cfg: dict) -> list[str]:
             "accelerator_config.dispatch_batches: true can't work with rl: amopo, whose batches "
             "can't be cut into one slice a process; remove it: every process makes its own."
         )
-    if (cfg.get("accelerator_config") or {}).get("even_batches") is False:
-        raise ConfigError(
-            "accelerator_config.even_batches: false can't work with rl: amopo: a process without "
-            "rows lets the others wait; remove it: what fills an epoch up is not counted."
-        )
     _check_spelling(cfg)
     beta = cfg.get("rl_beta")
     number = isinstance(beta, (int, float)) and not isinstance(beta, bool)

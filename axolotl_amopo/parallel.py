@@ -54,6 +54,11 @@ def check_parallel(cfg: dict) -> None:
     """
     _check_deepspeed(cfg)
     _check_fsdp(cfg)
+    if (cfg.get("accelerator_config") or {}).get("even_batches") is False:
+        raise ConfigError(
+            "accelerator_config.even_batches: false can't work with rl: amopo: a process without "
+            "rows lets the others wait; remove it: what fills an epoch up is not counted."
+        )
 
 
 def _check_deepspeed(cfg: dict) -> None:
