@@ -136,7 +136,8 @@ def test_resume_after_sigkill_continues_the_same_run(tmp_path, tiny_model, data)
             start_new_session=True,
         )
         deadline = time.monotonic() + 200
-        while not (out / "checkpoint-4" / "trainer_state.json").exists():
+        manifest = out / "checkpoint-4" / "amopo_manifest.json"
+        while not (manifest.exists() and '"save"' in manifest.read_text()):  # it is complete
             assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.02)
