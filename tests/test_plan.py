@@ -109,21 +109,19 @@ def measured(tokenizer, tmp_path_factory) -> dict[str, dict]:
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in MEASURED}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason="steps take about half as much again"))
-        if name == "lora_checkpointed"
-        else name
-        for name in MEASURED
-    ],
-)
+# Too low by a third, and not understood: what is recomputed seems to live longer than it must.
+TOLERANCE = {"lora_checkpointed": 0.5}
+
+
+@pytest.mark.parametrize("name", MEASURED)
 def test_plan_equals_training(measured, name):
     training, plan = measured[name]["measured"], measured[name]["planned"]
     for exact in ("parameters", "trainable", "trained", "weights", "layout"):
         assert plan[exact] == training[exact], exact
     assert plan["flops"] == pytest.approx(training["flops"], rel=0.02)
-    assert plan["memory"] == pytest.approx(training["memory"], rel=0.15), plan["lines"]
+    assert plan["memory"] == pytest.approx(training["memory"], rel=TOLERANCE.get(name, 0.15)), plan[
+        "lines"
+    ]
 
 
 # Memory of many devices, by hand.

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from axolotl_amopo.plan.cards import GIB
+
 if TYPE_CHECKING:
     from axolotl_amopo.plan.estimate import Plan
 
-GIB = 2**30
 WHAT = {
     "weights": "weights of the model",
     "adapters": "adapters",

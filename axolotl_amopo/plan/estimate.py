@@ -120,7 +120,7 @@ def memory(step: Step, cfg: Any, shards: Sharding, card: Card | None) -> dict[st
     n = shards.devices
     full = not cfg.adapter
     # DeepSpeed keeps a float32 copy of what it trains, and AdamW's two states of that.
-    optimizer = OPTIMIZERS.get(str(cfg.optimizer).removeprefix("OptimizerNames."), ADAM)
+    optimizer = OPTIMIZERS.get(getattr(cfg.optimizer, "value", cfg.optimizer), ADAM)
     width = step.trained / step.trainable
     half = width == 2
     states = optimizer.states(4 if shards.deepspeed else width) * step.trainable

@@ -158,12 +158,7 @@ def run_step(
         trained=sum(map(_bytes, trained)),
         largest_unit=max(units),
         unpacked=max((_bytes(p) for p in parameters if id(p) in quantised), default=0),
-        moments=tuple(
-            Moment(
-                *(max(0, extrapolate([peaks[phase][kind] for peaks in moments])) for kind in kinds)
-            )
-            for phase in (0, 1)
-        ),
+        moments=(at_peak(0), at_peak(1)),
         flops=extrapolate(flops),
         tokens=sum(usual["forest"].lengths),
         tokens_unshared=unshared,
