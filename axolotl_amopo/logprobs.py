@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from axolotl_amopo.attention import attention_inputs
 from axolotl_amopo.layout import Layout, LayoutName, lay_out
 
-# Float32 logits that exist at one time; beside them stands their softmax, as large.
-CHUNK_BYTES = 64 * 2**20
+# Float32 logits, and what is as large beside them, that exist at one time.
+CHUNK_BYTES = 128 * 2**20
 # A softmax up to this size is kept for the gradient of a head that is trained; a larger one is made
 # again.
 KEPT_BYTES = 600 * 2**20
@@ -178,7 +178,7 @@ def _chunked(
     With `in_step`, all processes call it equally often, on empty chunks if need be: FSDP2 and
     ZeRO-3 gather weights at each call of a module, and wait for each other there.
     """
-    rows = _chunk_rows(vocabulary)
+    rows = _chunk_rows(vocabulary, 2)
     count = torch.tensor(-(-len(values) // rows), device=values.device)
     if in_step and dist.is_initialized():
         dist.all_reduce(count, op=dist.ReduceOp.MAX)
@@ -188,8 +188,8 @@ def _chunked(
     return torch.cat([function(values[i : i + rows], targets[i : i + rows]) for i in starts])
 
 
-def _chunk_rows(vocabulary: int) -> int:
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
+def _chunk_rows(vocabulary: int, copies: int) -> int:
+    return max(1, CHUNK_BYTES // (4 * vocabulary * copies))
 
 
 def _is_plain_linear(head: nn.Module) -> bool:
@@ -243,36 +243,35 @@ class LinearLogps(torch.autograd.Function):
         softcap: float | None,
     ) -> Tensor:  # [M] float32
         size = len(hidden), len(weight)
+        rows = min(_chunk_rows(size[1], 2 if softcap else 1), max(1, size[0]))
         trained = any(ctx.needs_input_grad[1:3])
         keep = trained and size[0] * size[1] * weight.itemsize <= KEPT_BYTES
         kept = weight.new_empty(size) if keep else None  # softmax - 1 at the target, sloped
+        room = weight.new_empty(rows, size[1])  # made once: fresh pages cost as much as a softmax
         logps, highest, total = (hidden.new_empty(size[0], dtype=torch.float32) for _ in range(3))
         unit_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # of each logp
-        rows = _chunk_rows(size[1])
         for start in range(0, size[0], rows):
             chunk = slice(start, start + rows)
-            logits, slope = _logits(hidden[chunk], weight, bias, scale, softcap)
             target = targets[chunk].unsqueeze(-1)
-            if trained and not keep:
-                highest[chunk] = logits.amax(-1)
-                total[chunk] = logits.gather(-1, target).squeeze(-1) - highest[chunk]
-            room = kept[chunk] if keep and kept.dtype == torch.float32 else None
-            towards = torch.log_softmax(logits, -1, out=room)
-            picked = towards.gather(-1, target)
-            logps[chunk] = picked.squeeze(-1)
+            place = kept[chunk] if keep else room[: len(target)]
+            logits, slope = _logits(hidden[chunk], weight, bias, scale, softcap, out=place)
+            highest[chunk] = logits.amax(-1)
+            picked = logits.gather(-1, target).squeeze(-1)
+            towards = logits.sub_(highest[chunk].unsqueeze(-1)).exp_()
+            total[chunk] = towards.sum(-1)
+            logps[chunk] = picked - highest[chunk] - total[chunk].log()
             if unit_grad is None and not keep:
                 continue
-            towards.exp_().scatter_add_(-1, target, torch.full_like(picked, -1.0))
+            towards.div_(total[chunk].unsqueeze(-1))
+            towards.scatter_add_(-1, target, towards.new_full(target.shape, -1.0))
             if slope is not None:
                 towards.mul_(slope)
-            towards = towards.to(weight.dtype)
-            if keep and room is None:
-                kept[chunk] = towards
+            if towards is not place:
+                towards = place.copy_(towards)  # in the weight's dtype
             if unit_grad is not None:
                 torch.mm(towards, weight, out=unit_grad[chunk])
         if unit_grad is not None:
             unit_grad *= -scale
-        total = (total - logps).exp_()  # of exp(logit - highest): more exact than their log-sum
         ctx.save_for_backward(hidden, weight, bias, targets, unit_grad, kept, highest, total)
         ctx.options = scale, softcap
         return logps
@@ -293,7 +292,7 @@ class LinearLogps(torch.autograd.Function):
         elif wants_weight or wants_bias:
             grad_weight = torch.empty_like(weight) if wants_weight else None
             grad_bias = torch.empty_like(bias) if wants_bias else None
-            columns = max(1, CHUNK_BYTES // (4 * max(1, len(hidden))))
+            columns = _chunk_rows(max(1, len(hidden)), 2 if softcap else 1)
             for start in range(0, len(weight), columns):
                 chunk = slice(start, start + columns)
                 part = None if bias is None else bias[chunk]
@@ -313,10 +312,15 @@ class LinearLogps(torch.autograd.Function):
 
 
 def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Final logits in float32, and (under a cap) their derivative by the scaled ones."""
-    logits = torch.mm(hidden, weight.t())
+    """Final logits in float32 (in `out`, if that is), and their derivative under a cap."""
+    logits = torch.mm(hidden, weight.t(), out=out)
     if bias is not None:
         logits += bias
     logits = logits.float()
@@ -325,5 +329,5 @@ def _logits(
     if not softcap:
         return logits, None
     bent = logits.div_(softcap).tanh_()
-    slope = 1 - bent.square()
+    slope = bent.square().neg_().add_(1)
     return bent.mul_(softcap), slope
