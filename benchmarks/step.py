@@ -21,7 +21,9 @@ every round, after a round that warms up and compares numbers.
     floor        the bare trunk, causal, over K rows of P + 2R tokens; no head, no preference loss
     dpo-chunked  (only if asked) `dpo` with TRL's chunked head, its use_liger_kernel
     plain        (only if asked) what the differences are taken from: one sequence at a time, run
-                 again in the backward pass to save memory. It always runs in the first round.
+                 again in the backward pass to save memory. It always runs in the first round. Its
+                 log_softmax is in float64: torch's in float32, which `published` has, is off by
+                 the rounding of the largest logit.
 
 `speed-up` is the time of `published` (of the full logits, for heads) divided by the row's, both
 medians over the rounds. `floor/it` is the floor's time divided by the row's: 1 leaves nothing to
@@ -294,8 +296,9 @@ class Variants:
     def plain(self, prompts: list[list[int]]) -> Tensor:
         def logps_of(sequence: list[int]) -> Tensor:
             ids = torch.tensor([sequence], device=self.rig.device)
-            logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-            return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[-self.responses :, 0]
+            logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].double()
+            logps = logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[-self.responses :, 0]
+            return logps.float()
 
         sequences = self.case.sequences(prompts)
         logps = [checkpoint(logps_of, sequence, use_reentrant=False) for sequence in sequences]
