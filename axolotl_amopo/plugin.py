@@ -126,9 +126,10 @@ class AMoPOPlugin(BasePlugin):
             return None
         from axolotl_amopo.collator import AMoPOCollator
 
-        # axolotl pads to 64 unless told otherwise, which is a fifth of a short pair.
+        # axolotl pads to 64 unless told otherwise, which is a fifth of a short pair. Products in
+        # 8 bits take multiples of 16.
         chosen = cfg.pad_to_sequence_len or cfg.pad_to_multiple_of
-        return AMoPOCollator, {} if chosen else {"pad_to_multiple_of": 8}
+        return AMoPOCollator, {} if chosen else {"pad_to_multiple_of": 16 if cfg.fp8 else 8}
 
     def _runs(self, cfg: Any) -> bool:
         return self.enabled and bool(cfg.amopo and cfg.amopo.enabled)
@@ -139,11 +140,12 @@ def _has_our_datasets(cfg: dict) -> bool:
 
 
 def _suit_a_cpu(cfg: dict) -> None:
-    """Defaults of axolotl's that need a GPU, where there is none and the YAML leaves them open.
+    """What of axolotl's needs a GPU, where there is none.
 
     Fused LoRA kernels are switched on by themselves and fail; one flag that is set, whatever its
     value, keeps them off. `bf16: auto` becomes float16, which is a hundred times slower than
-    float32 on a CPU.
+    float32 on a CPU. Liger's kernels and the streams of activation offloading are asked for in the
+    YAML; they would fail in the first step, with words about drivers.
     """
     import torch
 
@@ -154,6 +156,17 @@ def _suit_a_cpu(cfg: dict) -> None:
     flags = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
     if all(cfg.get(flag) is None for flag in flags):
         cfg["lora_mlp_kernel"] = False
+    parts = ("rope", "rms_norm", "rms_norm_gated", "layer_norm", "glu_activation", "swiglu")
+    off = [f"liger_{part}" for part in parts if cfg.get(f"liger_{part}")]
+    if cfg.get("activation_offloading") in (True, "disk"):
+        off.append("activation_offloading")
+    for key in off:
+        cfg[key] = False
+    if cfg.get("gradient_checkpointing") in ("offload", "offload_disk"):
+        cfg["gradient_checkpointing"] = True
+        off.append("the offloading of gradient_checkpointing")
+    if off:
+        LOG.warning("No GPU here: training without %s.", ", ".join(off))
     if cfg.get("bf16") in (None, "auto") and not cfg.get("fp16") and not cfg.get("bfloat16"):
         LOG.info("No GPU here: training in float32 (bf16: true is there for those who want it).")
         cfg["bf16"] = False

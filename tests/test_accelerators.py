@@ -186,6 +186,21 @@ def test_losses_of_others_have_no_effect(changes, train, same, restored):
     same(trainer)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [CHECKPOINTING | {"activation_offloading": True}, {"gradient_checkpointing": "offload"}],
+    ids=["", "old name"],
+)
+def test_what_needs_a_gpu_is_off_without_one(changes, train, same, restored, caplog):
+    kernels = ["liger_rms_norm", "liger_rope", "liger_glu_activation"]
+    with caplog.at_level("WARNING"):
+        trainer = train(**LIGER, **changes, **dict.fromkeys(kernels, True))
+    line = next(line for line in caplog.messages if "No GPU here" in line)
+    assert all(name in line for name in [*kernels, "offloading"])
+    assert trainer.model.is_gradient_checkpointing
+    same(trainer)
+
+
 def test_tiled_mlp_is_refused_for_a_reason():
     """Where this fails, axolotl has mended it, and `tiled_mlp` can go with rl: amopo."""
     from axolotl.monkeypatch.tiled_mlp.base import TiledMLP
