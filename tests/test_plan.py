@@ -40,6 +40,10 @@ PUBLISHED = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
 }
 
+# Words of a response. Starting to train takes some 50 MB on a CPU that no step needs again; where
+# a step takes little, longer rows make it outweigh that.
+SHORT, LONG = 30, 300
+LONGER = {"lora_checkpointed"}
 # Of real steps. Nothing of the loss is left out: memory is that of AdamW's too.
 MEASURED = {
     "full": {},
@@ -50,7 +54,7 @@ MEASURED = {
     },
     "full_unshared": {"amopo": {"dimensions": ["helpfulness"], "share_prompt": False}},
     "lora": LORA,
-    "lora_checkpointed": LORA | {"gradient_checkpointing": True},
+    "lora_checkpointed": LORA | {"gradient_checkpointing": True, "sequence_len": 2048},
     "dora_head_saved": LORA | {"peft_use_dora": True, "lora_modules_to_save": ["lm_head"]},
 }
 
@@ -60,6 +64,14 @@ def test_known_models_have_their_parameters(name):
     with FakeTensorMode():
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**KNOWN[name]))
     assert model.num_parameters() == PUBLISHED[name]
+
+
+def row(number, words):
+    responses = [
+        {"text": f"{number} " + word * words, "scores": {"helpfulness": score, "honesty": score}}
+        for word, score in (("yes ", 5), ("no ", 2))
+    ]
+    return {"prompt": f"Question {number}: " + "what else is there? " * 4, "responses": responses}
 
 
 @pytest.fixture(scope="module")
@@ -80,21 +92,15 @@ def measured(tokenizer, tmp_path_factory) -> dict[str, dict]:
     )
     LlamaForCausalLM(shape).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    rows = [
-        {
-            "prompt": f"Question {i}: " + "what else is there to know? " * 3,
-            "responses": [
-                {"text": f"{i} " + word * 30, "scores": {"helpfulness": score, "honesty": score}}
-                for word, score in (("yes ", 5), ("no ", 2))
-            ],
-        }
-        for i in range(8)
-    ]
-    data = write_jsonl(folder / "data.jsonl", rows)
+    data = {
+        words: write_jsonl(folder / f"{words}.jsonl", [row(i, words) for i in range(8)])
+        for words in (SHORT, LONG)
+    }
     for name, changes in MEASURED.items():
         own = folder / name
         own.mkdir()
-        values = config(own, folder / "model", data, micro_batch_size=1) | changes
+        rows = data[LONG if name in LONGER else SHORT]
+        values = config(own, folder / "model", rows, micro_batch_size=1) | changes
         write_config(folder, values, f"{name}.yml")
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
     done = subprocess.run(
@@ -109,19 +115,13 @@ def measured(tokenizer, tmp_path_factory) -> dict[str, dict]:
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in MEASURED}
 
 
-# Too low by a third, and not understood: what is recomputed seems to live longer than it must.
-TOLERANCE = {"lora_checkpointed": 0.5}
-
-
 @pytest.mark.parametrize("name", MEASURED)
 def test_plan_equals_training(measured, name):
     training, plan = measured[name]["measured"], measured[name]["planned"]
     for exact in ("parameters", "trainable", "trained", "weights", "layout"):
         assert plan[exact] == training[exact], exact
     assert plan["flops"] == pytest.approx(training["flops"], rel=0.02)
-    assert plan["memory"] == pytest.approx(training["memory"], rel=TOLERANCE.get(name, 0.15)), plan[
-        "lines"
-    ]
+    assert plan["memory"] == pytest.approx(training["memory"], rel=0.15), plan["lines"]
 
 
 # Memory of many devices, by hand.
