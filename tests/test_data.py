@@ -17,8 +17,18 @@ from pydantic import ValidationError
 
 from axolotl_amopo.args import AMoPOConfig, Dimension
 from axolotl_amopo.data.entries import prepare_entries
-from axolotl_amopo.data.pairs import IDENTICAL, MISSING, SINGLE, TIE, make_pairs
+from axolotl_amopo.data.pairs import (
+    CLOSE,
+    IDENTICAL,
+    MISSING,
+    NO_ORDER,
+    NOT_DRAWN,
+    SINGLE,
+    TIE,
+    PairRule,
+)
 from axolotl_amopo.data.rows import RatedPrompt, Response
+from axolotl_amopo.data.strategy import Survey
 
 SCALES = {"help": (0, 100), "truth": (1, 5)}
 SCALED = [{"name": name, "scale": scale} for name, scale in SCALES.items()]
@@ -34,9 +44,14 @@ def strategy(kind, tokenizer=None, entry=None, options=None, sequence_len=2048, 
     )
 
 
+def read_all(wanted, rows):
+    """The prompts that a strategy makes of rows."""
+    dataset = Dataset.from_list(rows)
+    return list(wanted.prompts(dataset, wanted.survey(dataset, Counter())))
+
+
 def read(kind, rows, changes=()):
-    numbered = enumerate(Dataset.from_list(rows), 1)
-    return strategy(kind, **dict(changes)).read_all(numbered, Counter())
+    return read_all(strategy(kind, **dict(changes)), rows)
 
 
 def rated_prompt(ratings, texts=None, names=SCALES, ordered=False):
@@ -45,10 +60,11 @@ def rated_prompt(ratings, texts=None, names=SCALES, ordered=False):
     return RatedPrompt([user("Why?")], list(map(Response, texts, rated)), [1], ordered)
 
 
-def made(prompt, scales=SCALES, **block):
-    """What `make_pairs` makes of a prompt, as plain values, and what it counts as dropped."""
+def made(prompt, scales=SCALES, lower=(), seed=0, **block):
+    """The pairs that are made of a prompt, as plain values, and what is counted as dropped."""
     dropped = Counter()
-    pairs = make_pairs(prompt, AMoPOConfig(dimensions=list(scales), **block), scales, dropped)
+    config = AMoPOConfig(dimensions=list(scales), **block)
+    pairs = PairRule(config, scales, frozenset(lower), seed).pairs(prompt, dropped)
     return [(pair.responses, pair.winners, pair.mask) for pair in pairs], dict(dropped)
 
 
@@ -158,6 +174,7 @@ NO_OVERALL, OVERALL = [False, True, True], [True, False, False]
 PER, BEST = {"winner": "per_dimension"}, {"pairs": "best_worst"}
 MASK, DROP = {"missing_ratings": "mask"}, {"missing_ratings": "drop"}
 ALONE = {"overall": False}  # no overall prompt
+LOWER = {"lower": ["help"]}
 ONE = [0, 0, 0]  # the overall winner wins under every prompt
 
 # fmt: off
@@ -182,6 +199,17 @@ RULE = {
     "per dimension, one is equal": ([(20, 4), (20, 5)], PER, [((1, 0), ONE, NO_HELP)], {}),
     "equal overall": ([(0, 5), (100, 1)], PER, [((0, 1), [0, 1, 0], NO_OVERALL)], {}),
     "per dimension, all equal": ([(20, 4), (20, 4)], PER, [], {TIE: 1}),
+    "lower is better": ([(60, 1), (40, 1)], LOWER, [((1, 0), ONE, ALL)], {}),
+    "lower, per dimension": ([(60, 5), (40, 2)], LOWER | PER, [((0, 1), [0, 1, 0], ALL)], {}),
+    "by one dimension": ([(90, 2), (20, 4)], {"order_by": "truth"}, [((1, 0), ONE, ALL)], {}),
+    "by a dimension without rating": ([(90, None), (20, 4)], MASK | {"order_by": "truth"}, [],
+                                      {NO_ORDER: 1}),
+    "by the dataset, which has none": ([(90, 2), (20, 4)], {"order_by": "dataset"}, [],
+                                       {NO_ORDER: 1}),
+    "gap": ([(50, 3), (60, 3)], {"min_gap": 0.05}, [((1, 0), ONE, ALL)], {}),
+    "gap too small": ([(50, 3), (60, 3)], {"min_gap": 0.06}, [], {CLOSE: 1}),
+    "gap, per dimension": ([(50, 3), (60, 4)], PER | {"min_gap": 0.2},
+                           [((0, 1), [0, 0, 1], [False, False, True])], {}),
 }
 # Where the data itself names the winner, the first response.
 ORDERED = {
@@ -190,6 +218,7 @@ ORDERED = {
     "per dimension": ([(0, 4), (100, 3)], PER, [((0, 1), [0, 1, 0], ALL)], {}),
     "equal ratings, per dimension": ([(50, 3), (50, 3)], PER, [((0, 1), ONE, OVERALL)], {}),
     "nothing left": ([(50, 3), (50, 3)], PER | ALONE, [], {TIE: 1}),
+    "the mean is asked for": ([(0, 1), (100, 5)], {"order_by": "mean"}, [((1, 0), ONE, ALL)], {}),
 }
 # fmt: on
 
@@ -198,6 +227,29 @@ ORDERED = {
 def test_pair_rule(name):
     ratings, block, pairs, dropped = (RULE | ORDERED)[name]
     assert made(rated_prompt(ratings, ordered=name in ORDERED), **block) == (pairs, dropped)
+
+
+def test_the_datasets_own_rating_decides_where_that_is_asked_for():
+    prompt = rated_prompt([(90, 5), (10, 1), (50, 3)])
+    for response, overall in zip(prompt.responses, (0.2, 0.9, None), strict=True):
+        response.overall = overall
+    assert made(prompt, order_by="dataset") == ([((1, 0), ONE, ALL)], {NO_ORDER: 2})
+    best = made(prompt, order_by="dataset", pairs="best_worst")
+    assert best == ([((1, 0), ONE, ALL)], {})
+
+
+def test_a_number_of_pairs_is_drawn_by_the_seed():
+    prompt = rated_prompt([(i, 3) for i in range(0, 100, 10)])
+    every, _ = made(prompt)
+    draws = []
+    for seed in range(4):
+        pairs, dropped = made(prompt, pairs=3, seed=seed)
+        assert made(prompt, pairs=3, seed=seed) == (pairs, dropped) == (pairs, {NOT_DRAWN: 42})
+        assert len(set(map(str, pairs))) == 3
+        assert all(pair in every for pair in pairs)
+        draws.append(str(pairs))
+    assert len(set(draws)) > 1
+    assert sorted(made(prompt, pairs=99)[0]) == sorted(every)
 
 
 def test_identical_responses_make_no_pair():
@@ -264,7 +316,8 @@ SHOWN = {
 def instructions(ratings=((90, 2), (20, 4)), dimensions=SCALED, **block):
     wanted = strategy("rated", dimensions=dimensions, **block)
     scales = {dimension["name"]: dimension["scale"] for dimension in dimensions}
-    (pair,) = make_pairs(rated_prompt(ratings, names=scales), wanted.config, scales, Counter())
+    rule = PairRule(wanted.config, scales)
+    (pair,) = rule.pairs(rated_prompt(ratings, names=scales), Counter())
     return wanted.instructions(pair, scales)
 
 
@@ -334,12 +387,15 @@ def test_hostile_template_runs_nothing(template, tmp_path):
 def test_whose_scale_counts(kind, dimension, dataset, expected, caplog):
     dimensions, options = [{"name": "help", "scale": dimension}], {"scale": dataset}
     wanted = strategy(kind, options=options if dataset else {}, dimensions=dimensions)
-    assert wanted._scales([]) == {"help": expected}
+    assert wanted.scales_of(Survey()) == {"help": expected}
     assert not caplog.text
 
 
 def test_scale_that_the_data_spans_comes_with_the_yaml_to_write(caplog):
-    scales = strategy("rated")._scales([rated_prompt([(1.33, 3), (4.67, 3)])])
+    survey = Survey()
+    for ratings in ({"help": 1.33, "truth": 3}, {"help": 4.67, "truth": None}):
+        survey.add(ratings)
+    scales = strategy("rated").scales_of(survey)
     assert scales == {"help": (1, 5), "truth": (3, 4)}
     assert {record.levelname for record in caplog.records} == {"WARNING"}
     written = map(yaml.safe_load, re.findall(r"write (\{.*\})", caplog.text))
@@ -373,9 +429,9 @@ def counted(rows, names, parts):
 
 def all_pairs(kind, rows, names, scale, winner):
     wanted = strategy(kind, options={"scale": scale}, dimensions=names, winner=winner)
-    dropped, prompts = Counter(), wanted.read_all(enumerate(rows, 1), Counter())
-    scales = wanted._scales(prompts)
-    return [p for one in prompts for p in wanted._pairs(one, scales, dropped)], dropped, prompts
+    dropped, prompts = Counter(), read_all(wanted, rows)
+    rule = PairRule(wanted.config, dict.fromkeys(names, tuple(scale)))
+    return [p for one in prompts for p in wanted._pairs(one, rule, dropped)], dropped, prompts
 
 
 @pytest.mark.parametrize("winner", ["overall", "per_dimension"])

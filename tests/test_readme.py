@@ -1,17 +1,22 @@
 """What the README and the packaging say is what the code does."""
 
+import importlib
+import json
 import re
 import tomllib
 
 import pytest
 import yaml
-from runs import ROOT
+from axolotl.utils.dict import DictDefault
+from runs import ROOT, write_jsonl
+from test_data import read_all, strategy
 
-from axolotl_amopo.args import INTERNAL, AMoPOConfig
-from axolotl_amopo.data.entries import formats
+from axolotl_amopo.args import INTERNAL, AMoPOConfig, DatasetOptions
+from axolotl_amopo.data.entries import formats, prepare_entries
 from axolotl_amopo.metrics import metric_names
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 
 
 def test_every_key_of_the_block_is_in_the_table_with_its_default():
@@ -39,11 +44,12 @@ def test_every_field_has_a_description():
 
 def test_every_format_is_described():
     for name in formats():
-        assert f"`type: {name}`" in README
+        assert f"### `type: {name}`" in DATA
+        assert f"| [`{name}`](#type{name.replace('.', '')})" in DATA
 
 
 def test_the_minimal_config_is_valid(tmp_path, tiny_model):
-    from runs import load, write_config, write_jsonl
+    from runs import load, write_config
 
     text = re.search(r"```yaml\n(base_model:.*?)```", README, flags=re.DOTALL).group(1)
     values = yaml.safe_load(text)
@@ -66,19 +72,41 @@ def test_logged_names_are_described():
         ), name
 
 
-def test_the_example_rows_load(tokenizer):
-    """Every JSON row of the README, through the format it stands under."""
-    import json
-
-    from test_data import strategy
-
-    blocks = re.findall(r"`type: amopo\.(\w+)`.*?```json\n(.*?)```", README, flags=re.DOTALL)
-    assert {kind for kind, _ in blocks} == {name.removeprefix("amopo.") for name in formats()}
-    for kind, rows in blocks:
+def test_the_example_rows_load():
+    """Every YAML and JSON of docs/data.md, through the format it stands under."""
+    blocks = re.findall(r"```yaml\n(.*?)```\n\n```json\n(.*?)```", DATA, flags=re.DOTALL)
+    seen = set()
+    for text, rows in blocks:
+        values = yaml.safe_load(text)
+        (entry,) = values["datasets"]
+        seen.add(entry["type"])
+        options = {key: entry[key] for key in set(DatasetOptions.model_fields) & set(entry)}
+        kind = entry["type"].removeprefix("amopo.")
+        wanted = strategy(kind, options=options, **values["amopo"])
         for row in rows.strip().splitlines():
-            wanted = strategy(kind, dimensions=["helpfulness"])
-            prompts = wanted.read_all([(1, json.loads(row))], {})
-            assert prompts[0].responses[0].ratings["helpfulness"] in (3, 4)
+            (prompt,) = read_all(wanted, [json.loads(row)])
+            assert set(prompt.responses[0].ratings) == set(values["amopo"]["dimensions"])
+            assert any(rating is not None for rating in prompt.responses[0].ratings.values())
+    assert seen == set(formats())
+
+
+def test_the_format_of_ones_own_works(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", DATA, flags=re.DOTALL)
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "forum.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [{"question": "Why?", "answers": [{"body": b, "help": n} for b, n in ("a1", "b9")]}]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    cfg = {"base_model": "x", "datasets": [{"path": str(data), "type": "my_package.forum"}]}
+    prepare_entries(cfg, AMoPOConfig(dimensions=["help"]))
+    (entry,) = cfg["datasets"]
+    block = DictDefault(amopo={"dimensions": ["help"]}, sequence_len=99)
+    wanted = importlib.import_module(entry["type"]).load(None, block, DictDefault(entry))
+    (prompt,) = read_all(wanted, rows)
+    assert [(r.text, r.ratings) for r in prompt.responses] == [
+        ("a", {"help": 1}),
+        ("b", {"help": 9}),
+    ]
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "CITATION.cff", "CHANGELOG.md"])

@@ -217,7 +217,10 @@ def test_a_pair_tokenises_each_prompt_and_response_once(tokenizer, monkeypatch):
         )
     tokenize_pair(chat(tokenizer), TALK, ["Yes.", "No."], ["a", "b", ""], [0, 1, 0], "")
     told = [*TALK[:-1], user("a\n\nIs it?")], [*TALK[:-1], user("b\n\nIs it?")], TALK
-    assert done == [*((messages,) for messages in told), (TALK, "Yes."), (TALK, "No.")]
+    assert done == [
+        *((messages, None) for messages in told),
+        *((TALK, text, None) for text in ("Yes.", "No.")),
+    ]
 
 
 # Whole datasets.
@@ -260,6 +263,42 @@ def test_prepared_row(block, asked, tokenizer):
     assert (row["winners"], row["dimension_mask"]) == ([0, 0, 1], [1, 1, 1])
     for column in ("input_ids", "labels", "attention_mask"):
         assert len(row[column]) == longest(row)
+
+
+def test_instruction_in_the_system_message(tokenizer):
+    block = SHOW | PER | {"instruction_place": "system"}
+    (row,) = wrap(tokenizer, [rated("Is it?", *BOTH)], **block)
+    asked = [chatml([{"role": "system", "content": text}, user("Is it?")]) for text in SHOWN]
+    assert tokenizer.batch_decode(row["prompt_ids"]) == asked
+    (row,) = wrap(tokenizer, [rated("Is it?", *BOTH) | {"system": "Be kind."}], **block)
+    kind = [
+        chatml([{"role": "system", "content": f"Be kind.\n\n{text}"}, user("Is it?")])
+        for text in SHOWN
+    ]
+    assert tokenizer.batch_decode(row["prompt_ids"]) == kind
+
+
+def test_tools_and_their_calls_reach_the_template(tokenizer):
+    told = "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"
+    called = "{% for call in m.tool_calls or [] %}<{{ call.function.name }}>{% endfor %}"
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = told + template("{{ m.role }}: {{ m.content }}" + called + EOS)
+    call = {"type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    talk = [
+        user("What time is it?"),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "Noon."},
+        user("Is it?"),
+    ]
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": None}}]
+    row = rated("", *BOTH) | {"prompt": None, "messages": talk}
+    for written in (tools, json.dumps(tools)):
+        (made,) = wrap(other, [row | {"tools": written}])
+        for text in other.batch_decode(made["prompt_ids"]):
+            assert text.startswith("[clock]user: What time is it?")
+            assert "assistant: <clock>" in text and "tool: Noon." in text
+    (made,) = wrap(other, [row])
+    assert "[clock]" not in other.decode(made["prompt_ids"][0])
 
 
 def test_what_happened_is_counted_and_logged(tokenizer, caplog):
@@ -327,6 +366,7 @@ def prepared(tokenizer, sequence_len=2048, excess="drop", drop_bad=False, **chan
     """A pair's prepared row."""
     row = {"messages": ASKED, "responses": ["Yes.", "No."], "instructions": INSTRUCTIONS} | changes
     row |= {"messages": json.dumps(row["messages"]), "where": "data.jsonl, row 1"}
+    row |= {"tools": "null"}
     return prepare_row(
         row | {"winners": [0, 0, 1], "dimension_mask": [1, 1, 1]},
         chat=chat(tokenizer),

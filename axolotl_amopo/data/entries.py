@@ -127,6 +127,7 @@ def _shared_facts(cfg: dict, config: AMoPOConfig) -> dict[str, Any]:
         "code": [digest(path) for path in sources],
         "block": config.model_dump(mode="json", exclude=NOT_IN_ROWS),
         "excess_length_strategy": cfg.get("excess_length_strategy"),
+        "seed": cfg.get("seed") if isinstance(config.pairs, int) else None,  # of the pairs drawn
         "sequence_len": [cfg.get("sequence_len"), cfg.get("eval_sequence_len")],
         "template": _template_text(cfg),
         "tokenizer": [

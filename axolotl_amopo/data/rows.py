@@ -1,11 +1,16 @@
 """One row of a dataset, read field by field with errors that name file, row and key."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from axolotl_amopo.data.instructions import render
 from axolotl_amopo.errors import DataError, did_you_mean
+
+# What stands for no rating, beside nothing.
+MISSING = ("", "n/a", "na", "none", "null")
 
 Message = dict[str, Any]
 Ratings = dict[str, float | None]
@@ -17,6 +22,8 @@ class Response:
 
     text: str
     ratings: Ratings
+    # The dataset's own overall rating, brought to 0..1 with 1 the best.
+    overall: float | None = None
 
 
 @dataclass
@@ -26,8 +33,9 @@ class RatedPrompt:
     messages: list[Message]  # ends before the response; system and earlier turns included
     responses: list[Response]
     rows: list[int]  # the rows of the dataset it comes from, counted from 1
-    # True where the data itself says that the first response beats the second.
+    # True where the data itself says that each response beats those after it.
     ordered: bool = False
+    tools: list[dict[str, Any]] | None = None  # what the chat template is told of them
 
 
 @dataclass
@@ -58,7 +66,7 @@ class Row:
         return self.source.fields.get(name, name)
 
     def has(self, name: str) -> bool:
-        return self.values.get(self.key(name)) is not None
+        return find(self.values, self.key(name)) is not None
 
     def get(self, name: str) -> Any:
         """The value of a field that must be there.
@@ -67,7 +75,7 @@ class Row:
             DataError: where it is missing, with the row's keys.
         """
         key = self.key(name)
-        value = self.values.get(key)
+        value = find(self.values, key)
         if value is None:
             known = [known for known, value in self.values.items() if value is not None]
             raise self.error(
@@ -77,6 +85,43 @@ class Row:
                 f"e.g. fields: {{{name}: its_name}}.",
             )
         return value
+
+    def find(self, name: str) -> Any:
+        """The value of a field, None where there is none."""
+        return find(self.values, self.key(name))
+
+    def at(self, path: str, values: Any = None) -> Any:
+        """What lies at a path of the row, or of a part of it; None where nothing does."""
+        return find(self.values if values is None else values, path)
+
+    def items(self, name: str, kind: type = dict) -> list[tuple[Any, str]]:
+        """The items of a list that must be there, each with its key for error texts."""
+        value, key = self.get(name), self.key(name)
+        if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+            what = {dict: "objects", str: "texts"}.get(kind, "responses")
+            raise self.error(key, f"must be a list of {what}, got {_show(value)}.")
+        return [(item, f"{key}[{i}]") for i, item in enumerate(value)]
+
+    def number_in(self, name: str, low: float, high: float) -> float:
+        """A number from `low` to `high` that must be there."""
+        return self.check_number(self.get(name), self.key(name), low, high)
+
+    def check_number(self, value: Any, key: str, low: float, high: float) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if isinstance(value, bool) or not low <= number <= high:
+            raise self.error(key, f"must be a number from {low:g} to {high:g}, got {_show(value)}.")
+        return number
+
+    def rendered(self, template: str) -> list[Message]:
+        """A Jinja template of the row's fields (and of `row`, with all of them) as a user turn."""
+        try:
+            text = render(template, {**self.values, "row": self.values})
+        except Exception as error:  # a filter may raise whatever Python does
+            raise self.error("template", f"can't be filled from this row: {error}.") from None
+        return [{"role": "user", "content": self.check_text(text, "template")}]
 
     def text(self, name: str) -> str:
         return self.check_text(self.get(name), self.key(name))
@@ -122,15 +167,33 @@ class Row:
         if not isinstance(value, Mapping):
             raise self.error(key, f"must be a message with role and content, got {_show(value)}.")
         role_key, content_key = self.key("role"), self.key("content")
-        message = {  # Arrow writes None where another message has a key
+        message = {
             name: item
-            for name, item in value.items()
-            if item is not None and name not in (role_key, content_key)
+            for name, item in without_none(value).items()
+            if name not in (role_key, content_key)
         }
         role = self.check_text(value.get(role_key), f"{key}.{role_key}")
         message["role"] = self.source.roles.get(role, role)
-        message["content"] = self.check_text(value.get(content_key), f"{key}.{content_key}")
+        content = value.get(content_key)
+        if content in (None, "") and message.get("tool_calls"):
+            message["content"] = ""  # a turn that only calls
+        else:
+            message["content"] = self.check_text(content, f"{key}.{content_key}")
         return message
+
+    def tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the conversation may call: a list, or its JSON."""
+        if not self.has("tools"):
+            return None
+        value, key = self.get("tools"), self.key("tools")
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise self.error(key, f"is not JSON ({error}).") from None
+        if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+            raise self.error(key, f"must be a list of tools, got {_show(value)}.")
+        return without_none(value) or None
 
     def response_text(self, value: Any, key: str) -> str:
         """A response: text, one assistant message, or a list of messages that ends with one."""
@@ -155,8 +218,8 @@ class Row:
         }
 
     def _rating(self, values: Mapping[str, Any], name: str, key: str) -> float | None:
-        value = values.get(self.key(name))
-        if value is None or (isinstance(value, str) and value.strip().lower() in ("", "n/a")):
+        value = find(values, self.key(name))
+        if value is None or (isinstance(value, str) and value.strip().lower() in MISSING):
             if not self.source.ratings_required:
                 return None
             known = [name for name, value in values.items() if value is not None]
@@ -166,15 +229,16 @@ class Row:
                 f"{did_you_mean(self.key(name), known)} To use rows without it, write "
                 "amopo.missing_ratings: mask (the dimension weighs nothing there) or drop.",
             )
+        scale = self.source.scales[name]
         try:
-            if isinstance(value, bool):
+            # Yes and no are 1 and 0, and nothing else: on 1 to 5 they would be a mistake.
+            if isinstance(value, bool) and scale not in (None, (0, 1)):
                 raise ValueError
             rating = float(value)
             if not math.isfinite(rating):
                 raise ValueError
         except (TypeError, ValueError):
             raise self.error(key, f"must be a number, got {_show(value)}.") from None
-        scale = self.source.scales[name]
         if scale and not scale[0] <= rating <= scale[1]:
             raise self.error(
                 key,
@@ -183,6 +247,31 @@ class Row:
                 f"{max(rating, scale[1]):g}]}} under amopo.dimensions.",
             )
         return rating
+
+
+def without_none(value: Any) -> Any:
+    """A nested value without the None that Arrow writes where another row has a key."""
+    if isinstance(value, Mapping):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def find(values: Any, path: str) -> Any:
+    """What lies at a path of keys and indices such as `scores.0.help`; None where nothing does.
+
+    A key that has dots in it counts before the path that it could be.
+    """
+    if isinstance(values, Mapping):
+        if path in values:
+            return values[path]
+        first, _, rest = path.partition(".")
+        return find(values[first], rest) if rest and first in values else None
+    if isinstance(values, list):
+        first, _, rest = path.partition(".")
+        if not first.isdecimal() or int(first) >= len(values):
+            return None
+        return find(values[int(first)], rest) if rest else values[int(first)]
+    return None
 
 
 def _show(value: Any) -> str:

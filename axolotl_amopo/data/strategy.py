@@ -19,20 +19,22 @@ import itertools
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from axolotl.prompt_tokenizers import DatasetWrappingStrategy
 from axolotl.utils.chat_templates import get_chat_template_from_config
 from axolotl.utils.logging import get_logger
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets import Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import generate_random_fingerprint, get_temporary_cache_files_directory
 
 from axolotl_amopo.args import AMoPOConfig, DatasetOptions
 from axolotl_amopo.data import instructions
-from axolotl_amopo.data.pairs import Pair, Scales, make_pairs
-from axolotl_amopo.data.rows import RatedPrompt, Row, Source
+from axolotl_amopo.data.pairs import Pair, PairRule, Scales
+from axolotl_amopo.data.rows import RatedPrompt, Ratings, Row, Source
 from axolotl_amopo.data.tokens import (
     ChatTokenizer,
     PairTokens,
@@ -41,7 +43,7 @@ from axolotl_amopo.data.tokens import (
     tokenize_pair,
     total,
 )
-from axolotl_amopo.errors import AMoPOError, DataError, did_you_mean
+from axolotl_amopo.errors import AMoPOError, ConfigError, DataError, did_you_mean
 
 LOG = get_logger(__name__)
 
@@ -71,15 +73,66 @@ FEATURES = Features(
     }
 )
 
+# A pair as text.
+PLAIN = Features(
+    {
+        "messages": Value("string"),
+        "tools": Value("string"),
+        "responses": List(Value("string")),
+        "instructions": List(Value("string")),
+        "winners": _FLAGS,
+        "dimension_mask": _FLAGS,
+        "where": Value("string"),
+    }
+)
+
 # What axolotl's own chat formats take for these, without being told.
 ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass
+class Survey:
+    """What a first look at all rows of a dataset tells. Rows count from 0 here."""
+
+    prompts: int = 0
+    bad: set[int] = field(default_factory=set)
+    groups: list[list[int]] | None = None  # the rows of each prompt, where a row is one response
+    spans: dict[str, tuple[float, float]] = field(default_factory=dict)  # lowest, highest rating
+
+    def add(self, ratings: Ratings) -> None:
+        for name, rating in ratings.items():
+            if rating is not None:
+                low, high = self.spans.get(name, (rating, rating))
+                self.spans[name] = min(low, rating), max(high, rating)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What came of one `datasets:` entry, for those who want to look at it."""
+
+    strategy: "AMoPOStrategy"
+    rows: int
+    prompts: list[RatedPrompt]
+    rule: PairRule
+    prepared: Dataset
+    kept: list[int]  # of the pairs that were made, those that became rows of `prepared`
+    dropped: Counter  # how many were left out, by reason
 
 
 class AMoPOStrategy(DatasetWrappingStrategy, ABC):
     """Turns a dataset of rated responses into prepared pairs."""
 
+    #: Told of every dataset that is prepared, see `axolotl_amopo.inspection`.
+    observer: ClassVar[Callable[[Preparation], None] | None] = None
+
     #: Rating scale of the published dataset, where it has one.
     scale: tuple[float, float] | None = None
+    #: The same of single dimensions, where they differ.
+    scales: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    #: Dimensions in which lower ratings are better.
+    lower_is_better: ClassVar[Set[str]] = frozenset()
+    #: The `datasets:` keys beyond `scale` and `fields` that the format takes.
+    takes: ClassVar[Set[str]] = frozenset()
     #: True where a row is one response, and rows with equal prompts belong together.
     one_response_a_row: bool = False
 
@@ -103,7 +156,9 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
             name=_source_name(ds_cfg),
             dimensions=self.config.dimension_names,
             scales={
-                dimension.name: dimension.scale or self.options.scale or self.scale
+                dimension.name: dimension.scale
+                or self.options.scale
+                or self.scales.get(dimension.name, self.scale)
                 for dimension in self.config.dimensions
             },
             ratings_required=self.config.missing_ratings == "error",
@@ -111,6 +166,12 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
             roles=ROLES
             | {alias: role for role, aliases in (ds_cfg.roles or {}).items() for alias in aliases},
         )
+        for key in ("template", "responses"):
+            if getattr(self.options, key) is not None and key not in self.takes:
+                raise ConfigError(
+                    f"{self.source.name}: {key}: is not for this type; write it with type: "
+                    "amopo.user_defined, or remove it."
+                )
         self.sequence_len = cfg.sequence_len
         if self.eval_split and cfg.eval_sequence_len:
             self.sequence_len = cfg.eval_sequence_len
@@ -140,62 +201,78 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
                 "its tokens; write drop, or remove tokenizer_use_fast: false."
             )
         dropped: Counter = Counter()
-        prompts = self.read_all(enumerate(_rows(dataset), start=1), dropped)
-        self._check_dimensions(prompts, dataset.column_names)
-        scales = self._scales(prompts)
-        plain = self._plain_pairs(prompts, scales, dropped)
-        prepared = self._tokenize(plain, chat, process_count, dropped)
-        self._report(len(dataset), len(prompts), len(plain), len(prepared), dropped)
+        survey = self.survey(dataset, dropped)
+        rule = PairRule(self.config, self.scales_of(survey), self._lower(), self.cfg.seed or 0)
+        plain = self._plain_pairs(self.prompts(dataset, survey), rule, dropped)
+        prepared, kept = self._tokenize(plain, chat, process_count, dropped)
+        self._report(len(dataset), survey.prompts, len(plain), len(prepared), dropped)
+        if observer := AMoPOStrategy.observer:
+            prompts = list(self.prompts(dataset, survey))
+            observer(Preparation(self, len(dataset), prompts, rule, prepared, kept, dropped))
         return prepared
 
-    def read_all(
-        self, numbered_rows: Iterable[tuple[int, Any]], dropped: Counter
-    ) -> list[RatedPrompt]:
-        """All rows, read and (where a row is one response) grouped by prompt."""
-        prompts: list[RatedPrompt] = []
-        by_prompt: dict[str, RatedPrompt] = {}
-        for number, values in numbered_rows:
+    def survey(self, dataset: Dataset, dropped: Counter) -> Survey:
+        """Read every row once, keeping none: which are bad, which belong together, and what the
+        ratings span.
+
+        Raises:
+            DataError: for a row that can't be used, or a dimension that no row rates.
+        """
+        survey = Survey()
+        groups: dict[bytes, list[int]] = {}
+        for index, values in enumerate(_rows(dataset)):
             try:
-                prompt = self.read(Row(values, number, self.source))
+                prompt = self.read(Row(values, index + 1, self.source))
             except DataError:
                 if self.config.bad_rows == "error":
                     raise
                 dropped[BAD_ROW] += 1
+                survey.bad.add(index)
                 continue
+            survey.prompts += 1
             if self.one_response_a_row:
-                key = json.dumps(prompt.messages, sort_keys=True)
-                if key in by_prompt:
-                    by_prompt[key].responses += prompt.responses
-                    by_prompt[key].rows += prompt.rows
-                    continue
-                by_prompt[key] = prompt
-            prompts.append(prompt)
-        return prompts
-
-    def _check_dimensions(self, prompts: list[RatedPrompt], columns: list[str]) -> None:
-        if not prompts:
-            return
-        for name in self.config.dimension_names:
-            if all(r.ratings[name] is None for prompt in prompts for r in prompt.responses):
+                key = json.dumps(prompt.messages, sort_keys=True).encode()
+                groups.setdefault(hashlib.blake2b(key, digest_size=16).digest(), []).append(index)
+            for response in prompt.responses:
+                survey.add(response.ratings)
+        if self.one_response_a_row:
+            survey.groups = list(groups.values())
+            survey.prompts = len(groups)
+        for name in self.config.dimension_names if survey.prompts else ():
+            if name not in survey.spans:
                 raise DataError(
                     f"{self.source.name}: no row has a rating on the dimension '{name}' of "
-                    f"amopo.dimensions.{did_you_mean(name, columns)}"
+                    f"amopo.dimensions.{did_you_mean(name, dataset.column_names)}"
                 )
+        return survey
 
-    def _scales(self, prompts: list[RatedPrompt]) -> Scales:
+    def prompts(self, dataset: Dataset, survey: Survey) -> Iterator[RatedPrompt]:
+        """The rows that can be used, read and (where a row is one response) grouped by prompt."""
+        if survey.groups is None:
+            for index, values in enumerate(_rows(dataset)):
+                if index not in survey.bad:
+                    yield self.read(Row(values, index + 1, self.source))
+            return
+        for part in itertools.batched(survey.groups, READ_BATCH):
+            indices = [index for group in part for index in group]
+            rows = zip(indices, _unpack(dataset[indices]), strict=True)
+            for group in part:
+                read = [
+                    self.read(Row(values, index + 1, self.source))
+                    for index, values in itertools.islice(rows, len(group))
+                ]
+                responses = [response for prompt in read for response in prompt.responses]
+                yield replace(read[0], responses=responses, rows=[index + 1 for index in group])
+
+    def scales_of(self, survey: Survey) -> Scales:
         """Every dimension's scale: the config's, else the format's, else what the data spans."""
         scales: Scales = {}
         for name, scale in self.source.scales.items():
             if scale is None:
-                ratings = [
-                    rating
-                    for prompt in prompts
-                    for response in prompt.responses
-                    if (rating := response.ratings[name]) is not None
-                ]
-                low, high = (min(ratings) // 1, -(-max(ratings) // 1)) if ratings else (0, 1)
+                lowest, highest = survey.spans.get(name, (0, 1))
+                low, high = lowest // 1, -(-highest // 1)
                 scale = (low, high if high > low else low + 1)
-                if ratings:
+                if name in survey.spans:
                     LOG.warning(
                         "%s: no scale is given for '%s'; taking what the data spans, %g to %g. "
                         "Other data may span less: write {name: %s, scale: [%g, %g]}.",
@@ -204,31 +281,39 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
             scales[name] = scale
         return scales
 
-    def _pairs(self, prompt: RatedPrompt, scales: Scales, dropped: Counter) -> Iterator[Pair]:
+    def _pairs(self, prompt: RatedPrompt, rule: PairRule, dropped: Counter) -> Iterator[Pair]:
         if len(prompt.responses) < 2 and self.config.single_responses == "error":
             raise DataError(
                 f"{self.source.name}, row {prompt.rows[0]}: only one response for this prompt, so "
                 "there is no pair; add another, or write amopo.single_responses: drop."
             )
-        yield from make_pairs(prompt, self.config, scales, dropped)
+        yield from rule.pairs(prompt, dropped)
 
-    def _plain_pairs(self, prompts: list[RatedPrompt], scales: Scales, dropped: Counter) -> Dataset:
-        """The pairs as text, packed batch by batch: as Python objects they'd take several times the
-        memory, and workers are sent them."""
-        pairs = (pair for prompt in prompts for pair in self._pairs(prompt, scales, dropped))
-        rows = (self._plain(pair, scales) for pair in pairs)
-        parts = [Dataset.from_list(list(part)) for part in itertools.batched(rows, READ_BATCH)]
-        if not parts:
+    def _lower(self) -> Set[str]:
+        """Dimensions in which lower ratings are better."""
+        directions = dict.fromkeys(self.lower_is_better, "lower")
+        directions |= {d.name: d.direction for d in self.config.dimensions if d.direction}
+        return frozenset(name for name, way in directions.items() if way == "lower")
+
+    def _plain_pairs(
+        self, prompts: Iterable[RatedPrompt], rule: PairRule, dropped: Counter
+    ) -> Dataset:
+        """The pairs as text, in a file that workers read too; in memory they'd take gigabytes."""
+        pairs = (pair for prompt in prompts for pair in self._pairs(prompt, rule, dropped))
+        path = _temporary_file()
+        with ArrowWriter(features=PLAIN, path=path) as writer:
+            for part in itertools.batched(pairs, READ_BATCH):
+                rows = [self._plain(pair, rule.scales) for pair in part]
+                writer.write_batch({name: [row[name] for row in rows] for name in PLAIN})
+            count, _ = writer.finalize()
+        if not count:
             raise self._nothing_left(dropped)
-        return concatenate_datasets(parts)
+        return Dataset.from_file(path)
 
     def _tokenize(
         self, plain: Dataset, chat: ChatTokenizer, process_count: int | None, dropped: Counter
-    ) -> Dataset:
+    ) -> tuple[Dataset, list[int]]:
         processes = max(1, min(process_count or 1, len(plain) // ROWS_PER_PROCESS))
-        # To a file, which is deleted when this process ends: otherwise all rows would be held in
-        # memory, and workers would send theirs here.
-        folder = Path(get_temporary_cache_files_directory())
         prepared = plain.map(
             functools.partial(
                 prepare_rows,
@@ -242,7 +327,7 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
             batch_size=WRITE_BATCH,
             remove_columns=plain.column_names,
             features=FEATURES,
-            cache_file_name=str(folder / f"{generate_random_fingerprint()}.arrow"),
+            cache_file_name=_temporary_file(),
             num_proc=processes if processes > 1 else None,
             desc=f"Tokenising pairs of {self.source.name}",
         )
@@ -251,21 +336,26 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
         kept = [i for i, outcome in enumerate(outcomes) if outcome in ("", SHORTENED)]
         if not kept:
             raise self._nothing_left(dropped)
-        return prepared.remove_columns("outcome").select(kept)
+        return prepared.remove_columns("outcome").select(kept), kept
 
     def _plain(self, pair: Pair, scales: Scales) -> dict[str, Any]:
         responses = [pair.prompt.responses[i] for i in pair.responses]
-        rows = pair.prompt.rows
-        if self.one_response_a_row:
-            rows = sorted(rows[i] for i in pair.responses)
         return {
             "messages": json.dumps(pair.prompt.messages),
+            "tools": json.dumps(pair.prompt.tools),
             "responses": [response.text for response in responses],
             "instructions": self.instructions(pair, scales),
             "winners": pair.winners,
             "dimension_mask": [int(keep) for keep in pair.mask],
-            "where": f"{self.source.name}, row {' and '.join(map(str, rows))}",
+            "where": self.where(pair),
         }
+
+    def where(self, pair: Pair) -> str:
+        """The file and the rows that a pair comes from."""
+        rows = pair.prompt.rows
+        if self.one_response_a_row:
+            rows = sorted(rows[i] for i in pair.responses)
+        return f"{self.source.name}, row {' and '.join(map(str, rows))}"
 
     def instructions(self, pair: Pair, scales: Scales) -> list[str]:
         """A pair's instructions: one a prompt, or two where each response has its own rating."""
@@ -337,6 +427,12 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
         )
 
 
+def _temporary_file() -> str:
+    """A file that is deleted when this process ends."""
+    folder = Path(get_temporary_cache_files_directory())
+    return str(folder / f"{generate_random_fingerprint()}.arrow")
+
+
 def _rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
     """A dataset's rows; many at once, which is much faster than one by one."""
     for batch in dataset.iter(batch_size=READ_BATCH):
@@ -366,11 +462,18 @@ def prepare_row(
 ) -> dict[str, Any]:
     """One pair's prepared row; `outcome` says why it is to be dropped, empty where it isn't."""
     where = row["where"]
-    messages = json.loads(row["messages"])
+    messages, tools = json.loads(row["messages"]), json.loads(row["tools"])
 
     def tokenize(conversation: list[dict]) -> PairTokens:
         return tokenize_pair(
-            chat, conversation, row["responses"], row["instructions"], row["winners"], where, place
+            chat,
+            conversation,
+            row["responses"],
+            row["instructions"],
+            row["winners"],
+            where,
+            place,
+            tools,
         )
 
     outcome = ""

@@ -19,7 +19,8 @@ KNOWN_PIECES = 256
 
 NOWHERE = re.compile("(?!)")  # matches nothing
 
-Place = Literal["before", "after"]
+Place = Literal["before", "after", "system"]
+Tools = list[dict[str, Any]] | None
 
 
 @dataclass
@@ -54,9 +55,10 @@ class ChatTokenizer:
         self._cuts = _cuts(self.tokenizer, self.template) if self._direct else NOWHERE
         self._known: dict[str, list[int]] = {}
 
-    def render(self, messages: list[Message], *, generation_prompt: bool) -> str:
+    def render(self, messages: list[Message], tools: Tools, *, generation_prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(
             messages,
+            tools=tools,
             chat_template=self.template,
             add_generation_prompt=generation_prompt,
             tokenize=False,
@@ -95,9 +97,9 @@ class ChatTokenizer:
                 self._known[text] = self.tokenizer(text, add_special_tokens=False).input_ids
         return self._known[text]
 
-    def prompt_ids(self, messages: list[Message]) -> list[int]:
+    def prompt_ids(self, messages: list[Message], tools: Tools = None) -> list[int]:
         """Token ids of a conversation up to where the response begins."""
-        ids = self.ids(self.render(messages, generation_prompt=True))
+        ids = self.ids(self.render(messages, tools, generation_prompt=True))
         if self._bos is not None:
             while ids[:2] == [self._bos, self._bos]:
                 ids = ids[1:]
@@ -105,19 +107,22 @@ class ChatTokenizer:
                 ids = [self._bos, *ids]
         return ids
 
-    def response_ids(self, messages: list[Message], response: str) -> list[int]:
+    def response_ids(
+        self, messages: list[Message], response: str, tools: Tools = None
+    ) -> list[int]:
         """Token ids of a response: what the template writes after the generation prompt.
 
         Raises:
             ValueError: where the text itself contains the EOS token.
         """
-        prompt = self.render(messages, generation_prompt=True)
+        prompt = self.render(messages, tools, generation_prompt=True)
         turn = {"role": "assistant", "content": response}
-        whole = self.render([*messages, turn], generation_prompt=False)
+        whole = self.render([*messages, turn], tools, generation_prompt=False)
         if not whole.startswith(prompt):
             # A generation prompt that the template doesn't write into a whole conversation, such
             # as an opened <think>: the response starts where another one would differ.
-            other = self.render([*messages, turn | {"content": "\0"}], generation_prompt=False)
+            turn = turn | {"content": "\0"}
+            other = self.render([*messages, turn], tools, generation_prompt=False)
             prompt = os.path.commonprefix([whole, other])  # noqa: RUF071, characters are meant
             if not whole.startswith(response.strip(), len(prompt)):
                 raise ValueError("is not rendered by the chat template")
@@ -167,15 +172,23 @@ def _overlaps(other: str, token: str) -> bool:
 
 
 def instructed(messages: list[Message], instruction: str, place: Place = "before") -> list[Message]:
-    """The conversation with the instruction in the turn of its last question."""
+    """The conversation with the instruction in the turn of its last question, or in the system
+    message."""
     if not instruction:
         return messages
+    if place == "system":
+        if messages[0]["role"] != "system":
+            return [{"role": "system", "content": instruction}, *messages]
+        return [_joined(messages[0], messages[0]["content"], instruction), *messages[1:]]
     index = last_user_turn(messages)
     parts = [instruction, messages[index]["content"]]
     if place == "after":
         parts.reverse()
-    turn = {**messages[index], "content": "\n\n".join(parts)}
-    return [*messages[:index], turn, *messages[index + 1 :]]
+    return [*messages[:index], _joined(messages[index], *parts), *messages[index + 1 :]]
+
+
+def _joined(message: Message, *parts: str) -> Message:
+    return {**message, "content": "\n\n".join(parts)}
 
 
 def last_user_turn(messages: list[Message]) -> int:
@@ -217,21 +230,25 @@ def tokenize_pair(
     winners: list[int],
     where: str,
     place: Place = "before",
+    tools: Tools = None,
 ) -> PairTokens:
     """Tokenise a pair: every prompt once per instruction, every response once.
 
     Args:
         instructions: K or 2K texts, in the order of `PairTokens.prompts`.
         where: file and row, for the error's text.
-        place: of the instruction, before or after the question.
+        place: of the instruction, before or after the question or in the system message.
+        tools: that the conversation may call.
 
     Raises:
         DataError: where the chat template refuses the conversation, or a response's text can't
             stand in it.
     """
     try:
-        prompts = [chat.prompt_ids(instructed(messages, text, place)) for text in instructions]
-        ids = [chat.response_ids(messages, text) for text in responses]
+        prompts = [
+            chat.prompt_ids(instructed(messages, text, place), tools) for text in instructions
+        ]
+        ids = [chat.response_ids(messages, text, tools) for text in responses]
     except TemplateError as error:
         raise DataError(
             f"{where}: the chat template refuses this conversation ({error}); mend the row, or "

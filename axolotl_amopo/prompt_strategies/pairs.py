@@ -25,7 +25,7 @@ class PairsStrategy(AMoPOStrategy):
         responses = [self.response(row, side) for side in ("chosen", "rejected")]
         if responses[0].text == responses[1].text:
             raise row.error(row.key("rejected"), "is the same text as the chosen response.")
-        return RatedPrompt(self.prompt(row), responses, [row.number], ordered=True)
+        return RatedPrompt(self.prompt(row), responses, [row.number], True, row.tools())
 
     @staticmethod
     def response(row: Row, side: str) -> Response:

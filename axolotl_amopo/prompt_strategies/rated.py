@@ -27,7 +27,9 @@ class RatedStrategy(AMoPOStrategy):
                     row.ratings(item[scores], f"{key}[{i}].{scores}"),
                 )
             )
-        return RatedPrompt(row.conversation("prompt", "messages"), responses, [row.number])
+        return RatedPrompt(
+            row.conversation("prompt", "messages"), responses, [row.number], tools=row.tools()
+        )
 
 
 def load(tokenizer, cfg, ds_cfg):

@@ -1,0 +1,388 @@
+"""Every dataset format: rows in the published layout, and rows that hypothesis breaks."""
+
+import copy
+import os
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_data import read_all, strategy
+
+from axolotl_amopo.data.entries import formats
+from axolotl_amopo.data.pairs import PairRule
+from axolotl_amopo.data.rows import RatedPrompt, Row
+from axolotl_amopo.data.strategy import Survey
+from axolotl_amopo.errors import AMoPOError, ConfigError
+
+# More for a nightly run, e.g. 10000.
+EXAMPLES = int(os.environ.get("AMOPO_FUZZ_EXAMPLES", "150"))
+
+TEXTS, ASKED = ["Yes.", "No."], [{"role": "user", "content": "Is it?"}]
+
+
+def turns(text):
+    return [*ASKED, {"role": "assistant", "content": text}]
+
+
+def annotated(helpfulness, honesty):
+    rating = {"Rating": str(helpfulness), "Rationale": "because"}
+    return {"helpfulness": rating, "honesty": {"Rating": honesty, "Type": ["1"]}}
+
+
+SAFE = {
+    "prompt": "Is it?",
+    "response_0": "Yes.",
+    "response_1": "No.",
+    "better_response_id": 0,
+    "safer_response_id": 1,
+    "is_response_0_safe": False,
+    "is_response_1_safe": True,
+    "response_0_severity_level": 2,
+    "response_1_severity_level": 0,
+}
+BEAVER = {"violence,aiding_and_abetting,incitement": False}
+# name: (type, rows, ratings of "Yes." and of "No.", our keys of the entry and the block)
+PUBLISHED = {
+    "helpsteer3": (
+        "helpsteer3",
+        [{"context": ASKED, "response1": "Yes.", "response2": "No.", "overall_preference": -2}],
+        [{"preference": 2}, {"preference": -2}],
+        {},
+    ),
+    "ultrafeedback": (
+        "ultrafeedback",
+        [
+            {
+                "instruction": "Is it?",
+                "completions": [
+                    {"response": "Yes.", "annotations": annotated(4, "5"), "overall_score": 7.5},
+                    {"response": "No.", "annotations": annotated(2, "N/A"), "overall_score": 1},
+                ],
+            }
+        ],
+        [{"helpfulness": 4, "honesty": 5}, {"helpfulness": 2, "honesty": None}],
+        {"missing_ratings": "mask"},
+    ),
+    "ultrafeedback_binarized": (
+        "ultrafeedback_binarized",
+        [
+            {
+                "prompt": "Is it?",
+                "chosen": turns("Yes."),
+                "rejected": turns("No."),
+                "score_chosen": 8.5,
+                "score_rejected": 6,
+            }
+        ],
+        [{"score": 8.5}, {"score": 6}],
+        {},
+    ),
+    "ultrafeedback_binarized, other names": (
+        "ultrafeedback_binarized",
+        [{"chosen": turns("Yes."), "rejected": turns("No.")} | {"chosen-rating": 5, "r": 4}],
+        [{"score": 5}, {"score": 4}],
+        {"options": {"fields": {"score_chosen": "chosen-rating", "score_rejected": "r"}}},
+    ),
+    "safe_rlhf": (
+        "safe_rlhf",
+        [SAFE],
+        [
+            {"helpfulness": 1, "safety": 0, "is_safe": 0, "severity": 2},
+            {"helpfulness": 0, "safety": 1, "is_safe": 1, "severity": 0},
+        ],
+        {},
+    ),
+    "beavertails": (
+        "beavertails",
+        [
+            {"prompt": "Is it?", "response": "Yes.", "is_safe": True, "category": BEAVER},
+            {"prompt": "Is it?", "response": "No.", "is_safe": False}
+            | {"category": dict.fromkeys(BEAVER, True)},
+        ],
+        [{"is_safe": 1} | dict.fromkeys(BEAVER, 0), {"is_safe": 0} | dict.fromkeys(BEAVER, 1)],
+        {},
+    ),
+    "summeval": (
+        "summeval",
+        [{"text": "Is it?", "machine_summaries": TEXTS, "coherence": [4, 1.5], "fluency": [3, 5]}],
+        [{"coherence": 4, "fluency": 3}, {"coherence": 1.5, "fluency": 5}],
+        {"options": {"template": "{{ text }}"}},
+    ),
+    "ranked": (
+        "ranked",
+        [
+            {
+                "prompt": "Is it?",
+                "responses": TEXTS,
+                "rankings": {"helpfulness": [[0], [1]], "honesty": [[1, 0]]},
+            }
+        ],
+        [{"helpfulness": 1, "honesty": 1}, {"helpfulness": 0, "honesty": 1}],
+        {},
+    ),
+    "user_defined, columns": (
+        "user_defined",
+        [{"q": {"text": "Is"}, "a": ["Yes.", "No."], "judges": [{"x": 4}, {"x": 2}]}],
+        [{"helpfulness": 4}, {"helpfulness": 2}],
+        {
+            "options": {
+                "template": "{{ q.text }} it?",
+                "responses": [{"text": f"a.{i}", "helpfulness": f"judges.{i}.x"} for i in range(2)],
+            }
+        },
+    ),
+    "user_defined, a list": (
+        "user_defined",
+        [
+            {
+                "meta": {"ask": "Is it?"},
+                "out": [
+                    {"t": {"s": text}, "s.h": n} for text, n in zip(TEXTS, (4, 2), strict=True)
+                ],
+            }
+        ],
+        [{"helpfulness": 4}, {"helpfulness": 2}],
+        {
+            "options": {
+                "fields": {
+                    "prompt": "meta.ask",
+                    "responses": "out",
+                    "text": "t.s",
+                    "helpfulness": "s.h",
+                }
+            }
+        },
+    ),
+    "rated": (
+        "rated",
+        [
+            {
+                "prompt": "Is it?",
+                "responses": [
+                    {"text": text, "scores": {"helpfulness": n}}
+                    for text, n in zip(TEXTS, (4, 2), strict=True)
+                ],
+            }
+        ],
+        [{"helpfulness": 4}, {"helpfulness": 2}],
+        {},
+    ),
+    "pairs": (
+        "pairs",
+        [
+            {
+                "prompt": "Is it?",
+                "chosen": {"response": "Yes.", "helpfulness": "4"},
+                "rejected": {"response": "No.", "helpfulness": "2"},
+            }
+        ],
+        [{"helpfulness": 4}, {"helpfulness": 2}],
+        {},
+    ),
+    "helpsteer": (
+        "helpsteer",
+        [
+            {"prompt": "Is it?", "response": text, "helpfulness": n}
+            for text, n in zip(TEXTS, (4, 2), strict=True)
+        ],
+        [{"helpfulness": 4}, {"helpfulness": 2}],
+        {},
+    ),
+}
+
+
+def test_none_is_forgotten():
+    assert {f"amopo.{kind}" for kind, *_ in PUBLISHED.values()} == set(formats())
+
+
+def reader(name):
+    """A format's strategy for the dimensions of its row here."""
+    kind, _, ratings, changes = PUBLISHED[name]
+    return strategy(kind, dimensions=list(ratings[0]), **changes)
+
+
+def read(name, rows):
+    """The rows one by one, as they come from JSON; see `read_all` for whole datasets."""
+    wanted = reader(name)
+    return [wanted.read(Row(row, i, wanted.source)) for i, row in enumerate(rows, start=1)]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_layout(name):
+    _, rows, ratings, _ = PUBLISHED[name]
+    (prompt,) = read_all(reader(name), rows)
+    assert prompt.messages == ASKED
+    assert [response.text for response in prompt.responses] == TEXTS
+    assert [response.ratings for response in prompt.responses] == ratings
+
+
+def pairs_of(name, **block):
+    kind, rows, ratings, changes = PUBLISHED[name]
+    made = strategy(kind, **{"dimensions": list(ratings[0])} | changes | block)
+    (prompt,) = read_all(made, rows)
+    scales = made.scales_of(Survey())
+    rule = PairRule(made.config, scales, made._lower())
+    return list(rule.pairs(prompt, Counter())), made.instructions, scales
+
+
+def test_the_formats_know_what_is_better():
+    (pair,), *_ = pairs_of("safe_rlhf", dimensions=["severity"])
+    assert pair.responses == (1, 0)  # "No." has the lower severity
+    (pair,), *_ = pairs_of("safe_rlhf", winner="per_dimension")
+    assert pair.winners[1:] == [1, 0, 0, 0] and pair.responses == (1, 0)
+    (pair,), *_ = pairs_of("beavertails", dimensions=list(BEAVER))
+    assert pair.responses == (0, 1)
+    own = [{"name": "severity", "direction": "higher"}]
+    (pair,), *_ = pairs_of("safe_rlhf", dimensions=own)
+    assert pair.responses == (0, 1)
+    (pair,), *_ = pairs_of("ultrafeedback", order_by="dataset")
+    assert pair.responses == (0, 1)
+    pairs, *_ = pairs_of("ranked", dimensions=["honesty"])
+    assert not pairs  # a tie
+
+
+def test_scales_are_shown_as_people_read_them():
+    (pair,), instructions, scales = pairs_of("helpsteer3")
+    assert instructions(pair, scales)[1].endswith("Write an answer whose preference is 2 of 3.")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("rated", {"template": "{{ x }}"}, "template: is not for this type"),
+        ("summeval", {"responses": [{"text": "a"}, {"text": "b"}]}, "responses: is not for"),
+        ("user_defined", {"template": "{{ x"}, "is not a Jinja template"),
+        ("user_defined", {"responses": [{"text": "a"}, {"help": "b"}]}, "a path for its text"),
+    ],
+)
+def test_keys_that_are_not_for_a_type(kind, options, said):
+    with pytest.raises((ConfigError, ValueError), match=said):
+        strategy(kind, options=options)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("helpsteer3", {"overall_preference": -4}, "row 1, key 'overall_preference'"),
+        ("safe_rlhf", {"better_response_id": 2}, "must be a number from 0 to 1, got 2"),
+        ("safe_rlhf", {"response_0_severity_level": 5}, "'response_0.severity': 5 is outside"),
+        ("summeval", {"coherence": [1]}, "must be a list of 2 ratings, as machine_summaries"),
+        ("ranked", {"rankings": {"helpfulness": [0, 2], "honesty": [0, 1]}}, "from 0 to 1 once"),
+        ("ranked", {"rankings": {"helpfulness": [0, 1, 0], "honesty": [0, 1]}}, "from 0 to 1 once"),
+        ("rated", {"tools": "[{"}, "key 'tools': is not JSON"),
+        ("rated", {"tools": [1]}, "must be a list of tools"),
+        ("user_defined, columns", {"q": None}, "template': can't be filled from this row"),
+        ("user_defined, columns", {"judges": [{"x": 4}]}, "the rating is missing"),
+    ],
+)
+def test_a_bad_row_says_what_is_wrong_with_it(name, change, said):
+    rows = copy.deepcopy(PUBLISHED[name][1])
+    with pytest.raises(AMoPOError) as caught:
+        read(name, [rows[0] | change, *rows[1:]])
+    assert said in str(caught.value)
+    assert "row 1" in str(caught.value)
+
+
+# Broken rows: a value somewhere in a good row is taken out or replaced by anything.
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+def places(value, path=()):
+    """The paths of all values inside one."""
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    for key, inner in items:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def texts_in(value):
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(inner)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_broken_rows_raise_our_error_or_keep_their_text(name):
+    _, rows, *_ = PUBLISHED[name]
+    where = [(i, path) for i, row in enumerate(rows) for path in places(row)]
+
+    @settings(max_examples=EXAMPLES, deadline=None)
+    @given(data=st.data(), damaged=st.lists(st.sampled_from(where), min_size=1, max_size=3))
+    def check(data, damaged):
+        broken = copy.deepcopy(rows)
+        for i, path in damaged:
+            holder = broken[i]
+            try:
+                for key in path[:-1]:
+                    holder = holder[key]
+                if data.draw(st.booleans()):
+                    del holder[path[-1]]
+                else:
+                    holder[path[-1]] = data.draw(JSON)
+            except (KeyError, IndexError, TypeError):  # what it was in is broken already
+                continue
+        try:
+            prompts = read(name, broken)
+        except AMoPOError as error:
+            assert "row " in str(error)
+            return
+        known = list(texts_in(broken))
+        for prompt in prompts:
+            assert isinstance(prompt, RatedPrompt)
+            for response in prompt.responses:
+                assert response.text in known
+            assert all(isinstance(message["content"], str) for message in prompt.messages)
+            assert prompt.messages[-1]["content"].strip()
+
+    check()
+
+
+SENTENCE = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(
+    lambda text: text.strip()
+)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_whatever_the_texts_are_they_arrive(name):
+    if "helpsteer" in name or name == "pairs":
+        pytest.skip("earlier turns are written into the text there")
+
+    @settings(max_examples=EXAMPLES, deadline=None)
+    @given(question=SENTENCE, yes=SENTENCE, no=SENTENCE)
+    def check(question, yes, no):
+        if yes == no:
+            return
+        named = {"Is it?": question, "Yes.": yes, "No.": no, "Is": question}
+        rows = [filled(row, named) for row in PUBLISHED[name][1]]
+        prompt, *others = read(name, rows)
+        responses = [*prompt.responses, *(r for other in others for r in other.responses)]
+        assert [response.text for response in responses] == [yes, no]
+        asked = prompt.messages[-1]["content"]
+        # A template's text is stripped.
+        assert asked == question or asked in (question.strip(), f"{question} it?".strip())
+
+    check()
+
+
+def filled(value, named):
+    if isinstance(value, str):
+        return named.get(value, value)
+    if isinstance(value, dict):
+        return {key: filled(inner, named) for key, inner in value.items()}
+    return [filled(inner, named) for inner in value] if isinstance(value, list) else value
