@@ -4,6 +4,7 @@ import os
 
 import click
 
+from axolotl_amopo.cli.inspect import inspect
 from axolotl_amopo.cli.overrides import ENVIRONMENT_VARIABLE, split_overrides, to_json
 from axolotl_amopo.cli.plan import plan
 
@@ -12,7 +13,7 @@ PASSED_ON = ("preprocess", "train", "evaluate", "inference", "merge-lora")
 
 @click.group()
 def amopo() -> None:
-    """AMoPO: what a run needs; and `axolotl COMMAND` with overrides of the amopo: block.
+    """AMoPO: a look at the data, what a run needs, and `axolotl COMMAND` with overrides.
 
     axolotl's own commands know no options of plugins, so `axolotl train --amopo.gamma 1.5` would
     hand the option to the launcher. These take it, and everything that axolotl's command takes:
@@ -43,6 +44,7 @@ def _passed_on(name: str) -> click.Command:
     return command
 
 
+amopo.add_command(inspect)
 amopo.add_command(plan)
 for _name in PASSED_ON:
     amopo.add_command(_passed_on(_name))

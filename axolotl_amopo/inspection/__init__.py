@@ -1,0 +1,1 @@
+"""A look at the data of a config before anything is trained."""
