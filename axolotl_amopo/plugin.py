@@ -32,6 +32,7 @@ class AMoPOPlugin(BasePlugin):
             ConfigError: for a key that is unknown, out of bounds, or can't go with the others.
             DataError: for a local data file that can't be read.
         """
+        from axolotl_amopo.data.cache import set_aside_unfinished
         from axolotl_amopo.data.entries import prepare_entries
         from axolotl_amopo.data.files import check_yaml
         from axolotl_amopo.parallel import check_devices, check_parallel
@@ -57,6 +58,7 @@ class AMoPOPlugin(BasePlugin):
         # merge-lora and plan load the config alone; the data may be elsewhere.
         if not (cfg.get("merge_lora") or planned_for):
             config.datasets = prepare_entries(cfg, config)
+            set_aside_unfinished(cfg.get("dataset_prepared_path"))
 
         cfg["rl"] = None
         cfg["amopo"] = config.model_dump(exclude_none=True)

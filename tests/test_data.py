@@ -37,7 +37,8 @@ SCALED = [{"name": name, "scale": scale} for name, scale in SCALES.items()]
 def strategy(kind, tokenizer=None, entry=None, options=None, sequence_len=2048, **block):
     """A format's strategy as axolotl loads it; `options` are our own keys of the entry."""
     block = {"dimensions": list(SCALES), "datasets": {"id": {"options": options or {}}}} | block
-    return importlib.import_module(f"axolotl_amopo.prompt_strategies.{kind}").load(
+    module = f"axolotl_amopo.prompt_strategies.{kind}" + "_" * (kind == "user_defined")
+    return importlib.import_module(module).load(
         tokenizer,
         DictDefault(amopo=block, sequence_len=sequence_len),
         DictDefault({"path": "data.jsonl", "conversation": "id"} | (entry or {})),

@@ -5,6 +5,7 @@ import os
 from collections import Counter
 
 import pytest
+import runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import read_all, strategy
@@ -282,6 +283,17 @@ def test_a_bad_row_says_what_is_wrong_with_it(name, change, said):
         read(name, [rows[0] | change, *rows[1:]])
     assert said in str(caught.value)
     assert "row 1" in str(caught.value)
+
+
+def test_axolotl_loads_what_the_yaml_describes(tmp_path, tiny_model):
+    """axolotl has a format of its own by that name."""
+    _, rows, _, changes = PUBLISHED["user_defined, columns"]
+    data = runs.write_jsonl(tmp_path / "data.jsonl", rows)
+    entry = {"path": str(data), "type": "amopo.user_defined"} | changes["options"]
+    block = {"dimensions": ["helpfulness"]}
+    values = runs.config(tmp_path, tiny_model, data, datasets=[entry], amopo=block)
+    _, datasets = runs.prepare(runs.write_config(tmp_path, values))
+    assert len(datasets.train_dataset) == 1
 
 
 # Broken rows: a value somewhere in a good row is taken out or replaced by anything.

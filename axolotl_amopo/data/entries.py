@@ -38,7 +38,7 @@ TOKENIZER_FILES = (
 def formats() -> list[str]:
     """The `type:` names that come with this package."""
     folder = Path(__file__).parent.parent / "prompt_strategies"
-    return sorted(PREFIX + path.stem for path in folder.glob("[a-z]*.py"))
+    return sorted(PREFIX + path.stem.rstrip("_") for path in folder.glob("[a-z]*.py"))
 
 
 def prepare_entries(cfg: dict, config: AMoPOConfig) -> dict[str, dict[str, Any]]:
@@ -105,6 +105,8 @@ def _module_of(kind: Any, where: str) -> str:
         module = kind
         if kind.startswith(PREFIX):
             module = f"{FORMATS_PACKAGE}.{kind.removeprefix(PREFIX)}"
+            # axolotl takes every module of that name for its own format, and fails.
+            module += "_" * module.endswith(".user_defined")
         try:
             if importlib.util.find_spec(module):
                 return module

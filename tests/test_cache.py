@@ -1,0 +1,102 @@
+"""Prepared datasets that an interrupted command left behind are not trained on."""
+
+import pyarrow as pa
+import pytest
+from datasets import Dataset, load_from_disk
+from runs import config, prepare, write_config, write_jsonl
+
+from axolotl_amopo.data.cache import set_aside_unfinished, unfinished
+
+ROWS = [
+    {
+        "prompt": f"Question {i}?",
+        "responses": [
+            {"text": f"{word} {i}", "scores": {"helpfulness": n, "honesty": n}}
+            for word, n in (("yes", 5), ("no", 1))
+        ],
+    }
+    for i in range(6)
+]
+
+
+@pytest.fixture
+def prepared(tmp_path, tiny_model):
+    """A config whose data is prepared, and the folder of that."""
+    path = write_config(
+        tmp_path, config(tmp_path, tiny_model, write_jsonl(tmp_path / "data.jsonl", ROWS))
+    )
+    prepare(path)
+    (folder,) = [p for p in (tmp_path / "prepared").iterdir() if p.is_dir()]
+    assert unfinished(folder) is None
+    return path, folder
+
+
+def missing_state(folder):
+    (folder / "state.json").unlink()
+
+
+def missing_info(folder):
+    (folder / "dataset_info.json").unlink()
+
+
+def nothing_but_the_beginning(folder):
+    for path in folder.glob("*.json"):
+        path.unlink()
+    (shard,) = folder.glob("*.arrow")
+    shard.write_bytes(b"")
+
+
+def fewer_rows(folder):
+    """What writing over an older file begins with: a stream that ends too early, and loads."""
+    (shard,) = folder.glob("*.arrow")
+    rows = Dataset.from_file(str(shard))
+    with pa.OSFile(str(folder / "cut"), "wb") as file:
+        writer = pa.ipc.new_stream(file, rows.data.schema)
+        writer.write_table(rows.data.table.slice(0, 4))  # and no end
+    shard.unlink()
+    (folder / "cut").rename(shard)
+    assert len(load_from_disk(folder)) == 4
+
+
+@pytest.mark.parametrize(
+    "damage", [missing_state, missing_info, nothing_but_the_beginning, fewer_rows]
+)
+def test_what_is_unfinished_is_prepared_anew(prepared, damage, caplog):
+    path, folder = prepared
+    damage(folder)
+    with caplog.at_level("WARNING"):
+        _, datasets = prepare(path)
+    assert len(datasets.train_dataset) == len(ROWS)
+    assert any("was not written to its end" in line for line in caplog.messages)
+    assert (folder.parent / f"_unfinished-{folder.name}").is_dir()
+    assert unfinished(folder) is None
+
+
+def test_every_cut_of_a_shard_is_noticed(prepared):
+    _, folder = prepared
+    (shard,) = folder.glob("*.arrow")
+    whole = shard.read_bytes()
+    for length in {*range(0, len(whole), 97), *range(len(whole) - 20, len(whole))}:
+        shard.write_bytes(whole[:length])
+        assert unfinished(folder), length
+    shard.write_bytes(whole)
+    assert unfinished(folder) is None
+
+
+def test_a_second_one_is_not_written_over_the_first(prepared):
+    _, folder = prepared
+    for number in ("", "-2"):
+        missing_state(folder)
+        set_aside_unfinished(str(folder.parent))
+        aside = folder.parent / f"_unfinished-{folder.name}{number}"
+        assert aside.is_dir() and not folder.exists()
+        Dataset.from_dict({"example_id": [1]}).save_to_disk(folder)
+
+
+def test_what_is_not_ours_stays(tmp_path):
+    Dataset.from_dict({"input_ids": [[1]]}).save_to_disk(tmp_path / "sft")
+    missing_state(tmp_path / "sft")
+    set_aside_unfinished(str(tmp_path))
+    set_aside_unfinished(str(tmp_path / "nowhere"))
+    assert (tmp_path / "sft").is_dir()
+    assert not (tmp_path / "nowhere").exists()
