@@ -258,9 +258,9 @@ def head_rows() -> Iterator[list[int]]:
     seen: list[int] = []
     plain = logprobs._logits
 
-    def watched(hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
+    def watched(hidden: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Any:
         seen.append(len(weight))
-        return plain(hidden, weight, *rest)
+        return plain(hidden, weight, *rest, **options)
 
     logprobs._logits = watched
     yield seen
