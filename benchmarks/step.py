@@ -22,8 +22,8 @@ every round, after a round that warms up and compares numbers.
     dpo-chunked  (only if asked) `dpo` with TRL's chunked head, its use_liger_kernel
     plain        (only if asked) what the differences are taken from: one sequence at a time, run
                  again in the backward pass to save memory. It always runs in the first round. Its
-                 log_softmax is in float64: torch's in float32, which `published` has, is off by
-                 the rounding of the largest logit.
+                 log_softmax is in float64: torch's in float32, which `published` has, sums a
+                 large vocabulary less exactly on a CPU.
 
 `speed-up` is the time of `published` (of the full logits, for heads) divided by the row's, both
 medians over the rounds. `floor/it` is the floor's time divided by the row's: 1 leaves nothing to

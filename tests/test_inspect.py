@@ -26,7 +26,7 @@ def row(question, *answers):
 # Winners: a longer one that honesty disagrees with, a shorter one all agree on, and a tie.
 ROWS = [
     row("First?", ("A long <b>answer</b>.", 5, 2), ("Short.", 1, 3)),
-    row("Second?", ("No.", 4, 4), ("A longer answer than that.", 2, 1)),
+    row("Second “très” one?", ("No.", 4, 4), ("A longer answer than that.", 2, 1)),
     row("Third?", ("One.", 3, 3), ("Two.", 3, 3)),
 ]
 EVAL = [row("First?", ("Yes.", 5, 5), ("No.", 1, 1))]
@@ -128,7 +128,7 @@ def run(*arguments):
 
 
 def test_the_command(path, tmp_path):
-    done = run(path, "--rows", 1, "--find", "Second")
+    done = run(path, "--rows", 1, "--find", "“très” one")
     assert done.exit_code == 0, done.output
     assert "A longer answer than that." in done.output and "Short." not in done.output
     assert max(map(len, done.output.splitlines()[-20:])) <= 80

@@ -278,7 +278,11 @@ def examples(
             break
         responses = [response_of(pair, side) for side in (0, 1)]
         if find is not None and not any(
-            find in text for text in (prompt_key(pair.prompt), *(r.text for r in responses))
+            find in text
+            for text in (
+                *(message["content"] for message in pair.prompt.messages),
+                *(response.text for response in responses),
+            )
         ):
             continue
         row = preparation.prepared[i]
