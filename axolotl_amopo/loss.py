@@ -29,6 +29,7 @@ class ResponseStats(NamedTuple):
     avg_logp: Tensor  # mean log-probability per token, in nats; carries the gradient
     prob_mean: Tensor  # mean of the tokens' probabilities, 0 to 1; no gradient
     prob_std: Tensor  # their standard deviation (n - 1), 0 below two tokens; no gradient
+    tokens: Tensor  # how many there are
 
 
 class AMoPOLoss(NamedTuple):
@@ -63,7 +64,7 @@ def response_stats(token_logps: Tensor, mask: Tensor) -> ResponseStats:
         deviation = (probs - prob_mean.unsqueeze(-1)).masked_fill(~mask, 0.0)
         # One token has no spread; torch.std would give NaN, which the published code raises on.
         prob_std = (deviation.square().sum(-1) / (count - 1).clamp(min=1)).sqrt()
-    return ResponseStats(avg_logp, prob_mean, prob_std)
+    return ResponseStats(avg_logp, prob_mean, prob_std, count)
 
 
 def dimension_weights(

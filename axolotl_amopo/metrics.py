@@ -4,6 +4,8 @@ Names are stable. For every prompt (`overall` and each dimension) `amopo/<prompt
 over the prompts of an example `rewards/...` and `logps/...`, named as in TRL.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,19 +20,26 @@ PER_PROMPT = (
     "reward_chosen",
     "reward_rejected",
 )
+# Logged with its standard deviation over the examples too, as `weight_std`.
+SPREAD = "weight"
 TOTALS = (
     "rewards/chosen",
     "rewards/rejected",
     "rewards/margins",
     "rewards/accuracies",
+    "rewards/longer_wins",  # share of pairs whose longer response has the higher reward
     "logps/chosen",  # mean log-probability per token
     "logps/rejected",
 )
 
 
 def metric_names(prompt_names: list[str]) -> list[str]:
-    """Names of `example_metrics`' columns after the first, which is the example's loss."""
-    return [f"amopo/{name}/{metric}" for name in prompt_names for metric in PER_PROMPT] + [*TOTALS]
+    """Names of `example_metrics`' columns, the first of which is the example's loss."""
+    return (
+        ["loss"]
+        + [f"amopo/{name}/{metric}" for name in prompt_names for metric in PER_PROMPT]
+        + [*TOTALS]
+    )
 
 
 def example_metrics(result: AMoPOLoss, dimension_mask: Tensor) -> Tensor:
@@ -59,7 +68,9 @@ def example_metrics(result: AMoPOLoss, dimension_mask: Tensor) -> Tensor:
     )  # [B, K, len(PER_PROMPT)]
     hidden = ~dimension_mask.bool()
     per_prompt = per_prompt.masked_fill(hidden.unsqueeze(-1), torch.nan)
-    logps = result.stats.avg_logp  # [B, K, 2]
+    logps, tokens = result.stats.avg_logp, result.stats.tokens  # [B, K, 2]
+    longer = (tokens[..., 0] - tokens[..., 1]).sign()  # [B, K] 0 where they are equally long
+    longer_wins = (margins * longer > 0).float().masked_fill(longer == 0, torch.nan)
     totals = torch.stack(
         [
             value.masked_fill(hidden, torch.nan).nanmean(-1)
@@ -68,6 +79,7 @@ def example_metrics(result: AMoPOLoss, dimension_mask: Tensor) -> Tensor:
                 result.rewards_rejected,
                 margins,
                 accuracies,
+                longer_wins,
                 logps[..., 0],
                 logps[..., 1],
             )
@@ -79,23 +91,32 @@ def example_metrics(result: AMoPOLoss, dimension_mask: Tensor) -> Tensor:
 
 
 class Means:
-    """Sums and counts of metrics on the device, reduced over ranks only when they are read."""
+    """Sums of metrics on the device, reduced over ranks only when they are read."""
 
-    def __init__(self):
-        self.sums: Tensor | None = None  # [2, 1 + M] sums, then counts of values that are not NaN
+    def __init__(self, names: list[str]):
+        self.names = names
+        self.sums: Tensor | None = None  # [3, 1 + M] of values, of squares, and how many
 
     def add(self, values: Tensor) -> None:
-        """Add [B, 1 + M] values."""
-        sums = torch.stack([values.nansum(0), values.isfinite().sum(0).to(values)])
+        """Add [B, 1 + M] values; NaN don't count."""
+        found = values.isfinite()
+        values = values.masked_fill(~found, 0.0)
+        sums = torch.stack([values.sum(0), values.square().sum(0), found.sum(0).to(values)])
         self.sums = sums if self.sums is None else self.sums + sums
 
-    def take(self, reduce_sum) -> list[float | None]:
-        """The means so far over all ranks, None where nothing was counted; starts anew.
+    def take(self, reduce_sum: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
+        """The means so far over all ranks, of metrics that had a value; starts anew.
 
         One collective call, whatever this rank has seen, if every rank has called `add`.
         """
         if self.sums is None:
-            return []
-        sums, counts = reduce_sum(self.sums).tolist()
+            return {}
+        made: dict[str, float] = {}
+        columns = reduce_sum(self.sums).t().tolist()
         self.sums = None
-        return [s / c if c else None for s, c in zip(sums, counts, strict=True)]
+        for name, (total, squares, count) in zip(self.names, columns, strict=True):
+            if count:
+                made[name] = total / count
+                if name.endswith(f"/{SPREAD}"):
+                    made[f"{name}_std"] = max(0.0, squares / count - made[name] ** 2) ** 0.5
+        return made

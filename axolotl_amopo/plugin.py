@@ -121,6 +121,15 @@ class AMoPOPlugin(BasePlugin):
         # transformers refuses bf16 without a GPU unless it is told that this is meant.
         return None if torch.accelerator.is_available() else {"use_cpu": True}
 
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list:
+        if not self._runs(cfg):
+            return []
+        from axolotl_amopo.records import RunLog, describe_run
+
+        return [
+            RunLog(describe_run(cfg, trainer.amopo, trainer.train_dataset, trainer.eval_dataset))
+        ]
+
     def get_collator_cls_and_kwargs(
         self, cfg: Any, is_eval: bool = False
     ) -> tuple[type, dict[str, Any]] | None:

@@ -4,7 +4,6 @@ import hashlib
 from pathlib import Path
 from typing import Any, ClassVar, override
 
-import numpy as np
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from datasets import Dataset
@@ -43,7 +42,6 @@ class AMoPOTrainer(AxolotlTrainer):
         # Before accelerate wraps the forward in autocast and the model in DDP and the like.
         prepare_model(self.accelerator.unwrap_model(self.model))
         self._choice: Choice | None = None
-        self._means = Means()
 
     @classmethod
     @override
@@ -61,7 +59,7 @@ class AMoPOTrainer(AxolotlTrainer):
         """Set the method's parameters: the `amopo:` block and `rl_beta`."""
         self.amopo = config
         self.beta = beta
-        self.metric_names = metric_names(config.prompt_names)
+        self._means = Means(metric_names(config.prompt_names))
 
     @property
     def data_seed(self) -> int:
@@ -238,24 +236,15 @@ class AMoPOTrainer(AxolotlTrainer):
         return None, outputs["values"], inputs["example_ids"]
 
     def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        values = prediction.predictions  # [N, 1 + M]
-        counts = np.isfinite(values).sum(0)
-        means = np.where(counts, np.nansum(values, 0) / counts.clip(min=1), np.nan)
-        return {
-            name: float(mean)
-            for name, mean in zip(["loss", *self.metric_names], means, strict=True)
-            if not np.isnan(mean)
-        }
+        means = Means(self._means.names)
+        means.add(torch.from_numpy(prediction.predictions))  # [N, 1 + M]
+        return means.take()
 
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             means = self._means.take(lambda sums: self.accelerator.reduce(sums, reduction="sum"))
-            logs |= {
-                name: mean
-                for name, mean in zip(self.metric_names, means[1:], strict=False)
-                if mean is not None
-            }
+            logs |= {name: mean for name, mean in means.items() if name != "loss"}
         super().log(logs, start_time)
 
 

@@ -1,6 +1,7 @@
 """Real training of a tiny model through axolotl's builder, loader and trainer, in this process."""
 
 import json
+import statistics
 
 import axolotl.cli  # noqa: F401, sets logging up when imported, which would undo caplog's
 import pytest
@@ -281,7 +282,7 @@ def test_evaluation_is_deterministic_and_exact(tmp_path, tiny_model, data):
         trainer = runs.train(runs.write_config(folder, values | {"learning_rate": 0.0}))
         first, second = trainer.evaluate(), trainer.evaluate()
         shared = [name for name in first if name.startswith(("eval_loss", "eval_amopo"))]
-        assert len(shared) == 1 + 4 * 7
+        assert len(shared) == 1 + 4 * 8
         assert [first[name] for name in shared] == [second[name] for name in shared]
         losses.append(first)
     for name in shared:
@@ -312,9 +313,9 @@ def test_metrics_are_what_they_say(tmp_path, tiny_model, data):
             logps = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
         return logps[len(prompt) - 1 : -1].gather(-1, torch.tensor(response)[:, None])[:, 0]
 
-    losses, sums = [], {}
+    losses, sums, longer = [], {}, []
     for row in trainer.train_dataset:
-        scores, pair_losses = [], []
+        scores, pair_losses, wins = [], [], []
         for k, name in enumerate(trainer.amopo.prompt_names):
             winner = row["winners"][k]
             sides = [
@@ -325,6 +326,8 @@ def test_metrics_are_what_they_say(tmp_path, tiny_model, data):
             pair_losses.append(torch.log1p(torch.exp(0.5 - margin)))
             scores.append(sides[0].exp().mean() + sides[1].exp().mean())
             if row["dimension_mask"][k]:
+                if len(sides[0]) != len(sides[1]):
+                    wins.append(float(margin * (len(sides[0]) - len(sides[1])) > 0))
                 for metric, value in [
                     ("margin", margin),
                     ("accuracy", float(margin > 0)),
@@ -335,10 +338,21 @@ def test_metrics_are_what_they_say(tmp_path, tiny_model, data):
         keep = torch.tensor(row["dimension_mask"]).bool()
         weights = torch.stack(scores).masked_fill(~keep, -torch.inf).softmax(-1)
         losses.append(float((weights * torch.stack(pair_losses)).sum()))
+        if wins:
+            longer.append(sum(wins) / len(wins))
+        for k, name in enumerate(trainer.amopo.prompt_names):
+            if keep[k]:
+                sums.setdefault(f"amopo/{name}/weight", []).append(float(weights[k]))
     assert logged["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
     assert any(len(values) < len(losses) for values in sums.values()), "no masked dimension here"
     for name, values in sums.items():
         assert logged[name] == pytest.approx(sum(values) / len(values), abs=1e-4), name
+        if name.endswith("/weight"):
+            spread = logged[f"{name}_std"]
+            assert spread == pytest.approx(statistics.pstdev(values), abs=1e-4)
+            assert spread > 1e-3
+    assert 0 < sum(longer) < len(longer)
+    assert logged["rewards/longer_wins"] == pytest.approx(sum(longer) / len(longer), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ from axolotl_amopo.data.tokens import (
     total,
 )
 from axolotl_amopo.errors import AMoPOError, ConfigError, DataError, did_you_mean
+from axolotl_amopo.records import stamp
 
 LOG = get_logger(__name__)
 
@@ -206,6 +207,7 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
         plain = self._plain_pairs(self.prompts(dataset, survey), rule, dropped)
         prepared, kept = self._tokenize(plain, chat, process_count, dropped)
         self._report(len(dataset), survey.prompts, len(plain), len(prepared), dropped)
+        stamp(prepared, self._facts(len(dataset), survey.prompts, len(plain), rule, dropped))
         if observer := AMoPOStrategy.observer:
             prompts = list(self.prompts(dataset, survey))
             observer(Preparation(self, len(dataset), prompts, rule, prepared, kept, dropped))
@@ -413,6 +415,21 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
             f"{self.source.name}: no preference pair is left to train on "
             f"({reasons or 'the dataset has no rows'})."
         )
+
+    def _facts(
+        self, rows: int, prompts: int, pairs: int, rule: PairRule, dropped: Counter
+    ) -> dict[str, Any]:
+        return {
+            "name": self.source.name,
+            "split": "test" if self.eval_split else "train",
+            "type": str(self.ds_cfg.type),
+            "rows": rows,
+            "prompts": prompts,
+            "pairs": pairs,
+            "dropped": dict(dropped),
+            "scales": rule.scales,
+            "lower_is_better": sorted(rule.lower),
+        }
 
     def _report(self, rows: int, prompts: int, made: int, kept: int, dropped: Counter) -> None:
         LOG.info(
