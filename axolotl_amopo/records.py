@@ -3,7 +3,7 @@
 `axolotl amopo report` reads it, also while the run goes on. It only grows, one JSON object a line:
 
     {"begin": 0, "time": ..., "run": {...}}                     at each start of training
-    {"step": 10, "epoch": 0.2, "time": ..., "loss": ..., ...}   at each log, of training or evaluation
+    {"step": 10, "epoch": 0.2, "time": ..., "loss": ..., ...}   whenever something is logged
 
 A run that begins at a step replaces what stands before it about later steps.
 """

@@ -46,7 +46,7 @@ def run(tmp_path_factory, tiny_model):
 
 
 def test_every_log_is_there(run):
-    folder, before, first, _ = run
+    _, before, first, _ = run
     begin, *logged = [json.loads(line) for line in before.splitlines()[:-1]]
     assert begin["begin"] == 0
     assert len(logged) == len(first.state.log_history)
@@ -80,7 +80,7 @@ def entries_of(run):
 
 def test_a_resumed_run_goes_on_below(run):
     """It had the data from the cache, and says the same of them."""
-    folder, before, _, second = run
+    folder, before, *_ = run
     text = (folder / "out" / FILE).read_text()
     assert text.startswith(before + "\n")
     again, *logged = [json.loads(line) for line in text[len(before) + 1 :].splitlines()]
