@@ -10,14 +10,17 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data import ASKED, PER, SCALED, SCALES, SYSTEM, TALK, assistant, strategy, user
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from axolotl_amopo.data import strategy as strategies
+from axolotl_amopo.data import tokens
 from axolotl_amopo.data.strategy import BAD_PAIR, SHORTENED, TOO_LONG, prepare_row
 from axolotl_amopo.data.tokens import (
     MIN_QUESTION_TOKENS,
+    SPANNING,
+    WHOLE,
     ChatTokenizer,
     instructed,
     shorten,
@@ -191,13 +194,97 @@ def test_ids_of_the_pieces_are_those_of_the_text(beside, split, parts, at, writt
     assert ours.ids_behind(prompt, response) == expected
 
 
-def test_shared_turns_and_the_prompt_before_a_response_are_not_tokenised_again(any_kind):
+# fmt: off
+SPLITS = {  # how tokenizers cut a text before their vocabulary comes in; the second as Llama 3's
+    "GPT-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "words and what hangs on them": r"(?i:'s|'t|'ll)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                                    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "looks back": r"(?<=t) \p{L}+|\p{L}+| |[^\p{L} ]+",
+    "spans words": r"[a-z]+ [a-z]+|\s+|\S+",
+}
+# fmt: on
+PROSE = (
+    "it is a test, isn't it? Yes. It is\n\nso it goes to 10 or 2000  of them\t it's çà est 好 it "
+)
+
+
+def byte_level(split):
+    """BPE on bytes behind a regular expression; with none, its tokens may span words."""
+    bpe = Tokenizer(models.BPE())
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    cut = [pre_tokenizers.Split(Regex(split), "isolated")] if split else []
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([*cut, bytes_alone])
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "<|im_start|>", EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([PROSE] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token=EOS)
+
+
+WORDED = {
+    name: (split, name not in ("looks back", "spans words")) for name, split in SPLITS.items()
+}
+PIECE = st.sampled_from(
+    [*PROSE.split(" "), "It", "test", "'s", "10", "\n", "\n\n", "\t", "好", "", "."]
+)
+
+
+@pytest.mark.parametrize("name", WORDED)
+def test_words_are_remembered_where_that_changes_nothing(name):
+    split, worded = WORDED[name]
+    other = byte_level(split)
+    ours = chat(other)
+    assert (ours._words is not WHOLE) == worded
+
+    @settings(max_examples=300, deadline=None)
+    @given(text=st.lists(PIECE).map(" ".join) | st.text(alphabet="ab .,'1\n\t é好", max_size=30))
+    def alike(text):
+        assert ours.ids(text) == other(text, add_special_tokens=False).input_ids
+
+    alike()
+    if worded:
+        assert " goes" in (ours.ids(PROSE), ours._known)[1]
+
+
+def test_words_that_a_token_spans_are_not_cut():
+    """Of a tokenizer that cuts nothing, and of one with a token for two words."""
+    ours = chat(byte_level(None))
+    assert any(SPANNING.search(token) for token in ours.tokenizer.get_vocab())
+    assert ours._words is WHOLE
+    other = byte_level(SPLITS["GPT-2"])
+    other.add_tokens(["of them"])
+    assert chat(other)._words is WHOLE
+
+
+def test_memory_of_pieces_is_bounded(monkeypatch):
+    monkeypatch.setattr(tokens, "KNOWN_PIECES", 20)
+    ours = chat(other := byte_level(SPLITS["GPT-2"]))
+    for i in range(30):
+        text = f"{i} it is {i} so"
+        assert ours.ids(text) == other(text, add_special_tokens=False).input_ids
+        assert len(ours._known) <= 20
+    monkeypatch.setattr(tokens, "KNOWN_PIECES", 1000)
+    monkeypatch.setattr(tokens, "KNOWN_CHARACTERS", 50)
+    for i in range(30):
+        ours.ids(f"a{i}" * 10)
+        assert sum(map(len, ours._known)) <= 60
+
+
+def test_turns_and_words_are_not_tokenised_again(any_kind, monkeypatch):
     ours = chat(any_kind)
+    done = []
+    encode = ours._encode
+    monkeypatch.setattr(ours, "_encode", lambda texts: done.extend(texts) or encode(texts))
     tokenize_pair(ours, TALK, ["Yes.", "No."], ["a", "b"], [0, 0], "")
-    pieces = "".join(ours._known)
-    for text in ("Be kind.", "Hi.", "Hello.", "a\n\nIs it?", "b\n\nIs it?", "Yes.", "No."):
+    pieces = "".join(done)
+    for text in ("Be kind.", "Hi.", "Hello.", "Yes.", "No."):
         assert pieces.count(text) == 1
-    assert pieces.count("Is it?") == 2
+    before = len(done)
+    tokenize_pair(ours, TALK, ["Yes.", "No."], ["b", "a"], [0, 0], "")
+    assert len(done) == before
 
 
 def test_truncation_of_the_tokenizers_own_is_ended(tokenizer):

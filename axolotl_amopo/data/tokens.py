@@ -4,7 +4,7 @@ import os.path
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -14,10 +14,26 @@ from axolotl_amopo.errors import AMoPOError, DataError
 
 # Truncation leaves at least this much of the end of a long question (or all of a short one).
 MIN_QUESTION_TOKENS = 32
-# Pieces of text whose ids are remembered: enough for all that a prompt's pairs share.
-KNOWN_PIECES = 256
+# Pieces of text whose ids are remembered, and their characters: enough for a language's words and
+# for all that a prompt's pairs share.
+KNOWN_PIECES, KNOWN_CHARACTERS = 1 << 16, 1 << 22
 
-NOWHERE = re.compile("(?!)")  # matches nothing
+NOWHERE, WHOLE = re.compile("(?!)"), re.compile("(?s:.+)")
+# Words with what hangs on them: a text is cut before a space that has a letter behind it and
+# anything in ASCII but white space before it.
+WORDS = re.compile("(?s: ?(?:[^ ]++|(?<![!-~]) | (?![A-Za-z]))++)")
+# A token that spans such a place; vocabularies write a space as one of these.
+SPANNING = re.compile("[!-~][ Ġ▁][A-Za-z]")
+# What a tokenizer must write alike in pieces and as a whole before it is cut at words.
+PROBES = (
+    "all these words of one plain line are written in small letters",
+    "So, what's this for you'll ask, don't you? He'd say: it isn't mine.",
+    "Your answer will be rated on honesty, from 0 to 4.\n\nIs it so?\n\n\n  or not at all \n",
+    " a  text with   many    spaces\tand tabs \t in it\r\nand lines of ten or 10000 things  ",
+    "mixed Case, CamelCase words and ALL of them; x = f(y) if not done else g[1:2] # why is it",
+    "ein schöner Tag für die naïve Café señor mañana und so weiter 好的 это так 🙂 ok then so",
+    "the end of it all-in-one 'quoted words here' \"and also those\" (in here) [as there] {is so}",
+)
 
 Place = Literal["before", "after", "system"]
 Tools = list[dict[str, Any]] | None
@@ -52,8 +68,16 @@ class ChatTokenizer:
                 "could not end; name one under `special_tokens:`, e.g. eos_token: </s>."
             )
         self._direct = self.tokenizer.is_fast and not self.tokenizer.split_special_tokens
-        self._cuts = _cuts(self.tokenizer, self.template) if self._direct else NOWHERE
         self._known: dict[str, list[int]] = {}
+        self._characters = 0
+        self._cuts, self._words = NOWHERE, WHOLE
+        if self._direct:
+            self._cuts = _cuts(self.tokenizer, self.template)
+            if _has_words(self.tokenizer):
+                self._words = WORDS
+                if any(self.ids(text) != self._encode([text])[0] for text in PROBES):
+                    self._words = WHOLE
+                self._known.clear()
 
     def render(self, messages: list[Message], tools: Tools, *, generation_prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(
@@ -66,11 +90,18 @@ class ChatTokenizer:
         )
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text; of the turns that it shares with earlier ones, from memory."""
-        ids: list[int] = []
-        for start, end in pairwise([0, *self._cut(text), len(text)]):
-            ids += self._piece(text[start:end])
-        return ids
+        """Token ids of a text; of the turns and words that it shares with earlier ones, from
+        memory."""
+        known = self._known
+        pieces = [piece for turn in self._turns(text) for piece in self._words.findall(turn)]
+        if new := [piece for piece in dict.fromkeys(pieces) if piece not in known]:
+            self._characters += sum(map(len, new))
+            if len(known) + len(new) > KNOWN_PIECES or self._characters > KNOWN_CHARACTERS:
+                known.clear()
+                new = list(dict.fromkeys(pieces))
+                self._characters = sum(map(len, new))
+            known.update(zip(new, self._encode(new), strict=True))
+        return list(chain.from_iterable([known[piece] for piece in pieces]))
 
     def ids_behind(self, prompt: str, text: str) -> list[int]:
         """Token ids of a text as it stands behind a prompt.
@@ -78,24 +109,19 @@ class ChatTokenizer:
         Some tokenizers write a text's beginning in another way than what follows. The prompt's last
         piece is enough to see it.
         """
-        end = prompt[max(self._cut(prompt), default=0) :]
+        *_, end = self._turns(prompt)
         head, ids = self.ids(end), self.ids(end + text)
         return ids[len(head) :] if ids[: len(head)] == head else self.ids(text)
 
-    def _cut(self, text: str) -> list[int]:
-        return [match.start() for match in self._cuts.finditer(text)]
+    def _turns(self, text: str) -> list[str]:
+        cuts = [0, *(match.start() for match in self._cuts.finditer(text)), len(text)]
+        return [text[start:end] for start, end in pairwise(cuts)]
 
-    def _piece(self, text: str) -> list[int]:
-        if text not in self._known:
-            if len(self._known) == KNOWN_PIECES:
-                self._known.clear()
-            if self._direct:  # what the tokenizer's own call would do, in two thirds of the time
-                backend = self.tokenizer.backend_tokenizer
-                (encoding,) = backend.encode_batch_fast([text], add_special_tokens=False)
-                self._known[text] = encoding.ids
-            else:
-                self._known[text] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return self._known[text]
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if self._direct:  # what the tokenizer's own call would do, in two thirds of the time
+            backend = self.tokenizer.backend_tokenizer
+            return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return self.tokenizer(texts, add_special_tokens=False).input_ids
 
     def prompt_ids(self, messages: list[Message], tools: Tools = None) -> list[int]:
         """Token ids of a conversation up to where the response begins."""
@@ -145,10 +171,10 @@ class ChatTokenizer:
 
 
 def _cuts(tokenizer: Any, template: str) -> re.Pattern:
-    """Where a text can be cut into pieces whose ids, put together, are the text's.
+    """Where a text can be cut into turns whose ids, put together, are the text's.
 
     A fast tokenizer splits a text at its added tokens before anything else, and normalises and
-    tokenises what stands between two of them by itself. So a piece can begin at any of them that
+    tokenises what stands between two of them by itself. So a turn can begin at any of them that
     the template writes, except those that are found in normalised text only, that take white space
     before them along, or that may be overlapped by another added token.
     """
@@ -163,6 +189,18 @@ def _cuts(tokenizer: Any, template: str) -> re.Pattern:
         and not any(_overlaps(other.content, text) for other in added)
     ]
     return re.compile("|".join(cuts)) if cuts else NOWHERE
+
+
+def _has_words(tokenizer: Any) -> bool:
+    """Whether no token spans two of `WORDS`.
+
+    Then none is merged over their border either. Whether the tokenizer looks further than its
+    tokens reach, such as for the end of a text, is for `PROBES` to show.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    return not any(
+        token.single_word or token.lstrip or token.rstrip or " " in token.content for token in added
+    ) and not any(map(SPANNING.search, tokenizer.get_vocab()))
 
 
 def _overlaps(other: str, token: str) -> bool:
