@@ -1,0 +1,74 @@
+"""`axolotl amopo report RUN_DIR`: what a training run did, while it goes on or afterwards."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+# Of findings at least as bad as --fail-on; 1 and 2 are errors, and wrong use of the command.
+FOUND = 3
+
+
+@click.command(context_settings={"max_content_width": 80})
+@click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path())
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Where to write.  [default: RUN_DIR/amopo_report, of several ./amopo_report]",
+)
+@click.option("--force", is_flag=True, help="Overwrite what is in the folder.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors (and --json).")
+@click.option("--json", "as_json", is_flag=True, help="For programs: the last line of the output.")
+@click.option(
+    "--fail-on",
+    type=click.Choice(["problem", "warning"]),
+    help=f"Exit with {FOUND} where there is one (or a worse one).",
+)
+def report(
+    run_dirs: tuple[str, ...],
+    output: Path | None,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+    fail_on: str | None,
+) -> None:
+    """Which dimensions improved, which paid for it, and what looks wrong.
+
+    \b
+        axolotl amopo report outputs/qwen2.5-7b-amopo
+
+    Reads a run's log from its output_dir, also while it is training, and writes
+    index.html, one page that needs nothing else, and its plots as SVG and PNG.
+    Several runs are drawn over each other, with the settings that differ.
+
+    Called again for the same runs it writes the page anew; anything else that is
+    there already is only overwritten with --force.
+    """
+    from axolotl_amopo.errors import AMoPOError
+    from axolotl_amopo.report.findings import SEVERITIES, findings
+    from axolotl_amopo.report.log import read_run
+    from axolotl_amopo.report.show import show, to_json
+    from axolotl_amopo.report.write import names, write
+
+    folders = [Path(folder) for folder in run_dirs]
+    if output is None:
+        output = (folders[0] if len(folders) == 1 else Path()) / "amopo_report"
+    try:
+        runs = names([read_run(folder) for folder in folders])
+        page = write(runs, output, force=force, quiet=quiet)
+    except AMoPOError as error:
+        raise click.ClickException(str(error)) from None
+    if not quiet:
+        from rich.console import Console
+
+        show(runs, Console(width=80, highlight=False))
+        click.echo(f"Written: {page}")
+    if as_json:
+        made = [{"name": name} | to_json(run) for name, run in runs.items()]
+        click.echo(json.dumps({"page": str(page), "runs": made}))
+    if fail_on:
+        found = {finding.severity for run in runs.values() for finding in findings(run)}
+        if found & set(SEVERITIES[: SEVERITIES.index(fail_on) + 1]):
+            sys.exit(FOUND)

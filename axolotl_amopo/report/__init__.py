@@ -1,0 +1,1 @@
+"""What a training run did, from its log. Nothing here imports torch or axolotl: it must be fast."""

@@ -1,0 +1,298 @@
+"""A run's folder -> what was trained and what was logged.
+
+`amopo_log.jsonl` (see `records.py`), or where it is absent the newest `trainer_state.json`.
+"""
+
+import json
+import math
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from axolotl_amopo.errors import AMoPOError, DataError
+
+LOG = "amopo_log.jsonl"
+STATE = "trainer_state.json"
+METRIC = re.compile(r"amopo/(.+)/[^/]+")
+
+# A run whose last line is younger is taken to go on: so many seconds, or so many times the longest
+# time between two lines (an evaluation can take an hour), whichever is more.
+STILL_RUNNING = 600
+LINES_LATE = 2
+
+# Training entries at either end that a mean is taken over: a tenth of them, and at least so many.
+FEWEST_AT_AN_END = 5
+
+Entry = dict[str, float]
+
+
+@dataclass
+class Change:
+    """A metric at the beginning and at the end of a run; None where it was not logged."""
+
+    before: float | None
+    after: float | None
+    # Standard error of the difference. 0 for evaluations, which see the same pairs each time.
+    noise: float = 0.0
+
+    @property
+    def difference(self) -> float:
+        """NaN where one of the two is not known."""
+        if self.before is None or self.after is None:
+            return math.nan
+        return self.after - self.before
+
+    def rose(self, least: float) -> bool:
+        """By more than `least`, and more than noise alone would do."""
+        return self.difference > max(least, 3 * self.noise)
+
+    def fell(self, least: float) -> bool:
+        return -self.difference > max(least, 3 * self.noise)
+
+
+@dataclass
+class Run:
+    """One run. Entries are in the order of their steps; a metric is absent from those in which it
+    was not logged, and NaN where it was no finite number."""
+
+    folder: Path
+    file: Path
+    about: dict[str, Any]  # "run" of the log's begin lines; empty for a trainer_state.json
+    prompts: list[str]
+    train: list[Entry]
+    evals: list[Entry]  # names without "eval_"
+    status: Literal["finished", "in progress", "stopped"]
+    step: int
+    max_steps: int | None
+    written: float  # seconds since 1970, of the last line
+    seconds: float | None  # of training, without the time between a stop and a resume
+    resumed: list[int] = field(default_factory=list)  # steps
+
+    @property
+    def name(self) -> str:
+        return str(self.about.get("name") or self.folder.resolve().name)
+
+    @property
+    def by_evaluation(self) -> bool:
+        """Whether "before and after" are the first and the last evaluation."""
+        return len(self.evals) > 1
+
+    @property
+    def end(self) -> int:
+        """How many training entries make up the beginning, and the end."""
+        count = len(self.train)
+        return max(count // 10, min(FEWEST_AT_AN_END, count // 2), 1)
+
+    @property
+    def eval_pairs(self) -> int | None:
+        if pairs := self.about.get("eval_pairs"):
+            return int(pairs)
+        last = self.evals[-1] if self.evals else {}
+        pairs = last.get("runtime", 0) * last.get("samples_per_second", 0)
+        return round(pairs) if pairs >= 1 else None
+
+    def change(self, metric: str) -> Change:
+        """From the first to the last evaluation; without two, from the first to the last tenth of
+        the training log."""
+        if self.by_evaluation:
+            return Change(
+                *(_number(entry.get(metric)) for entry in (self.evals[0], self.evals[-1]))
+            )
+        ends = [
+            values[np.isfinite(values)]
+            for part in (self.train[: self.end], self.train[-self.end :])
+            for values in [series(part, metric)[1]]
+        ]
+        if len(self.train) < 2 or not all(len(values) for values in ends):
+            return Change(None, None)
+        noise = math.inf
+        if min(map(len, ends)) >= FEWEST_AT_AN_END:
+            noise = math.sqrt(sum(values.var(ddof=1) / len(values) for values in ends))
+        return Change(*(float(values.mean()) for values in ends), noise)
+
+
+def series(entries: list[Entry], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """[N] steps and [N] values of a metric, from the entries that have it."""
+    found = [(entry["step"], entry[metric]) for entry in entries if metric in entry]
+    steps, values = np.array(found, dtype=float).reshape(-1, 2).T
+    return steps, values
+
+
+def read_run(folder: Path, now: float | None = None) -> Run:
+    """Read what a run has logged so far.
+
+    Args:
+        now: seconds since 1970, to tell a run in progress from one that was stopped.
+
+    Raises:
+        AMoPOError: where there is no log, or it is not that of an AMoPO run.
+        DataError: for a line that can't be read.
+    """
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "is no folder"
+        raise AMoPOError(f"{folder} {what}; name a run's output_dir.")
+    now = time.time() if now is None else now
+    file = folder / LOG
+    run = _from_log(file, now) if file.is_file() else _from_state(folder, now)
+    if not (run.train or run.evals):
+        raise AMoPOError(
+            f"{run.file}: nothing has been logged yet; try again after the first logging_steps."
+        )
+    names = dict.fromkeys(
+        match[1]
+        for entry in (*run.train, *run.evals)
+        for key in entry
+        if (match := METRIC.fullmatch(key))
+    )
+    if not names:
+        raise AMoPOError(
+            f"{run.file}: has no amopo/... metrics, so it is not the log of a run with rl: amopo."
+        )
+    # A trainer_state.json has its keys sorted; elsewhere the prompt of all dimensions comes first.
+    run.prompts = run.prompts or sorted(names, key=lambda name: name != "overall")
+    return run
+
+
+def _from_log(file: Path, now: float) -> Run:
+    about: dict[str, Any] = {}
+    entries: dict[tuple[str, float], Entry] = {}
+    begins: list[int] = []  # steps
+    times: list[list[float]] = []  # of each start of training
+    for number, line in _lines(file):
+        begins_at, step, when = (_number(line.get(key)) for key in ("begin", "step", "time"))
+        if begins_at is None and step is None:
+            raise DataError(f"{file}, line {number}: has neither a step nor a begin; delete it.")
+        if begins_at is not None:
+            # From the start again: what an earlier run evaluated before its first step goes too.
+            again = begins_at == 0 and times
+            entries = {
+                (kind, at): entry
+                for (kind, at), entry in entries.items()
+                if at <= begins_at and kind != "end" and not again
+            }
+            about |= line["run"] if isinstance(line.get("run"), dict) else {}
+            begins.append(int(begins_at))
+            times.append([])
+        else:
+            entries |= _entry(line)
+        if times and when is not None:
+            times[-1].append(when)
+    written = max((when for part in times for when in part), default=file.stat().st_mtime)
+    gaps = [float(gap) for part in times for gap in np.diff(part)]
+    seconds = sum(gaps) if gaps else None
+    run = _run(file, about, entries, written, about.get("max_steps"), seconds)
+    run.prompts = [str(name) for name in about.get("prompts") or ()]
+    run.resumed = [step for step in begins if step]
+    patience = max([STILL_RUNNING, *(LINES_LATE * gap for gap in gaps)])
+    if ("end", run.step) in entries:
+        run.status = "finished"
+    elif now - written < patience:
+        run.status = "in progress"
+    return run
+
+
+def _from_state(folder: Path, now: float) -> Run:
+    found = [folder / STATE] if (folder / STATE).is_file() else []
+    found += folder.glob(f"checkpoint-*/{STATE}")
+    states = [(_state(file), file) for file in found]
+    if not states:
+        raise AMoPOError(
+            f"{folder} has neither {LOG} nor a checkpoint with {STATE}; name a run's output_dir, "
+            "once it has logged something."
+        )
+    state, file = max(states, key=lambda item: item[0].get("global_step") or 0)
+    entries: dict[tuple[str, float], Entry] = {}
+    for line in state["log_history"]:
+        entries |= _entry(line)
+    run = _run(file, {}, entries, file.stat().st_mtime, state.get("max_steps"), None)
+    run.step = max(run.step, state.get("global_step") or 0)
+    if run.max_steps and run.step >= run.max_steps:
+        run.status = "finished"
+    elif now - run.written < STILL_RUNNING:
+        run.status = "in progress"
+    run.folder = folder
+    return run
+
+
+def _run(
+    file: Path,
+    about: dict[str, Any],
+    entries: dict[tuple[str, float], Entry],
+    written: float,
+    max_steps: Any,
+    seconds: float | None,
+) -> Run:
+    kinds = {
+        kind: [entries[key] for key in sorted(entries) if key[0] == kind]
+        for kind in ("train", "eval")
+    }
+    return Run(
+        folder=file.parent,
+        file=file,
+        about=about,
+        prompts=[],
+        train=kinds["train"],
+        evals=kinds["eval"],
+        status="stopped",
+        step=int(max((step for _, step in entries), default=0)),
+        max_steps=max_steps if isinstance(max_steps, int) and max_steps > 0 else None,
+        written=written,
+        seconds=seconds,
+    )
+
+
+def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON lines file with their line numbers."""
+    lines = [
+        (number, line)
+        for number, line in enumerate(file.read_bytes().split(b"\n"), start=1)
+        if line.strip()
+    ]
+    for index, (number, line) in enumerate(lines):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            # A killed process leaves half a line, at the end or before the next start.
+            if index + 1 == len(lines) or lines[index + 1][1].startswith(b'{"begin"'):
+                continue
+            raise DataError(
+                f"{file}, line {number}: is not JSON; delete the line to read the others."
+            ) from None
+        if not isinstance(value, dict):
+            raise DataError(f"{file}, line {number}: is no JSON object; delete the line.")
+        yield number, value
+
+
+def _state(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_bytes())
+        if isinstance(state["log_history"], list):
+            return state
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise DataError(f"{file}: is not what a trainer writes; delete that checkpoint.")
+
+
+def _entry(line: dict[str, Any]) -> dict[tuple[str, float], Entry]:
+    """A line by its kind and step, with its numbers; nothing for a line of another kind."""
+    numbers = {
+        key: math.nan if (number := _number(value)) is None else number
+        for key, value in line.items()
+        if value is None or isinstance(value, int | float)
+    }
+    step = numbers.get("step", 0.0)
+    if "train_runtime" in numbers:
+        return {("end", step): numbers}
+    if any(key.startswith("eval_") for key in numbers):
+        return {("eval", step): {key.removeprefix("eval_"): numbers[key] for key in numbers}}
+    return {("train", step): numbers} if "loss" in numbers else {}
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
