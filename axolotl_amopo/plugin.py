@@ -7,6 +7,8 @@ formats in their places. In a run without `rl: amopo` every hook returns what th
 """
 
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
@@ -129,6 +131,13 @@ class AMoPOPlugin(BasePlugin):
         return [
             RunLog(describe_run(cfg, trainer.amopo, trainer.train_dataset, trainer.eval_dataset))
         ]
+
+    def post_lora_merge(self, cfg: Any, adapter_path: str, output_path: str) -> None:
+        from axolotl_amopo.steering.steering import FILE
+
+        facts = Path(adapter_path) / FILE
+        if self._runs(cfg) and facts.is_file():
+            shutil.copy(facts, output_path)
 
     def get_collator_cls_and_kwargs(
         self, cfg: Any, is_eval: bool = False

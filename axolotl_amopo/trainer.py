@@ -14,11 +14,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from axolotl_amopo.args import AMoPOConfig
 from axolotl_amopo.checkpoints import Checkpoints, Run
-from axolotl_amopo.logprobs import prepare_model, response_logps
+from axolotl_amopo.logprobs import of_pairs, prepare_model, response_logps
 from axolotl_amopo.loss import AMoPOLoss, amopo_loss
-from axolotl_amopo.metrics import Means, example_metrics, metric_names
+from axolotl_amopo.metrics import Means, example_metrics, group_means, metric_names
+from axolotl_amopo.records import stamped
 from axolotl_amopo.sampler import GROUPED_PASSES, LengthGroupedSampler, row_lengths
 from axolotl_amopo.sharing import Choice, choose_layout
+from axolotl_amopo.steering.steering import Steering
 
 
 class AMoPOTrainer(AxolotlTrainer):
@@ -62,6 +64,16 @@ class AMoPOTrainer(AxolotlTrainer):
         self._means = Means(metric_names(config.prompt_names))
 
     @property
+    def steering(self) -> Steering | None:
+        """What the saved model can be asked for; None where the data don't say their scales."""
+        facts = stamped(self.train_dataset)
+        if not facts:
+            return None
+        scales, lower = facts[0]["scales"], set(facts[0]["lower_is_better"])
+        kwargs = self.axolotl_cfg.chat_template_kwargs
+        return Steering.from_config(self.amopo, scales, lower, kwargs and dict(kwargs))
+
+    @property
     def data_seed(self) -> int:
         """Of the order of the rows and of the weights' draws."""
         return self.args.data_seed if self.args.data_seed is not None else self.args.seed
@@ -83,7 +95,13 @@ class AMoPOTrainer(AxolotlTrainer):
             resume_from_checkpoint = self._checkpoints.named(resume_from_checkpoint)
         # axolotl's callbacks read from there what they had saved.
         self.axolotl_cfg.resume_from_checkpoint = resume_from_checkpoint or None
-        return super().train(resume_from_checkpoint or None, **kwargs)
+        done = super().train(resume_from_checkpoint or None, **kwargs)
+        self._save_steering(self.args.output_dir)  # axolotl saves the trained model by itself
+        return done
+
+    def _save_steering(self, folder: str) -> None:
+        if self.steering and self.is_world_process_zero():
+            self.steering.save(folder)
 
     def _run(self) -> Run:
         args, state, sharding, resizable = self.args, self.accelerator.state, "", True
@@ -129,6 +147,7 @@ class AMoPOTrainer(AxolotlTrainer):
         # axolotl's writes the model on the main process alone, even where every machine saves.
         parent = super() if self.is_world_process_zero() else super(AxolotlTrainer, self)
         parent._save(output_dir, state_dict=state_dict)
+        self._save_steering(output_dir or self.args.output_dir)
 
     def amopo_forward(self, model: nn.Module, inputs: dict[str, Any]) -> AMoPOLoss:
         """The loss of a batch; evaluation takes the means instead of draws."""
@@ -148,8 +167,11 @@ class AMoPOTrainer(AxolotlTrainer):
         weighting = config.weighting
         if weighting == "gaussian":
             if model.training:
-                ids, prompts = inputs["example_ids"], token_logps.shape[1]
-                noise = draw_noise(ids, prompts, self.data_seed, self.state.global_step)
+                ids, forest = inputs["example_ids"], inputs["forest"]
+                seed, step = self.data_seed, self.state.global_step
+                noise = draw_noise(ids, forest.prompts, seed, step, forest.responses_by_example())
+                if forest.pairs is not None:  # the same in all pairs of a response
+                    noise = of_pairs(noise, inputs)
             else:
                 weighting = "mean"
         if weighting == "static":
@@ -163,6 +185,7 @@ class AMoPOTrainer(AxolotlTrainer):
             static_weights=static,
             noise=noise,
             dimension_mask=inputs["dimension_mask"],
+            pair_weights=pair_weights(inputs),
         )
 
     @override
@@ -176,7 +199,9 @@ class AMoPOTrainer(AxolotlTrainer):
         if self.args.include_tkps and model.training:
             self._accumulate_token_counts(inputs)
         result = self.amopo_forward(model, inputs)
-        values = example_metrics(result, inputs["dimension_mask"])  # [B, 1 + M]
+        values = example_metrics(result, inputs["dimension_mask"])  # [P, 1 + M]
+        if inputs["forest"].pairs is not None:
+            values = group_means(values, inputs["groups"])  # [B, 1 + M]
         loss = result.loss
         if model.training:
             self._means.add(values)
@@ -209,14 +234,15 @@ class AMoPOTrainer(AxolotlTrainer):
         Where an epoch's rows don't fill its last pass, accelerate pads the pass with rows from the
         epoch's beginning. They are masked here, so that they count for nothing.
         """
-        examples = sum(len(batch["dimension_mask"]) for batch in batch_samples)
+        examples = sum(len(batch["example_ids"]) for batch in batch_samples)
         args, ended = self.args, self.accelerator.gradient_state.end_of_dataloader
         if ended and args.world_size > 1 and not args.dataloader_drop_last:
-            mask = batch_samples[-1]["dimension_mask"]  # [B, K]; B rows of each rank make a pass
-            left = (len(self.train_dataset) - 1) % (len(mask) * args.world_size) + 1
-            own = min(max(left - args.process_index * len(mask), 0), len(mask))
-            mask[own:] = False
-            examples -= len(mask) - own
+            last = batch_samples[-1]
+            rows = len(last["example_ids"])  # B of each rank make a pass
+            left = (len(self.train_dataset) - 1) % (rows * args.world_size) + 1
+            own = min(max(left - args.process_index * rows, 0), rows)
+            last["dimension_mask"][last["groups"] >= own] = False
+            examples -= rows - own
         count = torch.tensor(examples, device=device, dtype=torch.float32)
         return self.accelerator.reduce(count, reduction="sum")
 
@@ -248,7 +274,9 @@ class AMoPOTrainer(AxolotlTrainer):
         super().log(logs, start_time)
 
 
-def draw_noise(example_ids: Tensor, prompts: int, seed: int, step: int) -> Tensor:
+def draw_noise(
+    example_ids: Tensor, prompts: int, seed: int, step: int, responses: list[int] | None = None
+) -> Tensor:
     """Standard normal draws that depend on the run's seed, the step and the example alone.
 
     So a resumed run goes on with the same draws, and neither the micro batch size nor the number
@@ -256,13 +284,23 @@ def draw_noise(example_ids: Tensor, prompts: int, seed: int, step: int) -> Tenso
 
     Args:
         example_ids: [B].
+        responses: [B] how many each example has, by default two.
 
     Returns:
-        [B, prompts, 2] float32 on the device of `example_ids`.
+        [B, prompts, N] float32 on the device of `example_ids`, N the most responses.
     """
-    draws = []
-    for example in example_ids.tolist():
+    responses = responses or [2] * len(example_ids)
+    draws = torch.zeros(len(responses), prompts, max(responses))
+    for row, example, count in zip(draws, example_ids.tolist(), responses, strict=True):
         key = hashlib.blake2b(f"{seed} {step} {example}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
-        draws.append(torch.randn(prompts, 2, generator=generator))
-    return torch.stack(draws).to(example_ids.device)
+        row[:, :count] = torch.randn(prompts, count, generator=generator)
+    return draws.to(example_ids.device)
+
+
+def pair_weights(batch: dict[str, Any]) -> Tensor | None:
+    """[P] that let the pairs of a group weigh as much as one pair; None where there are none."""
+    if batch["forest"].pairs is None:
+        return None
+    counts_B = batch["groups"].bincount()
+    return 1 / (counts_B[batch["groups"]] * len(counts_B))

@@ -6,6 +6,7 @@ import pytest
 import runs
 
 from axolotl_amopo.records import FILE
+from axolotl_amopo.steering.steering import Steering
 
 ROWS = [
     {
@@ -76,6 +77,16 @@ def test_what_was_trained(run, tiny_model):
 
 def entries_of(run):
     return [json.loads(line) for line in run[1].splitlines()[:-1]]
+
+
+def test_saved_models_can_be_steered(run):
+    """The folder and each checkpoint, also of a run that had its data from the cache."""
+    folder = run[0] / "out"
+    for place in (folder, folder / "checkpoint-1", folder / "checkpoint-3"):
+        steering = Steering.load(place)
+        assert steering.dimension("honesty").scale == (1, 6)
+        assert steering.dimension("helpfulness").scale == (1, 5)
+        assert "4 of 5" in steering.instruction({"helpfulness": 4})
 
 
 def test_a_resumed_run_goes_on_below(run):

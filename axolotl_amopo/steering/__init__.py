@@ -1,0 +1,1 @@
+"""Steering a trained model: the instruction that asks for a rating, at inference."""

@@ -1,0 +1,265 @@
+"""What a trained model can be asked for, and how it was asked in training.
+
+`amopo_steering.json` in a model's folder holds it, so that the folder steers without its YAML:
+
+    {"version": 1, "prompts": ["overall", "helpfulness", "honesty"],
+     "dimensions": [{"name": "helpfulness", "description": null, "scale": [1, 5],
+                     "direction": "higher"}, ...],
+     "instruction": "...", "overall_instruction": "...", "instruction_place": "before",
+     "rating_in_prompt": "chosen", "chat_template_kwargs": {}}
+
+Settings name dimensions and the ratings to aim for, which are the data's own: of a dimension whose
+lower ratings are better, 1 may be the best. One dimension is asked for by its own instruction,
+several by the overall one, with those alone in it; `overall` stands for all of them. A dimension
+without a rating is asked for at its best.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from jinja2 import TemplateError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from axolotl_amopo.data import instructions
+from axolotl_amopo.data.rows import Message
+from axolotl_amopo.data.tokens import Place, instructed
+from axolotl_amopo.errors import AMoPOError, did_you_mean
+
+if TYPE_CHECKING:  # takes half a minute to import
+    from axolotl_amopo.args import AMoPOConfig
+
+FILE = "amopo_steering.json"
+VERSION = 1
+OVERALL = "overall"  # as in `args`
+# A sweep over a scale that isn't so many whole numbers takes so many steps.
+MOST_STEPS = 10
+
+Settings = Mapping[str, float | None]
+
+
+class SteeredDimension(BaseModel):
+    """A dimension as training had it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    description: str | None = None
+    scale: tuple[float, float]
+    direction: Literal["higher", "lower"] = "higher"
+
+    @property
+    def best(self) -> float:
+        return self.scale[0 if self.direction == "lower" else 1]
+
+    def ratings(self) -> list[float]:
+        """The ratings to try, one after the other: whole steps, or ten of a longer scale."""
+        low, high = self.scale
+        whole = high - low == int(high - low) <= MOST_STEPS
+        steps = int(high - low) if whole else MOST_STEPS
+        return [round(low + (high - low) * i / steps, 6) for i in range(steps + 1)]
+
+
+class Steering(BaseModel):
+    """How a model was asked for ratings in training."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    version: Literal[1] = VERSION
+    prompts: list[str]
+    dimensions: list[SteeredDimension] = Field(min_length=1)
+    template: str = Field(alias="instruction")
+    overall_template: str = Field(alias="overall_instruction")
+    instruction_place: Place = "before"
+    rating_in_prompt: Literal["chosen", "own", "none"] = "chosen"
+    chat_template_kwargs: dict[str, Any] = {}
+
+    @classmethod
+    def from_config(
+        cls,
+        config: "AMoPOConfig",
+        scales: Mapping[str, Sequence[float]],
+        lower: Set[str] = frozenset(),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """The steering of what a config trains.
+
+        Args:
+            scales: every dimension's lowest and highest rating, as in the instructions.
+            lower: the dimensions whose lower ratings are better.
+            chat_template_kwargs: axolotl's key, if the run has it.
+        """
+        given = (config.instruction, config.overall_instruction)
+        usual = (instructions.DEFAULT_INSTRUCTION, instructions.DEFAULT_OVERALL_INSTRUCTION)
+        own, overall = (u if g is None else g for g, u in zip(given, usual, strict=True))
+        return cls(
+            prompts=config.prompt_names,
+            dimensions=[
+                SteeredDimension(
+                    name=dimension.name,
+                    description=dimension.description,
+                    scale=tuple(scales[dimension.name]),
+                    direction="lower" if dimension.name in lower else "higher",
+                )
+                for dimension in config.dimensions
+            ],
+            template=own,
+            overall_template=overall,
+            instruction_place=config.instruction_place,
+            rating_in_prompt=config.rating_in_prompt,
+            chat_template_kwargs=dict(chat_template_kwargs or {}),
+        )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [dimension.name for dimension in self.dimensions]
+        if self.prompts not in (names, [OVERALL, *names]):
+            raise ValueError("prompts must be the dimensions' names, after 'overall' or without")
+        if not all(low < high for low, high in (d.scale for d in self.dimensions)):
+            raise ValueError("a scale must be [lowest, highest]")
+        try:
+            self.instruction({names[0]: None})
+            self.instruction({OVERALL: None} if self.overall else {})
+        except TemplateError as error:
+            raise ValueError(
+                f"an instruction is not a Jinja template that works: {error}"
+            ) from None
+        return self
+
+    def save(self, folder: Path | str) -> Path:
+        """Write `amopo_steering.json` into a model's folder."""
+        path = Path(folder) / FILE
+        path.write_text(self.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Self:
+        """Read a folder's `amopo_steering.json`.
+
+        Raises:
+            AMoPOError: where it is missing, of another version, or broken.
+        """
+        path = Path(folder) / FILE
+        instead = "name the YAML that it was trained with in the folder's place"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise AMoPOError(
+                f"{folder}: has no {FILE}, which says what the model can be asked for; {instead}, "
+                "or copy the file from the folder that training wrote."
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise AMoPOError(f"{path}: can't be read ({error}); {instead}.") from None
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            detail = error.errors()[0]
+        key = ".".join(map(str, detail["loc"]))
+        if key == "version":
+            raise AMoPOError(
+                f"{path}: is of version {detail['input']!r}, and this package reads {VERSION}; "
+                f"use the package that trained the model, or {instead}."
+            )
+        raise AMoPOError(
+            f"{path}: is broken{f' at {key!r}' if key else ''} ({detail['msg']}); {instead}."
+        )
+
+    @property
+    def overall(self) -> bool:
+        """Whether training had the overall prompt."""
+        return len(self.prompts) > len(self.dimensions)
+
+    def dimension(self, name: str) -> SteeredDimension:
+        """A dimension by its name.
+
+        Raises:
+            AMoPOError: where there is none of that name.
+        """
+        for dimension in self.dimensions:
+            if dimension.name == name:
+                return dimension
+        raise AMoPOError(
+            f"the model knows no dimension '{name}'.{did_you_mean(name, self.prompts)} "
+            f"It was trained on {', '.join(self.prompts)}."
+        )
+
+    def asked(self, settings: Settings) -> list[instructions.Asked]:
+        """What the instruction is to name, in the order of training.
+
+        Raises:
+            AMoPOError: for a dimension or a rating that training can't have had.
+        """
+        every = self.overall and OVERALL in settings
+        for name, rating in settings.items():
+            if every and name == OVERALL:
+                if rating is not None:
+                    raise AMoPOError("overall takes no rating; name a dimension, or overall alone.")
+                continue
+            low, high = self.dimension(name).scale
+            if rating is not None and not low <= rating <= high:
+                raise AMoPOError(
+                    f"{name}: {rating:g} is outside the scale that the model was trained with, "
+                    f"{low:g} to {high:g}."
+                )
+            if rating is not None and self.rating_in_prompt == "none":
+                raise AMoPOError(
+                    f"{name}: the model was trained without ratings in its prompts "
+                    f"(rating_in_prompt: none); ask for {name} alone."
+                )
+        if len(settings) > 1 and not self.overall:
+            raise AMoPOError(
+                "the model was trained without the overall prompt (amopo.overall: false), so it "
+                "can be asked for one dimension at a time."
+            )
+        asked = []
+        for d in self.dimensions:
+            if every or d.name in settings:
+                rating = settings.get(d.name)
+                if rating is None and self.rating_in_prompt != "none":
+                    rating = d.best
+                asked.append((d.name, d.description, d.scale, rating))
+        return asked
+
+    def instruction(self, settings: Settings) -> str:
+        """The instruction's text, empty without settings; see `asked` for errors."""
+        asked = self.asked(settings)
+        if not asked:
+            return ""
+        if len(asked) > 1 or (self.overall and OVERALL in settings):
+            return instructions.overall_instruction(self.overall_template, tuple(asked))
+        return instructions.instruction(self.template, asked[0])
+
+    def messages(self, messages: list[Message], settings: Settings) -> list[Message]:
+        """A conversation with the instruction where training put it."""
+        return instructed(messages, self.instruction(settings), self.instruction_place)
+
+
+def parse_settings(texts: Iterable[str]) -> dict[str, float | None]:
+    """Settings from `helpfulness=4`, `honesty` and `overall`.
+
+    Raises:
+        AMoPOError: for what is no number, or named twice.
+    """
+    settings: dict[str, float | None] = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        try:
+            rating = float(value) if equals else None
+        except ValueError:
+            rating = math.nan
+        if not name or (rating is not None and not math.isfinite(rating)):
+            raise AMoPOError(f"'{text}': write a dimension and a rating, e.g. helpfulness=4.")
+        if name in settings:
+            raise AMoPOError(f"'{text}': {name} is named twice.")
+        settings[name] = rating
+    return settings
+
+
+def written(settings: Settings) -> str:
+    """Settings as people write them: `helpfulness=4, honesty`; `none` where there are none."""
+    parts = (
+        name if rating is None else f"{name}={instructions.number(rating)}"
+        for name, rating in settings.items()
+    )
+    return ", ".join(parts) or "none"

@@ -1,0 +1,692 @@
+"""Steering: settings become what training rendered, in tokens, in a chat template, on a page."""
+
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from jinja2 import TemplateError
+from runs import config, prepare, write_config, write_jsonl
+
+from axolotl_amopo.cli import amopo
+from axolotl_amopo.data.instructions import DEFAULT_INSTRUCTION, DEFAULT_OVERALL_INSTRUCTION
+from axolotl_amopo.data.tokens import ChatTokenizer
+from axolotl_amopo.errors import AMoPOError
+from axolotl_amopo.steering.export import export
+from axolotl_amopo.steering.generate import Generator, Sampling, stop_ids
+from axolotl_amopo.steering.load import find
+from axolotl_amopo.steering.prompts import of_text, read
+from axolotl_amopo.steering.steering import FILE, SteeredDimension, Steering, parse_settings
+from axolotl_amopo.steering.template import check, steered, unsteered
+
+# Whitespace that Jinja treats otherwise in transformers' environment, comments, raw text, quotes.
+ODD = (
+    '  \n{% if rating %}\n  It\'s a "{{ dimension }}"\n  {%- endif %}\n{# no #}\n'
+    "{% raw %}{{ x }}{% endraw %} \\n ü😀 {{ rating }}\n"
+    " {% for i in [1] %}\n  {{ i }}\n{% endfor %}"
+)
+ODD_OVERALL = "{% for d in dimensions %}\n  {{ d.dimension }}: {{ d.rating }}\n{% endfor %}\n now"
+
+
+def steering(**changes):
+    values = {
+        "prompts": ["overall", "helpfulness", "is_safe", "toxicity"],
+        "dimensions": [
+            SteeredDimension(name="helpfulness", description="it's {{ odd }} 😀", scale=(1, 5)),
+            SteeredDimension(name="is_safe", scale=(0, 1)),
+            SteeredDimension(name="toxicity", scale=(-2, 2), direction="lower"),
+        ],
+        "template": DEFAULT_INSTRUCTION,
+        "overall_template": DEFAULT_OVERALL_INSTRUCTION,
+    }
+    return Steering(**values | changes)
+
+
+# The file
+
+
+def test_the_file_comes_back_as_it_was(tmp_path):
+    made = steering(instruction_place="system", chat_template_kwargs={"enable_thinking": False})
+    made.save(tmp_path)
+    assert Steering.load(tmp_path) == made
+    said = json.loads((tmp_path / FILE).read_text(encoding="utf-8"))
+    assert said["prompts"][0] == "overall" and said["instruction"] == DEFAULT_INSTRUCTION
+    assert said["dimensions"][2] == {
+        "name": "toxicity", "description": None, "scale": [-2, 2], "direction": "lower",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "is of version 2, and this package reads 1"),
+        ({"dimensions": []}, "broken at 'dimensions'"),
+        ({"instruction": "{{ nothing }}"}, "not a Jinja template that works: 'nothing' is undef"),
+        ({"prompts": ["helpfulness"]}, "prompts must be the dimensions' names"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, change, message):
+    said = json.loads(steering().save(tmp_path).read_text(encoding="utf-8"))
+    (tmp_path / FILE).write_text(json.dumps(said | change), encoding="utf-8")
+    with pytest.raises(AMoPOError, match=re.escape(message)) as error:
+        Steering.load(tmp_path)
+    assert FILE in str(error.value) and "name the YAML" in str(error.value)
+
+
+def test_a_missing_or_cut_file_is_named(tmp_path):
+    with pytest.raises(AMoPOError, match=r"has no amopo_steering\.json.*YAML"):
+        Steering.load(tmp_path)
+    (tmp_path / FILE).write_text('{"version": 1, "prom', encoding="utf-8")
+    with pytest.raises(AMoPOError, match="is broken"):
+        Steering.load(tmp_path)
+
+
+# Settings
+
+
+def test_settings_become_instructions():
+    made = steering()
+    assert made.instruction({}) == ""
+    assert made.instruction({"is_safe": 1}) == (
+        "Your answer will be rated on is safe, from 0 to 1. "
+        "Write an answer whose is safe is 1 of 1."
+    )
+    assert made.instruction({"toxicity": None}).endswith("toxicity is -2 of 2.")  # lower is better
+    two = made.instruction({"toxicity": 1.5, "helpfulness": 4})
+    assert "from 1 to 5: aim for 4. toxicity, from -2 to 2: aim for 1.5." in two
+    assert "is safe" not in two
+    every = made.instruction({"overall": None, "helpfulness": 2})
+    assert re.findall(r"aim for (\S+)\.", every) == ["2", "1", "-2"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "message"),
+    [
+        ({}, {"helpfulnes": 3}, "no dimension 'helpfulnes'. Did you mean 'helpfulness'?"),
+        ({}, {"helpfulness": 6}, "6 is outside the scale that the model was trained with, 1 to 5"),
+        ({}, {"overall": 3}, "overall takes no rating"),
+        ({"rating_in_prompt": "none"}, {"is_safe": 1}, "trained without ratings"),
+        (
+            {"prompts": ["helpfulness", "is_safe", "toxicity"]},
+            {"helpfulness": 1, "is_safe": 1},
+            "one dimension at a time",
+        ),
+        ({"prompts": ["helpfulness", "is_safe", "toxicity"]}, {"overall": None}, "no dimension"),
+    ],
+)
+def test_what_training_never_had_is_refused(changes, settings, message):
+    with pytest.raises(AMoPOError, match=re.escape(message)):
+        steering(**changes).instruction(settings)
+
+
+def test_parsing():
+    assert parse_settings(["a = 4", "b", "c=-1.5"]) == {"a": 4, "b": None, "c": -1.5}
+    for wrong in (["a=x"], ["=3"], ["a=nan"], ["a=1", "a=2"]):
+        with pytest.raises(AMoPOError):
+            parse_settings(wrong)
+
+
+def test_a_sweep_takes_whole_steps_or_ten():
+    assert SteeredDimension(name="a", scale=(1, 5)).ratings() == [1, 2, 3, 4, 5]
+    assert SteeredDimension(name="a", scale=(-0.5, 1.5)).ratings() == [-0.5, 0.5, 1.5]
+    assert SteeredDimension(name="a", scale=(0, 100)).ratings() == list(range(0, 101, 10))
+    assert SteeredDimension(name="a", scale=(0, 0.5)).ratings()[:2] == [0, 0.05]
+
+
+# Against training
+
+
+ROWS = [
+    {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "First?"},
+        ],
+        "responses": [
+            {"text": "Yes.", "scores": {"helpfulness": 4, "honesty": 2.5}},
+            {"text": "No.", "scores": {"helpfulness": 1, "honesty": 2}},
+        ],
+    }
+]
+
+
+@pytest.mark.parametrize("place", ["before", "after", "system"])
+def test_the_tokens_are_those_of_training(tmp_path, tiny_model, place):
+    """From the YAML, and the folder that training would have written."""
+    block = {
+        "dimensions": [{"name": "helpfulness", "description": "it helps"}, "honesty"],
+        "instruction_place": place,
+    }
+    data = write_jsonl(tmp_path / "data.jsonl", ROWS)
+    path = write_config(tmp_path, config(tmp_path, tiny_model, data, amopo=block))
+    _, datasets = prepare(path)
+    overall, helpfulness, honesty = datasets.train_dataset[0]["prompt_ids"]
+    shutil.copytree(tiny_model, tmp_path / "out", dirs_exist_ok=True)
+    trained = find(str(path))
+    assert trained.base == str(tiny_model) and not trained.is_adapter
+    generator = Generator(trained, "transformers")
+    messages = ROWS[0]["messages"]
+    assert generator.ids(messages, {"helpfulness": 4}) == helpfulness
+    assert generator.ids(messages, {"honesty": 2.5}) == honesty
+    assert generator.ids(messages, {"helpfulness": 4, "honesty": 2.5}) == overall
+    assert generator.ids(messages, {}) not in (overall, helpfulness, honesty)
+
+
+# The chat template
+
+
+TEMPLATES = Path(importlib.util.find_spec("axolotl").origin).parent.joinpath(
+    "utils", "chat_templates", "templates"
+)
+SMOLLM = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Starts with what the environment's whitespace control would touch.
+BARE = "\n  {% for m in messages %}\n{{ m.role }}: {{ m.content | trim }}\n{% endfor %}\n"
+NO_SYSTEM = (
+    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user/assistant/user') }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+OWN = {"smollm": SMOLLM, "bare": BARE, "no_system": NO_SYSTEM} | {
+    name: (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    for name in ("chatml", "llama3", "mistral_v1", "gemma3", "qwen3", "command_a")
+}
+QUESTION = [{"role": "user", "content": "Why? "}]
+TALK = [*QUESTION, {"role": "assistant", "content": "So."}, {"role": "user", "content": "Really?"}]
+TOLD = [{"role": "system", "content": "Be brief."}, *TALK]
+
+
+def rendered(tokenizer, messages, template, **variables):
+    return tokenizer.apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=True, tokenize=False, **variables
+    )
+
+
+def with_line(line, messages):
+    if messages[0]["role"] == "system":
+        first = f"{line}\n\n{messages[0]['content']}"
+        return [{"role": "system", "content": first}, *messages[1:]]
+    return [{"role": "system", "content": line}, *messages]
+
+
+@pytest.mark.parametrize("place", ["before", "after", "system"])
+@pytest.mark.parametrize("name", OWN)
+def test_the_template_renders_what_training_did(tokenizer, name, place):
+    own = OWN[name]
+    compared = 0
+    for texts in ((DEFAULT_INSTRUCTION, DEFAULT_OVERALL_INSTRUCTION), (ODD, ODD_OVERALL)):
+        made = steering(instruction_place=place, template=texts[0], overall_template=texts[1])
+        template = steered(own, made)
+        check(tokenizer, template, made)
+        chat = ChatTokenizer(tokenizer, own, {})
+        for line in (
+            "helpfulness=3",
+            "is_safe",
+            "toxicity=-1.5 , helpfulness= 2",
+            "overall",
+            "none",
+        ):
+            settings = parse_settings(line.split(",")) if line != "none" else {}
+            for messages in (QUESTION, TALK, TOLD):
+                try:
+                    asked = made.messages(messages, settings)
+                    expected = chat.render(asked, None, generation_prompt=True)
+                except TemplateError:
+                    continue
+                compared += 1
+                steered_messages = with_line(f"amopo: {line}", messages)
+                assert rendered(tokenizer, steered_messages, template) == expected
+                assert rendered(tokenizer, messages, template, amopo=line) == expected
+    assert compared >= (4 if (name, place) == ("no_system", "system") else 20)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_without_steering_nothing_changes(tokenizer, name):
+    template = steered(OWN[name], steering())
+    assert unsteered(template) == OWN[name]
+    for messages in (QUESTION, TALK, TOLD):
+        try:
+            expected = rendered(tokenizer, messages, OWN[name])
+        except TemplateError as error:
+            with pytest.raises(TemplateError, match=re.escape(str(error))):
+                rendered(tokenizer, messages, template)
+        else:
+            assert rendered(tokenizer, messages, template) == expected
+
+
+def test_settings_in_the_template_hold_until_a_line_says_otherwise(tokenizer):
+    made = steering()
+    template = steered(steered(SMOLLM, made), made, {"helpfulness": 2})
+    assert template.count(SMOLLM) == 1
+    plain = rendered(tokenizer, QUESTION, SMOLLM)
+    asked = rendered(tokenizer, made.messages(QUESTION, {"helpfulness": 2}), SMOLLM)
+    assert rendered(tokenizer, QUESTION, template) == asked != plain
+    assert rendered(tokenizer, with_line("amopo: none", QUESTION), template) == plain
+
+
+def test_parts_of_text_are_steered_too(tokenizer):
+    """What vLLM makes of a message for templates that loop over its parts."""
+    made = steering()
+    template = steered(OWN["gemma3"], made)
+    expected = rendered(tokenizer, made.messages(TOLD, {"is_safe": 1}), OWN["gemma3"])
+    parts = [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        for message in with_line("amopo: is_safe=1", TOLD)
+    ]
+    assert rendered(tokenizer, parts, template) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("helpfull=3", "'helpfull' can't be asked for; there are overall, helpfulness"),
+        ("helpfulness=7", "helpfulness=7: the scale is 1 to 5"),
+        ("helpfulness=much", "the scale is 1 to 5"),
+        ("", "'' can't be asked for"),
+    ],
+)
+def test_a_wrong_line_is_an_error_of_the_template(tokenizer, line, message):
+    with pytest.raises(TemplateError, match=re.escape(message)):
+        rendered(tokenizer, with_line(f"amopo: {line}", QUESTION), steered(SMOLLM, steering()))
+
+
+def test_the_check_sees_a_template_that_differs(tokenizer):
+    made = steering()
+    wrong = steered(SMOLLM, made).replace("Write an answer", "Write the answer")
+    with pytest.raises(AMoPOError, match="where training rendered"):
+        check(tokenizer, wrong, made)
+
+
+# Prompts
+
+
+def test_reading_prompts(tmp_path):
+    rows = [
+        {"prompt": "One?", "id": 7},
+        {"instruction": "Two?", "output": None, "dataset": "koala"},
+        {"messages": TALK, "system": "Be brief."},
+        {"question_id": 81, "turns": ["Three?", "And?"]},
+    ]
+    one, two, talk, turns = read(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert one.messages == [{"role": "user", "content": "One?"}] and one.row == rows[0]
+    assert two.messages[0]["content"] == "Two?"
+    assert talk.messages == TOLD
+    assert turns.conversation(["So."])[1:] == [
+        {"role": "assistant", "content": "So."},
+        {"role": "user", "content": "And?"},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert len(read(tmp_path / "a.json")) == 4
+    (tmp_path / "a.txt").write_text("One?\n\nTwo?\n", encoding="utf-8")
+    assert [prompt.where[-5:] for prompt in read(tmp_path / "a.txt")] == ["row 1", "row 3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "p.jsonl: is empty"),
+        (
+            '{"prompt": "a"}\n{"promt": "b"}\n',
+            "row 2, key 'prompt': is missing.*Did you mean|has pr",
+        ),
+        ('{"prompt": "a"}\n{"prompt": " "}\n', "row 2, key 'prompt': is empty"),
+        ('{"prompt": "a"}\nx\n', "row 2: is not JSON"),
+        ('["a"]\n', "row 1: must be an object"),
+        ('{"turns": [{"content": "a"}]}\n', r"row 1, key 'turns': must be a list of texts"),
+    ],
+)
+def test_a_bad_prompt_is_named(tmp_path, text, message):
+    (tmp_path / "p.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(AMoPOError, match=message):
+        read(tmp_path / "p.jsonl")
+
+
+# Answers
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_model):
+    """A model whose answers depend on the whole question, unlike those of fresh weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = tmp_path_factory.mktemp("steered") / "base"
+    shutil.copytree(tiny_model, path)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(12 if weight.ndim > 1 else 1)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, base):
+    """A whole model that can be steered."""
+    path = tmp_path_factory.mktemp("steered") / "tiny"
+    shutil.copytree(base, path)
+    steering().save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, base):
+    """An adapter that changes the model, as training would leave it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = tmp_path_factory.mktemp("steered") / "adapter"
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, lora_alpha=64)
+    get_peft_model(model, lora).save_pretrained(path)
+    AutoTokenizer.from_pretrained(base).save_pretrained(path)
+    steering().save(path)
+    return path
+
+
+TEXTS = ["Why?", "A much longer question, which is to be padded beside the short ones.", "Who?"]
+SHORT = Sampling(max_new_tokens=12, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def generator(folder):
+    return Generator(find(str(folder)), "transformers")
+
+
+def turns(answers):
+    return [answer.turns[0] for answer in answers]
+
+
+def test_a_batch_answers_as_one_by_one_would(generator):
+    prompts = [of_text(text) for text in TEXTS]
+    together = turns(generator.answers(prompts, [{"helpfulness": 4}], SHORT))
+    alone = [turns(generator.answers([one], [{"helpfulness": 4}], SHORT))[0] for one in prompts]
+    assert together == alone
+    assert len(set(alone)) == len(alone)
+
+
+def test_settings_of_a_sweep_stand_beside_each_other(generator):
+    each = [{"is_safe": 0}, {"is_safe": 1}, {}]
+    answers = generator.answers([of_text(text) for text in TEXTS], each, SHORT)
+    assert [answer.settings for answer in answers[:3]] == each
+    assert [answer.prompt.row["prompt"] for answer in answers[::3]] == TEXTS
+    assert [bool(answer.instruction) for answer in answers[:3]] == [True, True, False]
+
+
+def test_a_seed_decides_the_draws(generator):
+    def drawn(seed):
+        sampling = Sampling(max_new_tokens=12, temperature=1.5, top_p=0.9, seed=seed)
+        return turns(generator.answers([of_text("Why?")], [{}], sampling))
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_an_answer_ends_with_its_turn(generator, monkeypatch):
+    """A token of the first answer is made the end of a turn; the second goes on without it."""
+    prompts = [of_text(text) for text in TEXTS[:2]]
+    ids = [generator.ids(prompt.messages, {}) for prompt in prompts]
+    first, second = generator.engine.generate(ids, SHORT, lambda count: None)
+    end = next(token for token in first if token not in second)
+    monkeypatch.setattr(generator.engine, "stops", [end])
+    ended, cut = generator.answers(prompts, [{}], SHORT)
+    assert ended.finished and ended.tokens == first.index(end) + 1
+    assert not cut.finished and cut.tokens == SHORT.max_new_tokens
+
+
+def test_what_closes_a_turn_stops_an_answer(tokenizer):
+    closed = ChatTokenizer(tokenizer, "{% for m in messages %}{{ m.content }}<s>{% endfor %}", {})
+    assert stop_ids(closed) == {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    chatml = ChatTokenizer(tokenizer, tokenizer.chat_template, {})
+    assert stop_ids(chatml) == {tokenizer.eos_token_id}
+
+
+def test_the_second_question_follows_the_first_answer(generator, tmp_path, monkeypatch):
+    seen = []
+    real = generator.engine.generate
+
+    def spy(prompts, sampling, done):
+        seen.append([generator.tokenizer.decode(ids) for ids in prompts])
+        return real(prompts, sampling, done)
+
+    monkeypatch.setattr(generator.engine, "generate", spy)
+    rows = [{"question_id": 81, "turns": ["First?", "Second?"]}, {"prompt": "Only?"}]
+    prompts = read(write_jsonl(tmp_path / "q.jsonl", rows))
+    two, one = generator.answers(prompts, [{"is_safe": 1}], SHORT)
+    assert len(two.turns) == 2 and len(one.turns) == 1
+    assert [len(batch) for batch in seen] == [2, 1]
+    before, after = seen[1][0].split("Second?")[0].split("First?")
+    assert "is safe" not in before and "is safe is 1 of 1" in after  # in the last turn alone
+
+
+def test_export_layouts(generator, tmp_path):
+    rows = [
+        {"question_id": 81, "uid": "u", "dataset": "koala", "turns": ["First?", "Second?"]},
+    ]
+    answers = generator.answers(read(write_jsonl(tmp_path / "q.jsonl", rows)), [{}], SHORT)
+    both = answers[0].turns
+
+    (line,) = map(json.loads, export(answers, "jsonl", "m").splitlines())
+    assert line["response"] == both and line["amopo"]["model"] == "m" and line["uid"] == "u"
+    (alpaca,) = json.loads(export(answers, "alpaca_eval", "m"))
+    assert alpaca == {
+        "instruction": "First?", "output": both[0], "generator": "m", "dataset": "koala",
+    }  # fmt: skip
+    (arena,) = map(json.loads, export(answers, "arena_hard", "m").splitlines())
+    assert set(arena) == {"uid", "ans_id", "model", "messages", "tstamp"}
+    assert arena["messages"][-1] == {"role": "assistant", "content": {"answer": both[0]}}
+    (bench,) = map(json.loads, export(answers, "mt_bench", "m").splitlines())
+    assert set(bench) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+    assert bench["choices"] == [{"index": 0, "turns": both}] and bench["question_id"] == 81
+
+
+# The commands
+
+
+def run(command, *arguments):
+    return CliRunner().invoke(amopo, [command, *map(str, arguments)])
+
+
+def test_generate(folder, tmp_path):
+    source = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "Why?", "id": 3}, {"prompt": "Who?"}])
+    out = tmp_path / "a.jsonl"
+    options = ["--sweep", "is_safe", "-d", "helpfulness=2", "--max-new-tokens", 4, "--quiet"]
+    done = run("generate", folder, "--input", source, *options, "--output", out, "--json")
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert (facts["answers"], facts["output"]) == (4, str(out))
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row["amopo"]["settings"]["is_safe"] for row in rows] == [0, 1, 0, 1]
+    assert rows[1]["id"] == 3 and "helpfulness" in rows[1]["amopo"]["instruction"]
+    again = run("generate", folder, "--input", source, "--output", out)
+    assert again.exit_code == 1 and "--force" in again.output
+    told = run("generate", folder, "--prompt", "Why?", "--overall", "--max-new-tokens", 4)
+    assert told.exit_code == 0 and "aim for -2" in told.stdout
+    assert max(map(len, told.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-d", "helpfulnes=3"], "Did you mean 'helpfulness'?"),
+        (["-d", "helpfulness=9"], "outside the scale"),
+        (["--sweep", "helpfull"], "no dimension 'helpfull'"),
+        (["--sweep", "is_safe", "-d", "is_safe=1"], "leave --dimension is_safe out"),
+        (["--base"], "name its base with --base-model"),
+        (["--backend", "vllm"], "vLLM is not installed"),
+        (["--format", "mt_bench", "--output", "x"], "key 'question_id': is missing"),
+    ],
+)
+def test_generate_refuses_before_it_answers(folder, arguments, message):
+    if "vllm" in arguments and importlib.util.find_spec("vllm"):
+        pytest.skip("vLLM is installed here")
+    done = run("generate", folder, "--prompt", "Why?", *arguments)
+    assert done.exit_code == 1 and message in done.output, done.output
+    assert "Traceback" not in done.output and len(done.output.strip().splitlines()) == 1
+
+
+def test_what_is_no_model_is_named(tmp_path, base, adapter):
+    assert "neither a model's folder nor a YAML" in run("generate", "no", "--prompt", "a").output
+    assert "holds no model" in run("generate", tmp_path, "--prompt", "a").output
+    plain = run("generate", base, "--prompt", "a", "--overall").output
+    assert FILE in plain and "YAML" in plain
+    bare = tmp_path / "bare"
+    shutil.copytree(base, bare)
+    (bare / "chat_template.jinja").unlink()
+    assert "has no chat template" in run("generate", bare, "--prompt", "a").output
+    lost = tmp_path / "lost"
+    shutil.copytree(adapter, lost)
+    said = json.loads((lost / "adapter_config.json").read_text(encoding="utf-8"))
+    (lost / "adapter_config.json").write_text(
+        json.dumps(said | {"base_model_name_or_path": "runs/base"}), encoding="utf-8"
+    )
+    done = run("generate", lost, "--prompt", "a")
+    assert done.exit_code == 1 and "'runs/base' is no model folder as seen from" in done.output
+    options = ["--base-model", base, "--max-new-tokens", 2]
+    assert run("generate", lost, "--prompt", "a", *options).exit_code == 0
+
+
+def test_an_adapter_and_its_base(adapter, base):
+    def answer(folder, *options):
+        done = run(
+            "generate", folder, "--prompt", "Why?", "--max-new-tokens", 12, "--json", *options
+        )
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout.splitlines()[-1])["rows"][0]["response"]
+
+    assert answer(adapter, "--base") == answer(base) != answer(adapter)
+
+
+def test_the_template_command(folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    out = tmp_path / "chat_template.jinja"
+    done = run("template", folder, "--output", out, "-d", "is_safe=1")
+    assert done.exit_code == 0, done.output
+    assert "--force" in run("template", folder, "--output", out).output
+    steers = tmp_path / "steers"
+    shutil.copytree(folder, steers)
+    shutil.copy(out, steers)
+    tokenizer = AutoTokenizer.from_pretrained(steers)
+    assert "is safe is 1 of 1" in tokenizer.apply_chat_template(QUESTION, tokenize=False)
+    # Our own commands steer such a folder once, not twice.
+    messages = QUESTION
+    assert Generator(find(str(steers))).ids(messages, {}) == Generator(find(str(folder))).ids(
+        messages, {}
+    )
+
+
+# The page
+
+
+@pytest.fixture(scope="module")
+def served(adapter):
+    from axolotl_amopo.steering.app import CSS, Sides, page
+
+    sides = Sides(find(str(adapter)), with_base=True)
+    blocks = page(sides)
+    _, url, _ = blocks.launch(
+        server_name="127.0.0.1", quiet=True, prevent_thread_lock=True, css=CSS, footer_links=[]
+    )
+    yield sides, url
+    blocks.close()
+
+
+def test_the_page_answers_with_both_sides(served, adapter, base):
+    from gradio_client import Client
+
+    _, url = served
+    client = Client(url, verbose=False)
+    controls = [False, True, False, False, 4, 1, -2]  # overall, three boxes, three ratings
+    assert client.predict(*controls, api_name="/instruction") == steering().instruction(
+        {"helpfulness": 4}
+    )
+    assert "Nothing is asked for" in client.predict(*[False] * 4, 4, 1, -2, api_name="/instruction")
+    _, left, right = client.predict("Why?", 16, 0, 1, 0, True, *controls, api_name="/ask")
+
+    def text(message):
+        return message["content"] if isinstance(message["content"], str) else "".join(
+            part["text"] for part in message["content"]
+        )  # fmt: skip
+
+    for side, shown, folder in (("base", left, base), ("tuned", right, adapter)):
+        assert [message["role"] for message in shown] == ["user", "assistant"]
+        generator = Generator(find(str(folder)), "transformers")
+        asked = steering().messages([{"role": "user", "content": "Why?"}], {"helpfulness": 4})
+        sampling = Sampling(max_new_tokens=16)
+        (ids,) = generator.engine.generate([generator.ids(asked, {})], sampling, lambda count: None)
+        assert text(shown[1]).strip() == generator.text(ids), side
+    with pytest.raises(Exception, match="Write a question first"):
+        client.predict(" ", 16, 0, 1, 0, True, *controls, api_name="/ask")
+
+
+def test_a_taken_port_is_named():
+    import socket
+
+    import gradio
+
+    from axolotl_amopo.steering.app import serve
+
+    with gradio.Blocks() as blocks:
+        gradio.Markdown("Nothing")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(AMoPOError, match=f"can't be served on 127.0.0.1:{port}"):
+            serve(blocks, host="127.0.0.1", port=port, share=False)
+
+
+def test_the_page_in_a_browser(served):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (browser and driver):
+        pytest.skip("needs chromium and chromedriver")
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.add_experimental_option(
+        "mobileEmulation", {"deviceMetrics": {"width": 390, "height": 844, "pixelRatio": 1}}
+    )
+    with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as chrome:
+        chrome.get(served[1])
+        wait = WebDriverWait(chrome, 30)
+
+        def boxes():
+            return chrome.find_elements(By.CSS_SELECTOR, "textarea")
+
+        wait.until(lambda _: len(boxes()) == 2)
+        sliders = chrome.find_elements(By.CSS_SELECTOR, "input[type=range]")
+        assert [slider.is_enabled() for slider in sliders] == [False] * 3
+        chrome.find_element(By.XPATH, "//label[contains(., 'Ask for is_safe')]").click()
+        wait.until(lambda _: "is safe is 1 of 1" in boxes()[1].get_attribute("value"))
+        wait.until(lambda _: sliders[1].is_enabled())
+        boxes()[0].send_keys("Why?\n")
+        wait.until(lambda _: len(chrome.find_elements(By.CSS_SELECTOR, ".message.bot")) == 2)
+        assert chrome.execute_script("return document.documentElement.scrollWidth") <= 390
+        fetched = chrome.execute_script(
+            "return performance.getEntriesByType('resource').map(entry => entry.name)"
+        )
+        assert all(name.startswith((served[1], "data:", "blob:")) for name in fetched)
+
+
+def test_help_needs_no_model():
+    """`--help` of all three, without what takes half a minute to import."""
+    for name in ("generate", "template", "chat"):
+        done = run(name, "--help")
+        assert done.exit_code == 0 and f"axolotl amopo {name}" in done.stdout
+    assert sys.modules.get("vllm") is None
