@@ -4,9 +4,12 @@ import os
 
 import click
 
+from axolotl_amopo.cli.generate import chat, generate, template
 from axolotl_amopo.cli.inspect import inspect
 from axolotl_amopo.cli.overrides import ENVIRONMENT_VARIABLE, split_overrides, to_json
 from axolotl_amopo.cli.plan import plan
+from axolotl_amopo.cli.report import report
+from axolotl_amopo.cli.score import score
 
 PASSED_ON = ("preprocess", "train", "evaluate", "inference", "merge-lora")
 
@@ -44,7 +47,11 @@ def _passed_on(name: str) -> click.Command:
     return command
 
 
+for _command in (generate, template, chat):
+    amopo.add_command(_command)
 amopo.add_command(inspect)
 amopo.add_command(plan)
+amopo.add_command(report)
+amopo.add_command(score)
 for _name in PASSED_ON:
     amopo.add_command(_passed_on(_name))

@@ -1,0 +1,1 @@
+"""`axolotl amopo score`: what training did to each dimension, on rated pairs."""

@@ -1,0 +1,348 @@
+"""`axolotl amopo score`: its statistics by hand, its rewards against plain forward passes."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from runs import LORA, config, write_config, write_jsonl
+from scipy import stats
+
+from axolotl_amopo.cli import amopo
+from axolotl_amopo.scoring.measure import (
+    agreement,
+    change,
+    correct,
+    holm,
+    intervals,
+    measure,
+    sign_test,
+    without_length,
+)
+
+# --- statistics
+
+
+def lengths_of(generator, count):
+    return generator.integers(20, 300, size=(count, 2))
+
+
+def test_equal_rewards_are_right_by_half():
+    assert correct(np.array([2.0, 0.0, -1.0, 0.5])).tolist() == [1, 0.5, 0, 1]
+
+
+def test_measures_by_hand():
+    # Lengths: 30/10 longer wins, 10/30 shorter wins, 20/20, and 24/20, similar.
+    lengths = np.array([[30, 10], [10, 30], [20, 20], [24, 20]])
+    made = measure(
+        np.array([1.0, 2.0, -1.0, -2.0]), np.array([0.5, 1.0, 0.5, np.nan]), lengths, np.arange(4)
+    )
+    assert (made.n, made.prompts, made.accuracy, made.margin) == (4, 4, 0.5, 0.0)
+    assert made.longer_wins == pytest.approx(2 / 3)  # of the three with a longer one
+    assert made.longer_preferred == pytest.approx(1 / 3)
+    assert (made.similar_n, made.similar_accuracy) == (2, 0.0)
+    assert [(b.low, b.n, b.accuracy, b.margin) for b in made.by_gap] == [
+        (0.5, 2, 0.5, 0.0),
+        (1.0, 1, 1.0, 2.0),
+    ]
+    assert made.gap_correlation == pytest.approx(
+        stats.spearmanr([0.5, 1, 0.5], [1, 2, -1]).statistic
+    )
+    assert measure(*(np.empty(0),) * 2, np.empty((0, 2)), np.empty(0)).accuracy is None
+
+
+def test_a_margin_that_is_length_says_nothing_beyond_it():
+    generator = np.random.default_rng(1)
+    lengths = lengths_of(generator, 400)
+    longest_first = np.sort(lengths, 1)[:, ::-1]  # the longer one is always rated the better
+    for reward in (0.3 * longest_first, np.log(longest_first), -1.0 * longest_first):
+        margins = reward[:, 0] - reward[:, 1]
+        made = measure(margins, np.ones(400), longest_first, np.arange(400))
+        assert made.adjusted_accuracy == 0.5
+    noisy = 0.3 * (longest_first @ [1, -1]) + generator.normal(size=400)
+    made = measure(noisy, np.ones(400), longest_first, np.arange(400))
+    assert made.accuracy > 0.95 and 0.42 < made.adjusted_accuracy < 0.58
+
+
+def test_quality_outlives_the_adjustment():
+    generator = np.random.default_rng(2)
+    lengths = lengths_of(generator, 400)
+    margins = np.abs(generator.normal(size=400)) + 0.01 * (lengths @ [1, -1])
+    rest = without_length(margins, lengths)
+    assert correct(margins).mean() < 0.85 < correct(rest).mean()
+    # Which response comes first is arbitrary: the other way round, all signs flip.
+    assert without_length(-margins, lengths[:, ::-1]) == pytest.approx(-rest)
+
+
+def test_the_interval_covers_with_several_pairs_a_prompt():
+    generator = np.random.default_rng(3)
+    prompts = np.repeat(np.arange(60), 5)
+    covered, widths = 0, []
+    for seed in range(60):
+        # Pairs of a prompt nearly always share their fate: 60 observations, not 300.
+        fate = generator.random(60) < 0.7
+        right = np.where(generator.random(300) < 0.05, ~fate[prompts], fate[prompts]).astype(float)
+        ((low, high),) = intervals(right[:, None], prompts, seed)
+        covered += low <= 0.7 * 0.95 + 0.3 * 0.05 <= high
+        widths.append(high - low)
+    assert covered >= 52  # 57 expected; below 52 at less than one in fifty
+    independent = 2 * 1.96 * np.sqrt(0.68 * 0.32 / 300)
+    assert np.mean(widths) > 1.7 * independent
+
+
+def test_an_interval_where_all_are_right():
+    ((low, high),) = intervals(np.ones((10, 1)), np.repeat(np.arange(5), 2), 0)
+    assert high == 1 and low == pytest.approx(0.025 ** (1 / 5))  # of five prompts
+
+
+def test_a_change_pairs_its_resamples():
+    generator = np.random.default_rng(4)
+    before = (generator.random(200) < 0.5).astype(float)
+    after = before.copy()
+    after[np.flatnonzero(before == 0)[:12]] = 1
+    made = change(before, after, np.arange(200), seed=0)
+    assert made.difference == pytest.approx(0.06)
+    # Twelve of 200 gained: the interval is theirs, far tighter than that of either accuracy.
+    assert 0.02 < made.interval[0] < made.difference < made.interval[1] < 0.1
+    assert (made.gained, made.lost) == (12, 0)
+    assert made == change(before, after, np.arange(200), seed=0)
+
+
+def test_the_sign_test_is_mcnemars_exact_one():
+    before = np.array([1] * 3 + [0] * 9 + [1] * 5 + [0] * 5, dtype=float)
+    after = np.array([0] * 3 + [1] * 9 + [1] * 5 + [0] * 5, dtype=float)
+    expected = 2 * sum(stats.binom.pmf(k, 12, 0.5) for k in range(4))
+    assert sign_test(after - before, np.arange(22)) == (9, 3, pytest.approx(expected))
+    # All pairs of one prompt are one gain.
+    assert sign_test(after - before, np.zeros(22)) == (1, 0, 1.0)
+    assert sign_test(np.zeros(4), np.arange(4)) == (0, 0, 1.0)
+
+
+def test_holm_by_hand():
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.8]) == [1, 1]
+    assert holm([]) == []
+
+
+def test_agreement_by_hand():
+    nan = np.nan
+    values = np.array([[1, 2, nan], [-1, 3, 1], [2, 0, -1], [-4, -1, nan]])
+    found = agreement(values)
+    assert found[0, 1] == found[1, 0] == pytest.approx(2 / 3)
+    assert found[0, 2] == 0 and found[1, 2] == 1
+    assert np.isnan(agreement(np.array([[1, nan], [nan, 1]]))[0, 1])
+
+
+# --- models
+
+GOOD, BAD = "Yes, of course it is.", "No."
+
+
+def row(question, *answers):
+    return {
+        "prompt": question,
+        "responses": [
+            {"text": text, "scores": {"helpfulness": h, "honesty": t}} for text, h, t in answers
+        ],
+    }
+
+
+ROWS = [
+    row("First?", (GOOD, 5, 2), (BAD, 1, 3), ("Perhaps, who knows?", 3, 3)),
+    row("Second, a longer one?", ("Hardly.", 4, 4), ("A longer answer than that.", 2, 1)),
+    row("Third?", ("One.", 3, 1), ("Two <b>and</b> three.", 3, 5)),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_model):
+    """A config with an adapter in its output_dir, and the same adapter merged."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("score")
+    data = write_jsonl(folder / "data.jsonl", ROWS)
+    test = {"path": str(data), "type": "amopo.rated", "scale": [1, 5]}
+    amopo = {"dimensions": ["helpfulness", "honesty"], "winner": "per_dimension"}
+    values = config(folder, tiny_model, data, amopo=amopo, test_datasets=[test], **LORA)
+    path = write_config(folder, values)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    torch.manual_seed(5)
+    lora = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(model, lora)
+    adapted.save_pretrained(folder / "out")
+    merged = folder / "merged"
+    adapted.merge_and_unload().save_pretrained(merged)
+    return path, merged
+
+
+def run(*arguments):
+    return CliRunner().invoke(amopo, ["score", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def outcome(trained, tmp_path_factory):
+    """One run of the command with all that it writes: its report, its pairs, its files."""
+    path, merged = trained
+    folder = tmp_path_factory.mktemp("written")
+    html, markdown, lines = (folder / name for name in ("a.html", "a.md", "a.jsonl"))
+    done = run(
+        path, "--json", "--quiet", "--html", html, "--markdown", markdown, "--pairs", lines,
+        "--model", f"adapter={path.parent / 'out'}", "--model", f"merged={merged}",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert len(done.stdout.splitlines()) == 1
+    pairs = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    return json.loads(done.stdout), pairs, html.read_text("utf-8"), markdown.read_text("utf-8")
+
+
+def test_labels_and_lengths_are_those_of_the_ratings(outcome, tokenizer):
+    report, pairs, *_ = outcome
+    assert (report["pairs"], report["prompts"], report["source"]) == (5, 3, "test_datasets")
+    first = next(p for p in pairs if p["gaps"]["helpfulness"] == 1.0)  # 5 against 1
+    assert first["labels"] == {"overall": 1, "helpfulness": 1, "honesty": -1}
+    expected = [len(tokenizer(text).input_ids) + 1 for text in (GOOD, BAD)]
+    assert first["tokens"] == expected
+    n = {row["name"]: row["models"]["base"]["n"] for row in report["rows"]}
+    assert n == {"overall": 5, "helpfulness": 4, "honesty": 4}
+
+
+def test_rewards_are_those_of_plain_forward_passes(outcome, trained, tokenizer, tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    _, pairs, *_ = outcome
+    pair = next(p for p in pairs if p["gaps"]["helpfulness"] == 1.0)
+    prompts = {
+        "plain": "First?",
+        "helpfulness": "Your answer will be rated on helpfulness, from 1 to 5. Write an answer "
+        "whose helpfulness is 5 of 5.\n\nFirst?",
+        # The short answer wins there, so its rating is asked for.
+        "honesty": "Your answer will be rated on honesty, from 1 to 5. Write an answer whose "
+        "honesty is 3 of 5.\n\nFirst?",
+    }
+    for name, folder in (("base", tiny_model), ("merged", trained[1])):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        for prompt, text in prompts.items():
+            rewards = []
+            for response in (GOOD, BAD):
+                begin = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+                start = tokenizer(begin).input_ids
+                ids = torch.tensor([start + tokenizer(f"{response}<|im_end|>").input_ids])
+                with torch.no_grad():
+                    logps = model(ids).logits[0, :-1].double().log_softmax(-1)
+                chosen = logps.gather(-1, ids[0, 1:, None])[len(start) - 1 :, 0]
+                rewards.append(0.8 * chosen.mean().item())
+            expected = rewards[0] - rewards[1]
+            assert pair["margins"][name][prompt] == pytest.approx(expected, abs=1e-4), prompt
+
+
+def test_an_adapter_and_the_same_merged_are_alike(outcome):
+    report, pairs, *_ = outcome
+    adapter, merged, base = (
+        np.array([[m or 0.0 for m in p["margins"][name].values()] for p in pairs])
+        for name in ("adapter", "merged", "base")
+    )
+    assert adapter == pytest.approx(merged, abs=1e-4)
+    assert np.abs(adapter - base).max() > 0.01
+    for row in report["rows"]:
+        assert row["changes"]["adapter"]["difference"] == row["changes"]["merged"]["difference"]
+
+
+def test_accuracy_is_that_of_the_pairs(outcome):
+    report, pairs, *_ = outcome
+    assert [row["prompting"] for row in report["rows"]] == ["own"] * 3 + ["plain"] * 3
+    for row in report["rows"]:
+        name = row["name"]
+        prompt = name if row["prompting"] == "own" else "plain"
+        right = [
+            p["margins"]["adapter"][prompt] * p["labels"][name] > 0
+            for p in pairs
+            if p["labels"][name]
+        ]
+        assert row["models"]["adapter"]["accuracy"] == pytest.approx(np.mean(right))
+    # A tie weighs nothing: its prompt is not run at all.
+    tied = [p for p in pairs if p["labels"]["helpfulness"] == 0]
+    assert len(tied) == 1 and tied[0]["margins"]["base"]["helpfulness"] is None
+
+
+def test_what_is_written(outcome):
+    report, _, html, markdown = outcome
+    assert html.count("<svg") == html.count("<figure>") > 6
+    assert "<script" not in html and 'src="' not in html
+    assert "http" not in html.replace("http://www.w3.org/", "")  # but for SVG's own names
+    for text in report["summary"] + report["notes"]:
+        assert text.split(":")[0] in html
+    assert "| overall | 5 |" in markdown and "Fewer than 30 prompts" in markdown
+    assert any("no pair is ordered" in t or "not distinguish" in t for t in report["summary"])
+
+
+def test_sum_reference_and_plain(trained):
+    """What a model trained by DPO needs: no instructions, rewards against the base."""
+    path, merged = trained
+    done = run(
+        path, "--quiet", "--json", "--prompts", "plain", "--reward", "reference", "--model", merged
+    )
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert list(report["paths"]) == ["merged"] and report["base"] is None
+    assert {row["prompting"] for row in report["rows"]} == {"plain"}
+    assert all(row["models"]["merged"]["n"] for row in report["rows"])
+
+
+def test_rewards_by_hand():
+    from axolotl_amopo.scoring.data import RatedPairs
+    from axolotl_amopo.scoring.report import margins_of
+
+    pairs = RatedPairs([], [], *(np.empty(0),) * 2, np.array([[2, 10]]), np.empty(0), [], "", 1)
+    base, tuned = np.array([[[-1.0, -0.5]]]), np.array([[[-0.5, -1.0]]])
+    found = {
+        reward: margins_of({"base": base, "tuned": tuned}, pairs, reward, 0.5)
+        for reward in ("average", "sum", "reference")
+    }
+    assert found["average"]["tuned"] == 0.5 * (-0.5 + 1)
+    assert found["sum"]["base"] == 0.5 * (-1 * 2 + 0.5 * 10)
+    assert found["reference"] == {"tuned": 0.5 * ((-1 + 2) - (-10 + 5))}
+
+
+def test_the_command_on_a_terminal(trained, tmp_path):
+    path, _ = trained
+    done = run(path, "--no-base", "--prompts", "own", "--limit", 3, "--seed", 1)
+    assert done.exit_code == 0, done.output
+    shown = done.stdout[done.stdout.index("3 pairs") :]
+    assert "accuracy of tuned" in shown and "3 of 5 pairs were drawn" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_refusals(trained, tmp_path, tiny_model, tokenizer):
+    path, _ = trained
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    text = (other / "tokenizer.json").read_text(encoding="utf-8")
+    vocabulary = json.loads(text)
+    ids = vocabulary["model"]["vocab"]
+    token, last = "a", tokenizer.convert_tokens_to_ids("b")
+    ids["a"], ids["b"] = last, ids[token]
+    (other / "tokenizer.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    done = run(path, "--quiet", "--model", f"x={other}")
+    assert done.exit_code == 1 and "its tokenizer is not that of" in done.output
+    done = run(path, "--quiet", "--model", tmp_path / "nowhere")
+    assert done.exit_code == 1 and "can't be loaded as a model" in done.output
+
+    there = tmp_path / "there.html"
+    there.write_text("mine")
+    done = run(path, "--html", there)
+    assert done.exit_code == 1 and "--force" in done.output and there.read_text() == "mine"
+    assert run(path, "--model", "a=x", "--model", "a=y").exit_code == 2
+    assert run(path, "--no-base", "--base", tiny_model).exit_code == 2
+
+
+def test_without_a_chat_template(trained, tmp_path, tiny_model):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model, bare)
+    (bare / "chat_template.jinja").unlink()
+    data = trained[0].parent / "data.jsonl"
+    done = run(write_config(tmp_path, config(tmp_path, bare, data)), "--quiet")
+    assert done.exit_code == 1 and "no chat template" in done.output
+    assert "Traceback" not in done.output
