@@ -128,6 +128,11 @@ class AMoPOConfig(BaseModel):
         description="Which pairs are made of a prompt's rated responses: all, best_worst, or a "
         "number: at most so many, drawn by the seed",
     )
+    group_by_prompt: bool = Field(
+        default=False,
+        description="All pairs of a prompt are one training example, in which each response runs "
+        "once under a prompt, whatever the number of its pairs",
+    )
     order_by: str | None = Field(
         default=None,
         description="What makes a response the better one overall: mean (of the ratings, each on 0 "

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from axolotl_amopo.data.tokens import PairTokens
@@ -11,14 +12,17 @@ from axolotl_amopo.layout import plant
 
 @dataclass
 class AMoPOCollator:
-    """Collects B pairs under K prompts into one forest of segments, see `layout`.
+    """Collects B examples, a pair or a group of pairs each, under K prompts into one forest of
+    segments, see `layout`.
 
     Nothing is padded here: which layout the model can take is the trainer's to find out.
 
     The batch holds:
-        dimension_mask  [B, K] bool; first, because transformers takes the number of examples
-                        from a batch's first tensor
-        example_ids     [B]
+        example_ids     [B]; first, because transformers takes the number of examples from a
+                        batch's first tensor
+        dimension_mask  [P, K] bool, of P pairs
+        groups          [P] the example of each pair
+        places          [P, K, 2], only where an example has several pairs: see `Forest.pairs`
         input_ids       [1, N] the forest's tokens, each shared one once
         position_ids    [1, N] counted from each segment's root
         labels          [1, N] the token's id at response tokens, else -100; for token counts
@@ -32,9 +36,15 @@ class AMoPOCollator:
     return_tensors: str = "pt"
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        pairs = [PairTokens(row["prompt_ids"], row["response_ids"], row["winners"]) for row in rows]
-        dimension_mask = torch.tensor([row["dimension_mask"] for row in rows]).bool()
-        forest, tokens = plant(pairs, dimension_mask.tolist())
+        groups, pairs, masks = [], [], []
+        for i, row in enumerate(rows):
+            tokens = PairTokens(row["prompt_ids"], row["response_ids"], row["winners"])
+            of_row = tokens.pairs()
+            groups += [i] * len(of_row)
+            pairs += of_row
+            masks += np.split(np.array(row["dimension_mask"], dtype=bool), len(of_row))
+        dimension_mask = torch.from_numpy(np.stack(masks))
+        forest, tokens = plant(pairs, dimension_mask.tolist(), groups)
         input_ids = torch.tensor([tokens])
         ends = [0] * len(forest.parents)
         positions = []
@@ -47,12 +57,16 @@ class AMoPOCollator:
         is_response = torch.zeros(len(forest.parents), dtype=torch.bool)
         is_response[[leaf.segment for leaf in forest.leaves]] = True
         is_response = is_response.repeat_interleave(torch.tensor(forest.lengths))
-        return {
-            "dimension_mask": dimension_mask,
+        batch = {
             "example_ids": torch.tensor([row["example_id"] for row in rows]),
+            "dimension_mask": dimension_mask,
+            "groups": torch.tensor(groups),
             "input_ids": input_ids,
             "position_ids": torch.cat(positions).unsqueeze(0),
             "labels": input_ids.masked_fill(~is_response, -100),
             "forest": forest,
             "pad_to_multiple_of": self.pad_to_multiple_of or 1,
         }
+        if forest.pairs is not None:
+            batch["places"] = torch.tensor(forest.pairs)
+        return batch

@@ -10,6 +10,8 @@ batch is a forest of segments, each continuing its parent:
                       └─ rest of prompt 1 ─┬─ chosen
                                            └─ rejected
 
+In a group, all pairs of a prompt's N responses, the branches end in N responses instead of two.
+
 A token sees its own segment up to itself and the segments on the way to the root, and its
 position counts from the root; so it has the same hidden state as in a sequence of its own. The
 forest can be laid out in three ways:
@@ -22,7 +24,7 @@ forest can be laid out in three ways:
 import math
 from dataclasses import dataclass
 from os.path import commonprefix
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +47,7 @@ class Leaf(NamedTuple):
     segment: int
     example: int
     prompt: int
-    side: int  # 0 chosen, 1 rejected
+    place: int  # among the example's responses under the prompt; of a pair 0 chosen, 1 rejected
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,25 @@ class Forest:
     leaves: list[Leaf]
     examples: int  # B
     prompts: int  # K
+    # [P, K, 2] the places of each pair's chosen and rejected response; None where every example is
+    # one pair, whose places are 0 and 1.
+    pairs: list[list[list[int]]] | None = None
 
     @property
     def longest_response(self) -> int:
         return max(self.lengths[leaf.segment] for leaf in self.leaves)
+
+    @property
+    def responses(self) -> int:
+        """The most responses that an example has under a prompt."""
+        return max(self.responses_by_example())
+
+    def responses_by_example(self) -> list[int]:
+        """[B] responses under the prompt that has most."""
+        counts = [2] * self.examples
+        for leaf in self.leaves:
+            counts[leaf.example] = max(counts[leaf.example], leaf.place + 1)
+        return counts
 
     def path(self, segment: int) -> list[int]:
         """Segments from the root to `segment`."""
@@ -74,18 +91,23 @@ class Forest:
         return sum(self.lengths[segment] for segment in segments)
 
 
-def plant(pairs: list[PairTokens], keep_BK: list[list[bool]]) -> tuple[Forest, list[int]]:
+def plant(
+    pairs: list[PairTokens], keep_PK: list[list[bool]], groups: list[int] | None = None
+) -> tuple[Forest, list[int]]:
     """The forest of a batch, and its tokens, segment after segment.
 
     Args:
-        pairs: B pairs.
-        keep_BK: false where a prompt weighs nothing for an example. Those sequences are left out;
-            an example without any keeps its first prompt, so that no process is without work.
+        pairs: P pairs.
+        keep_PK: false where a prompt weighs nothing for a pair. Those sequences are left out; an
+            example without any keeps its first prompt, so that no process is without work.
+        groups: [P] the example that each pair belongs to, in order; by default one each. Pairs of
+            an example share every response that they have in common under the same prompt.
     """
     parents: list[int] = []
     lengths: list[int] = []
     leaves: list[Leaf] = []
     tokens: list[int] = []
+    places_PK2 = [[[0, 1] for _ in keep_K] for keep_K in keep_PK]
 
     def grow(parent: int, ids: list[int]) -> int:
         parents.append(parent)
@@ -93,24 +115,40 @@ def plant(pairs: list[PairTokens], keep_BK: list[list[bool]]) -> tuple[Forest, l
         tokens.extend(ids)
         return len(parents) - 1
 
-    for example, (pair, keep_K) in enumerate(zip(pairs, keep_BK, strict=True)):
-        sequences = pair.sequences()
-        kept = [k for k, keep in enumerate(keep_K) if keep] or [0]
-        prompts = [sequences[2 * k + side][0] for k in kept for side in (0, 1)]
+    numbers = groups or list(range(len(pairs)))
+    members: dict[int, list[int]] = {}
+    for pair, example in enumerate(numbers):
+        members.setdefault(example, []).append(pair)
+    for example, group in members.items():
+        kept = [(p, k) for p in group for k, keep in enumerate(keep_PK[p]) if keep]
+        kept = kept or [(group[0], 0)]
+        sequences = {p: pairs[p].sequences() for p in group}
+        prompts = [sequences[p][2 * k + side][0] for p, k in kept for side in (0, 1)]
         # Every prompt keeps a token of its own, which predicts its responses' first tokens.
         beginning = commonprefix(prompts)  # noqa: RUF071, of token ids, not of paths
         shared = min(len(beginning), min(map(len, prompts)) - 1)
         root, begin = -1, 0
-        if len(kept) > 1 and shared >= MIN_SHARED_BEGINNING:
+        if len({k for _, k in kept}) > 1 and shared >= MIN_SHARED_BEGINNING:
             root, begin = grow(-1, prompts[0][:shared]), shared
-        for k in kept:
-            prompt = None
+        segments: dict[Any, int] = {}  # of prompts
+        places: dict[Any, int] = {}  # of responses
+        counts = [0] * len(keep_PK[0])
+        for p, k in kept:
             for side in (0, 1):
-                ids, response = sequences[2 * k + side]
-                if prompt is None or ids != sequences[2 * k][0]:
-                    prompt = grow(root, ids[begin:])
-                leaves.append(Leaf(grow(prompt, response), example, k, side))
-    return Forest(parents, lengths, leaves, len(pairs), len(keep_BK[0])), tokens
+                ids, response = sequences[p][2 * k + side]
+                key = (k, *ids)
+                if key not in segments:
+                    segments[key] = grow(root, ids[begin:])
+                # Two responses of one pair are never one, whatever they say.
+                leaf = (segments[key], *response) if len(group) > 1 else (k, side)
+                if leaf not in places:
+                    places[leaf] = counts[k]
+                    leaves.append(Leaf(grow(segments[key], response), example, k, counts[k]))
+                    counts[k] += 1
+                places_PK2[p][k][side] = places[leaf]
+    if len(members) == len(pairs):
+        places_PK2 = None
+    return Forest(parents, lengths, leaves, len(members), len(keep_PK[0]), places_PK2), tokens
 
 
 @dataclass
@@ -127,7 +165,7 @@ class Layout:
     sees_RSS: Tensor  # [R, S + 1, S + 1] bool: whether a segment of the row sees another
     predict_M: Tensor  # flat place (row * L + column) of the token before each response token
     targets_M: Tensor  # which of the forest's tokens each response token is
-    slots_M: Tensor  # its flat place in [B, K, 2, T]
+    slots_M: Tensor  # its flat place in [B, K, N, T], N the forest's `responses`
 
     def to(self, device: torch.device | str) -> "Layout":
         moved = {
@@ -144,7 +182,7 @@ def lay_out(forest: Forest, name: LayoutName, pad_to_multiple_of: int = 1) -> La
     multiple = 1 if name == "packed" else pad_to_multiple_of
     length = math.ceil(max(map(forest.count, rows)) / multiple) * multiple
     depth = max(map(len, rows))
-    longest = forest.longest_response
+    longest, responses = forest.longest_response, forest.responses
 
     tokens = torch.arange(sum(forest.lengths)).split(forest.lengths)
     leaves = {leaf.segment: leaf for leaf in forest.leaves}
@@ -155,22 +193,22 @@ def lay_out(forest: Forest, name: LayoutName, pad_to_multiple_of: int = 1) -> La
     targets: list[Tensor] = []
     slots: list[Tensor] = []
     for r, row in enumerate(rows):
-        place = {segment: i for i, segment in enumerate(row)}
+        local = {segment: i for i, segment in enumerate(row)}
         starts = torch.tensor([0, *(forest.lengths[segment] for segment in row)]).cumsum(0).tolist()
         index.append(torch.cat([tokens[segment] for segment in row]))
         sizes = torch.tensor([forest.lengths[segment] for segment in row])
         places.append(torch.arange(len(row)).repeat_interleave(sizes))
         for segment in row:
             for ancestor in forest.path(segment):
-                sees_RSS[r, place[segment], place[ancestor]] = True
+                sees_RSS[r, local[segment], local[ancestor]] = True
             if leaf := leaves.get(segment):
-                last_of_prompt = starts[place[forest.parents[segment]] + 1] - 1
-                start, end = starts[place[segment]], starts[place[segment] + 1]
+                last_of_prompt = starts[local[forest.parents[segment]] + 1] - 1
+                start, end = starts[local[segment]], starts[local[segment] + 1]
                 before = torch.tensor([last_of_prompt, *range(start, end - 1)])
                 predict.append(r * length + before)
                 targets.append(tokens[segment])
-                side = (leaf.example * forest.prompts + leaf.prompt) * 2 + leaf.side
-                slots.append(side * longest + torch.arange(end - start))
+                place = (leaf.example * forest.prompts + leaf.prompt) * responses + leaf.place
+                slots.append(place * longest + torch.arange(end - start))
 
     def padded(values: list[Tensor], fill: int) -> Tensor:
         filled = pad_sequence(values, batch_first=True, padding_value=fill)

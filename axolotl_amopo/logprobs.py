@@ -6,6 +6,7 @@ never makes the logits of the rest. As all happens inside that forward, DDP, FSD
 autocast and adapters see nothing unusual.
 """
 
+import math
 from functools import partial, wraps
 from types import MethodType
 from typing import Any
@@ -85,8 +86,8 @@ def response_logps(
             not a matter of hidden states alone.
 
     Returns:
-        token_logps [B, K, 2, T] in float32, and their mask (true at response tokens); both are
-        empty where `dimension_mask` is false.
+        token_logps [P, K, 2, T] of P pairs in float32, and their mask (true at response tokens);
+        both are empty where `dimension_mask` is false.
     """
     causal = causal_model(unwrap(model))
     tokens_N, positions_N = batch["input_ids"][0], batch["position_ids"][0]
@@ -105,12 +106,23 @@ def response_logps(
         logps_M = model(**inputs, predict_M=laid.predict_M, targets_M=targets_M)
 
     forest = laid.forest
-    shape = (forest.examples, forest.prompts, 2, forest.longest_response)
-    size = forest.examples * forest.prompts * 2 * forest.longest_response
+    shape = (forest.examples, forest.prompts, forest.responses, forest.longest_response)
+    size = math.prod(shape)
     token_logps = logps_M.new_zeros(size).index_copy(0, laid.slots_M, logps_M)
     mask = torch.zeros(size, dtype=torch.bool, device=logps_M.device)
     mask[laid.slots_M] = True
-    return token_logps.view(shape), mask.view(shape)
+    token_logps, mask = token_logps.view(shape), mask.view(shape)  # [B, K, N, T]
+    if forest.pairs is None:
+        return token_logps, mask
+    kept = batch["dimension_mask"][..., None, None]  # another pair may have the prompt kept
+    return of_pairs(token_logps, batch), of_pairs(mask, batch) & kept
+
+
+def of_pairs(values_BKN: Tensor, batch: dict[str, Any]) -> Tensor:
+    """What each pair has of what each response has: [B, K, N, ...] -> [P, K, 2, ...]."""
+    places_PK2, groups_P = batch["places"], batch["groups"]
+    prompts_K = torch.arange(values_BKN.shape[1], device=values_BKN.device)
+    return values_BKN[groups_P[:, None, None], prompts_K[:, None], places_PK2]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -35,7 +35,7 @@ class ResponseStats(NamedTuple):
 class AMoPOLoss(NamedTuple):
     """Result of `amopo_loss`."""
 
-    loss: Tensor  # scalar: mean over examples of the weighted pair losses
+    loss: Tensor  # scalar: (weighted) mean over examples of the weighted pair losses
     pair_losses: Tensor  # [B, K] -log sigmoid(margin - gamma)
     weights: Tensor  # [B, K] sums to 1 over the dimensions that count; no gradient
     rewards_chosen: Tensor  # [B, K] beta * avg_logp of the chosen response
@@ -133,6 +133,7 @@ def amopo_loss(
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
     dimension_mask: Tensor | None = None,
+    pair_weights: Tensor | None = None,
 ) -> AMoPOLoss:
     """The AMoPO loss of a batch of pairs, each seen under K prompts.
 
@@ -147,6 +148,7 @@ def amopo_loss(
         beta: reward scale; 0.1 to 2.5 in published runs, 0.8 in the paper.
         gamma: target margin between the two rewards; 0 to 3 in published runs, 2.0 in the paper.
         weighting, static_weights, noise, generator, dimension_mask: see `dimension_weights`.
+        pair_weights: [B] how much each example counts in the loss, instead of 1 / B.
 
     Raises:
         ValueError: for tensors of another shape, or weighting options that don't fit together.
@@ -172,5 +174,6 @@ def amopo_loss(
         generator=generator,
         dimension_mask=dimension_mask,
     )
-    loss = (weights * pair_losses).sum(-1).mean()
+    losses = (weights * pair_losses).sum(-1)  # [B]
+    loss = losses.mean() if pair_weights is None else losses @ pair_weights.to(losses)
     return AMoPOLoss(loss, pair_losses, weights, rewards_chosen, rewards_rejected, stats)

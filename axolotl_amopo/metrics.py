@@ -90,6 +90,14 @@ def example_metrics(result: AMoPOLoss, dimension_mask: Tensor) -> Tensor:
     return torch.cat([losses, per_prompt.flatten(1), totals], dim=-1).detach().float()
 
 
+def group_means(values: Tensor, groups: Tensor) -> Tensor:
+    """[P, 1 + M] values of pairs -> [B, 1 + M] means over each group's that are not NaN."""
+    found = ~values.isnan()
+    shape = int(groups[-1]) + 1, values.shape[1]
+    sums = values.new_zeros(shape).index_add(0, groups, values.nan_to_num())
+    return sums / values.new_zeros(shape).index_add(0, groups, found.to(values))
+
+
 class Means:
     """Sums of metrics on the device, reduced over ranks only when they are read."""
 

@@ -62,16 +62,33 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 def row_lengths(dataset: Dataset) -> np.ndarray:
-    """Tokens of every prepared row: its prompts once each, both responses under every prompt."""
+    """Tokens of every prepared row: its prompts once each, its responses under every prompt.
+
+    Of a group as many as its pairs have; some of them are shared.
+    """
     columns = dataset.select_columns(["prompt_ids", "response_ids", "winners"])
     lengths = [
         _sums(table["prompt_ids"])
-        + _sums(table["response_ids"]) * pc.list_value_length(table["winners"]).to_numpy()
+        + _sums(table["response_ids"])
+        * (2 * _items(table["winners"]) // _items(table["response_ids"]))
         for table in columns.with_format("arrow").iter(batch_size=10_000)
     ]
     return np.concatenate(lengths)
 
 
+def row_items(dataset: Dataset, column: str) -> np.ndarray:
+    """Items of every row in a column of lists."""
+    tables = dataset.select_columns([column]).with_format("arrow").iter(batch_size=10_000)
+    return np.concatenate([_items(table[column]) for table in tables])
+
+
+def _items(lists: pa.ChunkedArray) -> np.ndarray:
+    """Items in each row of a column of lists."""
+    return pc.list_value_length(lists).to_numpy()
+
+
 def _sums(lists: pa.ChunkedArray) -> np.ndarray:
-    """Items in each row of a column of lists of lists, whose rows have equally many lists."""
-    return pc.list_value_length(pc.list_flatten(lists)).to_numpy().reshape(len(lists), -1).sum(1)
+    """Items in each row of a column of lists of lists."""
+    totals = np.concatenate([[0], _items(pc.list_flatten(lists)).cumsum()])
+    ends = _items(lists).cumsum()
+    return totals[ends] - totals[ends - _items(lists)]

@@ -223,7 +223,7 @@ def pairs_of(name, **block):
     made = strategy(kind, **{"dimensions": list(ratings[0])} | changes | block)
     (prompt,) = read_all(made, rows)
     scales = made.scales_of(Survey())
-    rule = PairRule(made.config, scales, made._lower())
+    rule = PairRule(made.config, scales, made.lower())
     return list(rule.pairs(prompt, Counter())), made.instructions, scales
 
 

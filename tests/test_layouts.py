@@ -105,13 +105,33 @@ def own_rating_rows() -> list[dict]:
     return [row([beginning + end for end in ends], ids(8, 6, 10), [0, 1])]
 
 
+def group_rows() -> list[dict]:
+    """Three responses, each in two pairs; prompts alike, or with a rating of each response."""
+    (question,) = ids(9, 23)
+    a, b, *ends = ids(10, 5, 8, 3, 4, 6)
+    first, second, third = ids(11, 7, 12, 9)
+    in_pairs = [first, second, first, third, third, second]
+    alike = row([question + a, question + b] * 3, in_pairs, [0, 1, 0, 0, 1, 0], [1, 1, 1, 0, 1, 1])
+    own = [[question + ends[i] for i in pair] for pair in [(0, 1), (0, 2), (2, 1)]]
+    rated = row([p for pair in own for p in pair * 2], in_pairs, [0] * 6, [1, 1, 0, 0, 1, 1])
+    return [alike, rows()[1] | row([question + a, question + b], ids(12, 4, 9), [0, 1]), rated]
+
+
 def batch_of(rows: list[dict]) -> dict:
     return AMoPOCollator(None, pad_to_multiple_of=8)(rows)
 
 
+def pairs_of(rows):
+    return [
+        pair
+        for r in rows
+        for pair in PairTokens(r["prompt_ids"], r["response_ids"], r["winners"]).pairs()
+    ]
+
+
 def slow_logps(model, rows):
-    """[B, K, 2, T], one sequence at a time."""
-    pairs = [PairTokens(r["prompt_ids"], r["response_ids"], r["winners"]) for r in rows]
+    """[P, K, 2, T], one sequence at a time."""
+    pairs = pairs_of(rows)
     longest = max(len(ids) for pair in pairs for ids in pair.responses)
     logps = []
     for pair in pairs:
@@ -120,7 +140,7 @@ def slow_logps(model, rows):
             every = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
             chosen = torch.stack([every[t, token] for t, token in enumerate(response)])
             logps.append(torch.nn.functional.pad(chosen, (0, longest - len(response))))
-    return torch.stack(logps).view(len(rows), -1, 2, longest)
+    return torch.stack(logps).view(len(pairs), -1, 2, longest)
 
 
 def loss_and_gradients(model, batch, logps, mask):
@@ -163,8 +183,7 @@ def check(
         torch.testing.assert_close(logps[mask], slow[mask], atol=2e-5, rtol=1e-5)
         loss, gradients = loss_and_gradients(model, batch, logps, mask)
     everywhere = torch.zeros_like(mask)
-    pairs = [PairTokens(r["prompt_ids"], r["response_ids"], r["winners"]) for r in rows]
-    for b, pair in enumerate(pairs):
+    for b, pair in enumerate(pairs_of(rows)):
         for i, (_, response) in enumerate(pair.sequences()):
             everywhere[b, i // 2, i % 2, : len(response)] = True
     assert mask.equal(everywhere & kept)
@@ -294,6 +313,24 @@ def test_sequences(name, lora, checkpointing):
 @pytest.mark.parametrize("layout", ["packed", "tree", "sequences"])
 def test_prompts_with_each_responses_own_rating(layout):
     check(build("llama", "sdpa"), layout, own_rating_rows())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("layout", ["packed", "tree", "sequences"])
+def test_groups(layout, name):
+    check(build(name, "sdpa"), layout, group_rows())
+
+
+def test_a_group_has_each_response_once_under_a_prompt():
+    alike, pair, rated = (
+        batch_of([one])["forest"] for one in (group_rows()[0], group_rows()[1], group_rows()[2])
+    )
+    assert len(alike.leaves) == 3 * 2 and alike.responses == 3
+    assert sorted(alike.lengths[leaf.segment] for leaf in alike.leaves) == [7, 7, 9, 9, 12, 12]
+    assert alike.pairs == [[[0, 1], [0, 1]], [[0, 2], [0, 1]], [[1, 2], [2, 0]]]
+    assert pair.pairs is None and len(pair.leaves) == 2 * 2
+    # Its second prompt is not kept in the middle pair, whose responses the others have.
+    assert len(rated.leaves) == 3 + 3
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "granite"])

@@ -246,6 +246,7 @@ def test_what_does_not_fit_is_told_what_would(tmp_path):
         ({"deepspeed": "nowhere.json"}, [], "nowhere.json"),
         ({"amopo": {"gama": 1}}, [], "amopo.gama"),
         ({"sample_packing": True}, [], "sample_packing"),
+        ({"amopo": {"group_by_prompt": True}}, [], "group_by_prompt: false"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, changes, arguments, said):

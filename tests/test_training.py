@@ -355,6 +355,95 @@ def test_metrics_are_what_they_say(tmp_path, tiny_model, data):
     assert logged["rewards/longer_wins"] == pytest.approx(sum(longer) / len(longer), abs=1e-4)
 
 
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    """Four prompts, with two to four responses that are never equally good."""
+    rows = [
+        {
+            "prompt": f"What is {i} and {i}?",
+            "responses": [
+                {
+                    "text": f"It {'really ' * j}is {i + j}.",
+                    "scores": {"helpfulness": 5 - j, "honesty": 1 + (i + j) % 3},
+                }
+                for j in range(count)
+            ],
+        }
+        for i, count in enumerate((3, 2, 4, 3))
+    ]
+    return runs.write_jsonl(tmp_path_factory.mktemp("groups") / "groups.jsonl", rows)
+
+
+def grouped(**block):
+    block = {"dimensions": ["helpfulness", "honesty"], "winner": "per_dimension"} | block
+    return block | {"group_by_prompt": True}
+
+
+@pytest.mark.parametrize("asked", ["none", "own", "chosen"])
+def test_a_group_is_the_mean_of_its_pairs(tmp_path, tiny_model, groups, asked):
+    """Every prompt weighs the same: each pair as often as makes up for the prompt's pairs."""
+    block = grouped(weighting="mean", rating_in_prompt=asked)
+    logged, step = one_step(
+        tmp_path / "groups", tiny_model, groups, micro_batch_size=4, amopo=block
+    )
+    by_prompt = []
+    for line in groups.read_text().splitlines():
+        folder = tmp_path / f"prompt-{len(by_prompt)}"
+        folder.mkdir()
+        data = runs.write_jsonl(folder / "data.jsonl", [json.loads(line)])
+        apart = block | {"group_by_prompt": False}
+        by_prompt.append(
+            one_step(folder / "run", tiny_model, data, micro_batch_size=8, amopo=apart)
+        )
+    for name, change in step.items():
+        mean = sum(other[1][name] for other in by_prompt) / len(by_prompt)
+        torch.testing.assert_close(change, mean, rtol=1e-4, atol=1e-5)
+    for name in ("loss", "amopo/helpfulness/margin", "amopo/helpfulness/weight", "rewards/chosen"):
+        mean = sum(other[0][name] for other in by_prompt) / len(by_prompt)
+        assert logged[name] == pytest.approx(mean, abs=2e-5), name
+
+
+def test_groups_and_accumulation(tmp_path, tiny_model, groups):
+    """With draws, which depend on the example alone, and a different number of responses."""
+    steps = [
+        one_step(
+            tmp_path / str(size),
+            tiny_model,
+            groups,
+            micro_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+            amopo=grouped(rating_in_prompt="none", **more),
+        )
+        for size, more in [(4, {}), (2, {"share_prompt": False}), (1, {})]
+    ]
+    same_step(steps[0], steps[1])
+    same_step(steps[0], steps[2])
+
+
+def test_evaluation_of_groups(tmp_path, tiny_model, groups):
+    """Over examples, whatever the batches."""
+    found = []
+    for size in (1, 3):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        values = full(
+            folder,
+            tiny_model,
+            groups,
+            amopo=grouped(rating_in_prompt="none", dimensions=["helpfulness", "honesty"]),
+            test_datasets=[{"path": str(groups), "type": "amopo.rated", "scale": [1, 5]}],
+            eval_batch_size=size,
+            eval_strategy="no",
+            val_set_size=None,
+            learning_rate=0.0,
+        )
+        found.append(runs.train(runs.write_config(folder, values)).evaluate())
+    names = [name for name in found[0] if name.startswith(("eval_loss", "eval_amopo"))]
+    assert len(names) == 1 + 3 * 8
+    for name in names:
+        assert found[0][name] == pytest.approx(found[1][name], abs=1e-5), name
+
+
 @pytest.mark.parametrize(
     "changes",
     [

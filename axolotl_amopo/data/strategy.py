@@ -11,6 +11,9 @@ sequence (what axolotl's own length handling and statistics read):
     winners         [K] which response wins under each prompt
     dimension_mask  [K] 0 where a prompt weighs nothing for this pair
     example_id      64 bits of the ids' hash; seeds the pair's random draws
+
+With `amopo.group_by_prompt` a row holds all pairs of a prompt, in each of these lists one pair
+after the other.
 """
 
 import functools
@@ -45,6 +48,7 @@ from axolotl_amopo.data.tokens import (
 )
 from axolotl_amopo.errors import AMoPOError, ConfigError, DataError, did_you_mean
 from axolotl_amopo.records import stamp
+from axolotl_amopo.sampler import row_items
 
 LOG = get_logger(__name__)
 
@@ -74,7 +78,7 @@ FEATURES = Features(
     }
 )
 
-# A pair as text.
+# A pair (or a group of them) as text.
 PLAIN = Features(
     {
         "messages": Value("string"),
@@ -112,12 +116,17 @@ class Preparation:
     """What came of one `datasets:` entry, for those who want to look at it."""
 
     strategy: "AMoPOStrategy"
-    rows: int
-    prompts: list[RatedPrompt]
+    dataset: Dataset  # as loaded
+    survey: Survey
     rule: PairRule
     prepared: Dataset
-    kept: list[int]  # of the pairs that were made, those that became rows of `prepared`
+    kept: list[int]  # of the examples that were made, those that became rows of `prepared`
     dropped: Counter  # how many were left out, by reason
+
+    def prompts(self) -> Iterator[tuple[RatedPrompt, list[list[Pair]]]]:
+        """Every prompt, read once more, with the pairs of each example that it gave."""
+        for prompt in self.strategy.prompts(self.dataset, self.survey):
+            yield prompt, list(self.strategy.examples([prompt], self.rule, Counter()))
 
 
 class AMoPOStrategy(DatasetWrappingStrategy, ABC):
@@ -195,22 +204,21 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
             DataError: for a row that can't be used (where the config says so), or if no pair is
                 left.
         """
-        chat = self._chat_tokenizer()
-        if self._excess_length() == "truncate" and not self.tokenizer.is_fast:
+        chat = self.chat_tokenizer()
+        if self.excess_length() == "truncate" and not self.tokenizer.is_fast:
             raise AMoPOError(
                 "excess_length_strategy: truncate needs a fast tokenizer, to cut the question by "
                 "its tokens; write drop, or remove tokenizer_use_fast: false."
             )
         dropped: Counter = Counter()
         survey = self.survey(dataset, dropped)
-        rule = PairRule(self.config, self.scales_of(survey), self._lower(), self.cfg.seed or 0)
+        rule = PairRule(self.config, self.scales_of(survey), self.lower(), self.cfg.seed or 0)
         plain = self._plain_pairs(self.prompts(dataset, survey), rule, dropped)
         prepared, kept = self._tokenize(plain, chat, process_count, dropped)
-        self._report(len(dataset), survey.prompts, len(plain), len(prepared), dropped)
-        stamp(prepared, self._facts(len(dataset), survey.prompts, len(plain), rule, dropped))
+        self._report(len(dataset), survey.prompts, plain, prepared, dropped)
+        stamp(prepared, self._facts(len(dataset), survey.prompts, prepared, rule, dropped))
         if observer := AMoPOStrategy.observer:
-            prompts = list(self.prompts(dataset, survey))
-            observer(Preparation(self, len(dataset), prompts, rule, prepared, kept, dropped))
+            observer(Preparation(self, dataset, survey, rule, prepared, kept, dropped))
         return prepared
 
     def survey(self, dataset: Dataset, dropped: Counter) -> Survey:
@@ -283,6 +291,17 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
             scales[name] = scale
         return scales
 
+    def examples(
+        self, prompts: Iterable[RatedPrompt], rule: PairRule, dropped: Counter
+    ) -> Iterator[list[Pair]]:
+        """The pairs of every training example: one, or all of a prompt's."""
+        for prompt in prompts:
+            pairs = self._pairs(prompt, rule, dropped)
+            if not self.config.group_by_prompt:
+                yield from ([pair] for pair in pairs)
+            elif group := list(pairs):
+                yield group
+
     def _pairs(self, prompt: RatedPrompt, rule: PairRule, dropped: Counter) -> Iterator[Pair]:
         if len(prompt.responses) < 2 and self.config.single_responses == "error":
             raise DataError(
@@ -291,7 +310,7 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
             )
         yield from rule.pairs(prompt, dropped)
 
-    def _lower(self) -> Set[str]:
+    def lower(self) -> Set[str]:
         """Dimensions in which lower ratings are better."""
         directions = dict.fromkeys(self.lower_is_better, "lower")
         directions |= {d.name: d.direction for d in self.config.dimensions if d.direction}
@@ -301,11 +320,11 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
         self, prompts: Iterable[RatedPrompt], rule: PairRule, dropped: Counter
     ) -> Dataset:
         """The pairs as text, in a file that workers read too; in memory they'd take gigabytes."""
-        pairs = (pair for prompt in prompts for pair in self._pairs(prompt, rule, dropped))
+        examples = self.examples(prompts, rule, dropped)
         path = _temporary_file()
         with ArrowWriter(features=PLAIN, path=path) as writer:
-            for part in itertools.batched(pairs, READ_BATCH):
-                rows = [self._plain(pair, rule.scales) for pair in part]
+            for part in itertools.batched(examples, READ_BATCH):
+                rows = [self.as_text(pairs, rule.scales) for pairs in part]
                 writer.write_batch({name: [row[name] for row in rows] for name in PLAIN})
             count, _ = writer.finalize()
         if not count:
@@ -321,7 +340,7 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
                 prepare_rows,
                 chat=chat,
                 sequence_len=self.sequence_len,
-                excess_length=self._excess_length(),
+                excess_length=self.excess_length(),
                 drop_bad=self.config.bad_rows == "drop",
                 place=self.config.instruction_place,
             ),
@@ -340,23 +359,23 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
             raise self._nothing_left(dropped)
         return prepared.remove_columns("outcome").select(kept), kept
 
-    def _plain(self, pair: Pair, scales: Scales) -> dict[str, Any]:
-        responses = [pair.prompt.responses[i] for i in pair.responses]
+    def as_text(self, pairs: list[Pair], scales: Scales) -> dict[str, Any]:
+        prompt = pairs[0].prompt
         return {
-            "messages": json.dumps(pair.prompt.messages),
-            "tools": json.dumps(pair.prompt.tools),
-            "responses": [response.text for response in responses],
-            "instructions": self.instructions(pair, scales),
-            "winners": pair.winners,
-            "dimension_mask": [int(keep) for keep in pair.mask],
-            "where": self.where(pair),
+            "messages": json.dumps(prompt.messages),
+            "tools": json.dumps(prompt.tools),
+            "responses": [prompt.responses[i].text for pair in pairs for i in pair.responses],
+            "instructions": [text for pair in pairs for text in self.instructions(pair, scales)],
+            "winners": [winner for pair in pairs for winner in pair.winners],
+            "dimension_mask": [int(keep) for pair in pairs for keep in pair.mask],
+            "where": self.where(pairs),
         }
 
-    def where(self, pair: Pair) -> str:
-        """The file and the rows that a pair comes from."""
-        rows = pair.prompt.rows
+    def where(self, pairs: list[Pair]) -> str:
+        """The file and the rows that an example comes from."""
+        rows = pairs[0].prompt.rows
         if self.one_response_a_row:
-            rows = sorted(rows[i] for i in pair.responses)
+            rows = sorted({rows[i] for pair in pairs for i in pair.responses})
         return f"{self.source.name}, row {' and '.join(map(str, rows))}"
 
     def instructions(self, pair: Pair, scales: Scales) -> list[str]:
@@ -386,7 +405,7 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
                 texts.append(text)
         return texts
 
-    def _chat_tokenizer(self) -> ChatTokenizer:
+    def chat_tokenizer(self) -> ChatTokenizer:
         template = self.tokenizer.chat_template
         if self.ds_cfg.chat_template or self.ds_cfg.chat_template_jinja:
             template = get_chat_template_from_config(
@@ -406,7 +425,7 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
             tuple(self.cfg.eot_tokens or ()),
         )
 
-    def _excess_length(self) -> str:
+    def excess_length(self) -> str:
         return (self.cfg.excess_length_strategy or "drop").lower()
 
     def _nothing_left(self, dropped: Counter) -> DataError:
@@ -417,7 +436,7 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
         )
 
     def _facts(
-        self, rows: int, prompts: int, pairs: int, rule: PairRule, dropped: Counter
+        self, rows: int, prompts: int, prepared: Dataset, rule: PairRule, dropped: Counter
     ) -> dict[str, Any]:
         return {
             "name": self.source.name,
@@ -425,23 +444,32 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
             "type": str(self.ds_cfg.type),
             "rows": rows,
             "prompts": prompts,
-            "pairs": pairs,
+            "examples": len(prepared),
+            "pairs": pairs_in(prepared),
             "dropped": dict(dropped),
             "scales": rule.scales,
             "lower_is_better": sorted(rule.lower),
         }
 
-    def _report(self, rows: int, prompts: int, made: int, kept: int, dropped: Counter) -> None:
+    def _report(
+        self, rows: int, prompts: int, made: Dataset, kept: Dataset, dropped: Counter
+    ) -> None:
         LOG.info(
-            "%s: %d rows, %d prompts, %d pairs made, %d kept; %s",
+            "%s: %d rows, %d prompts, %d pairs made, %d kept%s; %s",
             self.source.name,
             rows,
             prompts,
-            made,
-            kept,
+            pairs_in(made, "responses"),
+            pairs_in(kept),
+            f" in {len(kept)} groups" if self.config.group_by_prompt else "",
             "; ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
             or "nothing left out",
         )
+
+
+def pairs_in(dataset: Dataset, column: str = "response_ids") -> int:
+    """How many pairs the examples of a dataset have in all."""
+    return int(row_items(dataset, column).sum()) // 2
 
 
 def _temporary_file() -> str:

@@ -4,7 +4,7 @@ import os.path
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import batched, chain, pairwise
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -235,20 +235,32 @@ def last_user_turn(messages: list[Message]) -> int:
 
 @dataclass
 class PairTokens:
-    """Token ids of one pair under K prompts."""
+    """Token ids of one pair under K prompts, or of the P pairs of a group, one after the other."""
 
-    prompts: list[list[int]]  # [K] or [2K]: with two a dimension, winner's then loser's prompt
-    responses: list[list[int]]  # [2] overall winner, overall loser
-    winners: list[int]  # [K] which response wins under each prompt
+    prompts: list[list[int]]  # [PK] or [2PK]: with two a dimension, winner's then loser's prompt
+    responses: list[list[int]]  # [2P] overall winner, overall loser
+    winners: list[int]  # [PK] which response wins under each prompt
 
     def sequences(self) -> list[tuple[list[int], list[int]]]:
-        """(prompt, response) K times two: for every prompt its winner, then its loser."""
-        sides = len(self.prompts) // len(self.winners)
+        """(prompt, response) PK times two: for every prompt its winner, then its loser."""
         return [
-            (self.prompts[k * sides + side % sides], self.responses[winner ^ side])
-            for k, winner in enumerate(self.winners)
+            (pair.prompts[k * sides + side % sides], pair.responses[winner ^ side])
+            for pair in self.pairs()
+            for sides in [len(pair.prompts) // len(pair.winners)]
+            for k, winner in enumerate(pair.winners)
             for side in (0, 1)
         ]
+
+    def pairs(self) -> list["PairTokens"]:
+        """Every pair by itself."""
+        count = len(self.responses) // 2
+        if count == 1:
+            return [self]
+        parts = (
+            map(list, batched(part, len(part) // count))
+            for part in (self.prompts, self.responses, self.winners)
+        )
+        return [PairTokens(*lists) for lists in zip(*parts, strict=True)]
 
     def longest(self) -> tuple[list[int], list[int]]:
         """The sequence with the most tokens."""
@@ -270,10 +282,10 @@ def tokenize_pair(
     place: Place = "before",
     tools: Tools = None,
 ) -> PairTokens:
-    """Tokenise a pair: every prompt once per instruction, every response once.
+    """Tokenise a pair or a group: every prompt once per instruction, every response once.
 
     Args:
-        instructions: K or 2K texts, in the order of `PairTokens.prompts`.
+        instructions: texts in the order of `PairTokens.prompts`.
         where: file and row, for the error's text.
         place: of the instruction, before or after the question or in the system message.
         tools: that the conversation may call.
@@ -283,10 +295,11 @@ def tokenize_pair(
             stand in it.
     """
     try:
-        prompts = [
-            chat.prompt_ids(instructed(messages, text, place), tools) for text in instructions
-        ]
-        ids = [chat.response_ids(messages, text, tools) for text in responses]
+        prompts = {
+            text: chat.prompt_ids(instructed(messages, text, place), tools)
+            for text in dict.fromkeys(instructions)
+        }
+        ids = {text: chat.response_ids(messages, text, tools) for text in dict.fromkeys(responses)}
     except TemplateError as error:
         raise DataError(
             f"{where}: the chat template refuses this conversation ({error}); mend the row, or "
@@ -294,7 +307,7 @@ def tokenize_pair(
         ) from None
     except ValueError as error:
         raise DataError(f"{where}: the response can't be used: its text {error}.") from None
-    return PairTokens(prompts, ids, winners)
+    return PairTokens([prompts[t] for t in instructions], [ids[t] for t in responses], winners)
 
 
 def shorten(
@@ -341,4 +354,5 @@ def shorten(
     if room < 1:
         return None
     pair.responses = [ids[:room] for ids in pair.responses]
-    return None if pair.responses[0] == pair.responses[1] else pair
+    alike = any(one.responses[0] == one.responses[1] for one in pair.pairs())
+    return None if alike else pair

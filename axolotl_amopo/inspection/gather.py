@@ -1,7 +1,9 @@
 """A config -> what its data is, counted from exactly what training would get."""
 
+import hashlib
 import json
 import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +18,9 @@ from axolotl.utils.data import prepare_datasets
 
 from axolotl_amopo.data.pairs import Pair, PairRule, normalised
 from axolotl_amopo.data.rows import RatedPrompt
-from axolotl_amopo.data.strategy import TOO_LONG, AMoPOStrategy, Preparation
-from axolotl_amopo.data.tokens import PairTokens, total
+from axolotl_amopo.data.strategy import TOO_LONG, AMoPOStrategy, Preparation, pairs_in
 from axolotl_amopo.errors import ConfigError
+from axolotl_amopo.sampler import row_items
 
 # More different ratings than this are counted in so many steps of the scale.
 MOST_VALUES = 10
@@ -66,6 +68,7 @@ class Entry:
     responses: int
     pairs_made: int
     pairs_kept: int
+    groups_kept: int | None  # training examples, with amopo.group_by_prompt
     dropped: dict[str, int]
     scales: dict[str, tuple[float, float]]
     lower_is_better: list[str]
@@ -135,15 +138,9 @@ def gather(path: str, rows: int = 3, find: str | None = None) -> Report:
         )
         entries, prompt_of = [], {}
         for preparation in preparations:
-            pairs = pairs_of(preparation)
-            kept = [pairs[i] for i in preparation.kept]
-            ids = preparation.prepared["example_id"]
-            prompt_of |= {
-                example: prompt_key(pair.prompt) for example, pair in zip(ids, kept, strict=True)
-            }
-            entry = describe(preparation, pairs)
-            entry.examples = examples(preparation, kept, rows, find)
+            entry, prompts = describe(preparation, rows, find)
             entries.append(entry)
+            prompt_of |= prompts
     trained = {prompt_of.get(example) for example in train_ids}
     report = Report(
         config=str(path),
@@ -159,48 +156,69 @@ def gather(path: str, rows: int = 3, find: str | None = None) -> Report:
     return report
 
 
-def pairs_of(preparation: Preparation) -> list[Pair]:
-    """The pairs that were made, once more."""
-    again: Counter = Counter()
-    return [
-        pair for prompt in preparation.prompts for pair in preparation.rule.pairs(prompt, again)
-    ]
+def prompt_key(prompt: RatedPrompt) -> bytes:
+    """Equal for equal prompts. (Their texts would be gigabytes, for a million rows.)"""
+    return digest(prompt.messages)
 
 
-def prompt_key(prompt: RatedPrompt) -> str:
-    return json.dumps(prompt.messages, sort_keys=True)
+def digest(value: Any) -> bytes:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def describe(preparation: Preparation, pairs: list[Pair]) -> Entry:
-    """The numbers of one entry."""
-    strategy, rule, prompts = preparation.strategy, preparation.rule, preparation.prompts
+def describe(
+    preparation: Preparation, rows: int = 0, find: str | None = None
+) -> tuple[Entry, dict[int, bytes]]:
+    """The numbers of one entry, its first `rows` examples (with a text in them), and by example id
+    the prompt of each row of training."""
+    strategy, rule, prepared = preparation.strategy, preparation.rule, preparation.prepared
     names = strategy.config.dimension_names
-    responses = [response for prompt in prompts for response in prompt.responses]
-    # NaN where a rating is missing.
-    rated = np.array([[r.ratings[n] for n in names] for r in responses], dtype=float)  # [N, D]
-    # By how much the overall winner is the better one; NaN where a rating is missing.
-    gaps = np.array([[gap(rule, pair, n) for n in names] for pair in pairs])  # [P, D]
-    lengths = np.array([[len(response_of(pair, side).text) for side in (0, 1)] for pair in pairs])
+    row_of = {number: row for row, number in enumerate(preparation.kept)}
+    ids = prepared["example_id"][:]
+    # Flat: of every response its ratings; of every pair by how much the overall winner is the
+    # better one in each dimension, and the two lengths. NaN where a rating is missing.
+    rated, gaps, lengths, ties = array("d"), array("d"), array("d"), []
+    seen: Counter[bytes] = Counter()
+    texts: Counter[bytes] = Counter()
+    examples: list[Example] = []
+    prompt_of: dict[int, bytes] = {}
+    number = responses = 0
+    for prompt, groups in preparation.prompts():
+        key = prompt_key(prompt)
+        seen[key] += 1
+        responses += len(prompt.responses)
+        for response in prompt.responses:
+            values = (response.ratings[name] for name in names)
+            rated.extend(np.nan if value is None else value for value in values)
+        for pairs in groups:
+            for pair in pairs:
+                gaps.extend(gap(rule, pair, name) for name in names)
+                both = [response_of(pair, side).text for side in (0, 1)]
+                lengths.extend(map(len, both))
+                ties.append(strategy.config.overall and not pair.mask[0])
+                texts[key + digest(sorted(both))] += 1
+            row = row_of.get(number)
+            number += 1
+            if row is None:
+                continue
+            prompt_of[ids[row]] = key
+            if len(examples) < rows and (find is None or has_text(pairs, find)):
+                examples.append(example(preparation, pairs, prepared[row]))
+
+    rated, gaps = (np.array(flat).reshape(-1, len(names)) for flat in (rated, gaps))  # [N or P, D]
+    lengths = np.array(lengths).reshape(-1, 2)
     longer = np.sign(lengths[:, 0] - lengths[:, 1])  # [P] 1 where the winner is the longer one
-    ties = [strategy.config.overall and not pair.mask[0] for pair in pairs]
-    tokens = [
-        total(PairTokens(row["prompt_ids"], row["response_ids"], row["winners"]).longest())
-        for row in preparation.prepared.select_columns(["prompt_ids", "response_ids", "winners"])
-    ]
+    tokens = row_items(prepared, "input_ids")
     sign = np.where([name in rule.lower for name in names], -1.0, 1.0)
-    seen = Counter(map(prompt_key, prompts))
-    texts = Counter(
-        (prompt_key(pair.prompt), *sorted(response_of(pair, side).text for side in (0, 1)))
-        for pair in pairs
-    )
-    return Entry(
+    entry = Entry(
         name=strategy.source.name,
         split="test" if strategy.eval_split else "train",
-        rows=preparation.rows,
-        prompts=len(prompts),
-        responses=len(responses),
-        pairs_made=len(pairs),
-        pairs_kept=len(preparation.kept),
+        rows=len(preparation.dataset),
+        prompts=preparation.survey.prompts,
+        responses=responses,
+        pairs_made=len(ties),
+        pairs_kept=pairs_in(prepared),
+        groups_kept=len(prepared) if strategy.config.group_by_prompt else None,
         dropped=dict(preparation.dropped),
         scales=dict(rule.scales),
         lower_is_better=sorted(rule.lower & set(names)),
@@ -213,12 +231,14 @@ def describe(preparation: Preparation, pairs: list[Pair]) -> Entry:
         longer_wins={"overall": agree(longer, np.where(ties, 0.0, 1.0))}
         | {n: agree(longer, gaps[:, d]) for d, n in enumerate(names)},
         tokens={f"{p}%": int(np.percentile(tokens, p)) for p in (5, 50, 95)}
-        | {"longest": max(tokens)},
-        token_counts=steps(np.array(tokens), 0, strategy.sequence_len, LENGTH_STEPS),
+        | {"longest": int(max(tokens))},
+        token_counts=steps(tokens, 0, strategy.sequence_len, LENGTH_STEPS),
         too_long=preparation.dropped[TOO_LONG],
         repeated_prompts=sum(count - 1 for count in seen.values()),
         repeated_pairs=sum(count - 1 for count in texts.values()),
+        examples=examples,
     )
+    return entry, prompt_of
 
 
 def response_of(pair: Pair, side: int) -> Any:
@@ -267,51 +287,35 @@ def steps(values: np.ndarray, low: float, high: float, count: int) -> list[tuple
     ]
 
 
-def examples(
-    preparation: Preparation, kept: list[Pair], rows: int, find: str | None
-) -> list[Example]:
-    """The first pairs (with a text in them), decoded from their token ids."""
-    strategy = preparation.strategy
-    made: list[Example] = []
-    for i, pair in enumerate(kept):
-        if len(made) == rows:
-            break
-        responses = [response_of(pair, side) for side in (0, 1)]
-        if find is not None and not any(
-            find in text
-            for text in (
-                *(message["content"] for message in pair.prompt.messages),
-                *(response.text for response in responses),
+def has_text(pairs: list[Pair], find: str) -> bool:
+    prompt = pairs[0].prompt
+    used = {i for pair in pairs for i in pair.responses}
+    return any(find in str(message["content"]) for message in prompt.messages) or any(
+        find in prompt.responses[i].text for i in used
+    )
+
+
+def example(preparation: Preparation, pairs: list[Pair], row: dict[str, Any]) -> Example:
+    """A prepared row, decoded from its token ids; of a group, its first pair."""
+    strategy, pair = preparation.strategy, pairs[0]
+    texts = strategy.instructions(pair, preparation.rule.scales)
+    sides = len(texts) // len(pair.winners)
+    return Example(
+        where=strategy.where(pairs) + (f" (1 of {len(pairs)} pairs)" if len(pairs) > 1 else ""),
+        ratings=[response_of(pair, side).ratings for side in (0, 1)],
+        seen=[
+            Seen(
+                prompt=name,
+                weighs=bool(pair.mask[k]),
+                chosen=pair.winners[k],
+                pieces=pieces(
+                    strategy.tokenizer, row["prompt_ids"][k * sides], "text", texts[k * sides]
+                ),
             )
-        ):
-            continue
-        row = preparation.prepared[i]
-        texts = strategy.instructions(pair, preparation.rule.scales)
-        sides = len(row["prompt_ids"]) // len(pair.winners)
-        made.append(
-            Example(
-                where=strategy.where(pair),
-                ratings=[response.ratings for response in responses],
-                seen=[
-                    Seen(
-                        prompt=name,
-                        weighs=bool(pair.mask[k]),
-                        chosen=pair.winners[k],
-                        pieces=pieces(
-                            strategy.tokenizer,
-                            row["prompt_ids"][k * sides],
-                            "text",
-                            texts[k * sides],
-                        ),
-                    )
-                    for k, name in enumerate(strategy.config.prompt_names)
-                ],
-                responses=[
-                    pieces(strategy.tokenizer, ids, "response") for ids in row["response_ids"]
-                ],
-            )
-        )
-    return made
+            for k, name in enumerate(strategy.config.prompt_names)
+        ],
+        responses=[pieces(strategy.tokenizer, ids, "response") for ids in row["response_ids"][:2]],
+    )
 
 
 def pieces(tokenizer: Any, ids: list[int], kind: str, instruction: str = "") -> list[Text]:

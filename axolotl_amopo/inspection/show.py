@@ -22,7 +22,8 @@ def show(report: Report, console: Console) -> None:
         for example in entry.examples:
             _example(example, console)
     console.rule("All together", align="left")
-    console.print(f"{report.train_rows} pairs to train on, {report.eval_rows} to evaluate with")
+    what = "pairs" if report.entries[0].groups_kept is None else "groups of pairs"
+    console.print(f"{report.train_rows} {what} to train on, {report.eval_rows} to evaluate with")
     for warning in report.warnings:
         console.print(f"[yellow]![/] {warning}", soft_wrap=False)
 
@@ -31,6 +32,7 @@ def _counts(entry: Entry, console: Console) -> None:
     console.print(
         f"{entry.rows} rows, {entry.prompts} prompts, {entry.responses} responses; "
         f"{entry.pairs_made} pairs made, {entry.pairs_kept} kept"
+        + (f" in {entry.groups_kept} groups" if entry.groups_kept is not None else "")
     )
     for reason, count in sorted(entry.dropped.items()):
         console.print(f"  {count} {reason}")

@@ -42,6 +42,11 @@ def plan_config(
     if device == "cuda" and (gpu is not None or gpu_memory is not None):
         card = find_card(gpu or "this card", gpu_memory, gpu_tflops)
     cfg, amopo = load(path, device, gpus)
+    if amopo.group_by_prompt:
+        raise ConfigError(
+            f"{path}: the plan knows pairs alone; plan it with amopo.group_by_prompt: false. A "
+            "group of N responses to equal prompts takes about N / 2 times what a pair takes."
+        )
     config = model_config(cfg)
     after = amopo.instruction_place == "after"
     beginning = max(0, prompt_tokens - INSTRUCTION_TOKENS) if after else 0

@@ -298,7 +298,7 @@ def _unshared(batch: dict[str, Any]) -> dict[str, Any]:
         prompt = forest.count(forest.path(leaf.segment)[:-1])
         parents += [-1, len(parents)]
         lengths += [prompt, forest.lengths[leaf.segment]]
-        leaves.append(Leaf(len(parents) - 1, leaf.example, leaf.prompt, leaf.side))
+        leaves.append(Leaf(len(parents) - 1, leaf.example, leaf.prompt, leaf.place))
     tokens = torch.zeros(1, sum(lengths), dtype=torch.long)
     forest = Forest(parents, lengths, leaves, forest.examples, forest.prompts)
     return batch | {"forest": forest, "input_ids": tokens, "position_ids": tokens}
