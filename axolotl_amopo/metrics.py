@@ -108,7 +108,9 @@ class Means:
     def add(self, values: Tensor) -> None:
         """Add [B, 1 + M] values; NaN don't count."""
         found = values.isfinite()
-        values = values.masked_fill(~found, 0.0)
+        # In 32 bits the spread of equal weights would be 1e-4, for their squares cancel.
+        wide = torch.float32 if values.device.type == "mps" else torch.float64
+        values = values.masked_fill(~found, 0.0).to(wide)
         sums = torch.stack([values.sum(0), values.square().sum(0), found.sum(0).to(values)])
         self.sums = sums if self.sums is None else self.sums + sums
 

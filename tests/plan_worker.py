@@ -84,8 +84,12 @@ def main(folder: Path) -> None:
     paths = sorted(folder.glob("*.yml"))
     measure(paths[0])  # what the first training imports and starts is nobody's
     for path in paths:
-        seen, batch = measure(path)
-        result = {"measured": seen, "planned": planned(path, batch)}
+        for _ in range(2):
+            seen, batch = measure(path)
+            result = {"measured": seen, "planned": planned(path, batch)}
+            # Pages of files that come back after other processes took their room only ever add.
+            if seen["memory"] < 1.1 * result["planned"]["memory"]:
+                break
         path.with_suffix(".json").write_text(json.dumps(result))
 
 

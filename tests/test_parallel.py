@@ -184,7 +184,11 @@ def test_equals_one_process(kind, world, method, train, alone):
     tolerance = 2e-2 if method == "bf16" else 1e-5
     wrong = differences(log, expected_log, tolerance)
     if method == "bf16":  # a margin near zero may have either sign
-        wrong = {name: values for name, values in wrong.items() if "accurac" not in name}
+        wrong = {
+            name: values
+            for name, values in wrong.items()
+            if "accurac" not in name and "longer_wins" not in name
+        }
     assert not wrong
     assert weights.keys() == expected.keys()
     far = {name: (weights[name] - expected[name]).abs().max().item() for name in expected}

@@ -16,7 +16,7 @@ PASSED_ON = ("preprocess", "train", "evaluate", "inference", "merge-lora")
 
 @click.group()
 def amopo() -> None:
-    """AMoPO: a look at the data, what a run needs, and `axolotl COMMAND` with overrides.
+    """AMoPO: look at data, plan, see what a run did, and `axolotl COMMAND` with overrides.
 
     axolotl's own commands know no options of plugins, so `axolotl train --amopo.gamma 1.5` would
     hand the option to the launcher. These take it, and everything that axolotl's command takes:
@@ -47,11 +47,7 @@ def _passed_on(name: str) -> click.Command:
     return command
 
 
-for _command in (generate, template, chat):
+for _command in (chat, generate, inspect, plan, report, score, template):
     amopo.add_command(_command)
-amopo.add_command(inspect)
-amopo.add_command(plan)
-amopo.add_command(report)
-amopo.add_command(score)
 for _name in PASSED_ON:
     amopo.add_command(_passed_on(_name))
