@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 import axolotl_amopo
 from axolotl_amopo.args import INTERNAL, AMoPOConfig
+from axolotl_amopo.sampler import pairs_in
 
 FILE = "amopo_log.jsonl"
 VERSIONS_OF = ("axolotl", "torch", "transformers", "peft", "trl")
@@ -86,8 +87,8 @@ def describe_run(
         "prompts": config.prompt_names,
         "amopo": config.model_dump(mode="json", exclude=INTERNAL),
         "rl_beta": cfg.rl_beta,
-        "train_pairs": len(train),
-        "eval_pairs": len(test) if test is not None else 0,
+        "train_pairs": pairs_in(train),
+        "eval_pairs": pairs_in(test) if test is not None else 0,
         "data": list(unique.values()),
         "versions": {
             "axolotl-amopo": axolotl_amopo.__version__,

@@ -82,6 +82,11 @@ def row_items(dataset: Dataset, column: str) -> np.ndarray:
     return np.concatenate([_items(table[column]) for table in tables])
 
 
+def pairs_in(dataset: Dataset, column: str = "response_ids") -> int:
+    """How many pairs the examples of a dataset have in all."""
+    return int(row_items(dataset, column).sum()) // 2
+
+
 def _items(lists: pa.ChunkedArray) -> np.ndarray:
     """Items in each row of a column of lists."""
     return pc.list_value_length(lists).to_numpy()

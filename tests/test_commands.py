@@ -64,6 +64,7 @@ def test_preprocess_train_evaluate_merge_and_answer(tmp_path, tiny_model, data):
     )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    assert (tmp_path / "out" / "merged" / "amopo_steering.json").is_file()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "merged")
     original = AutoModelForCausalLM.from_pretrained(tiny_model)

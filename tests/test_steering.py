@@ -648,7 +648,10 @@ def test_a_taken_port_is_named():
 
 
 def test_the_page_in_a_browser(served):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    webdriver = pytest.importorskip(
+        "selenium.webdriver",
+        reason="needs selenium: CI has no browser",
+    )
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (browser and driver):
         pytest.skip("needs chromium and chromedriver")

@@ -48,7 +48,7 @@ from axolotl_amopo.data.tokens import (
 )
 from axolotl_amopo.errors import AMoPOError, ConfigError, DataError, did_you_mean
 from axolotl_amopo.records import stamp
-from axolotl_amopo.sampler import row_items
+from axolotl_amopo.sampler import pairs_in
 
 LOG = get_logger(__name__)
 
@@ -465,11 +465,6 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
             "; ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
             or "nothing left out",
         )
-
-
-def pairs_in(dataset: Dataset, column: str = "response_ids") -> int:
-    """How many pairs the examples of a dataset have in all."""
-    return int(row_items(dataset, column).sum()) // 2
 
 
 def _temporary_file() -> str:

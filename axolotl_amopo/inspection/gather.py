@@ -18,9 +18,9 @@ from axolotl.utils.data import prepare_datasets
 
 from axolotl_amopo.data.pairs import Pair, PairRule, normalised
 from axolotl_amopo.data.rows import RatedPrompt
-from axolotl_amopo.data.strategy import TOO_LONG, AMoPOStrategy, Preparation, pairs_in
+from axolotl_amopo.data.strategy import TOO_LONG, AMoPOStrategy, Preparation
 from axolotl_amopo.errors import ConfigError
-from axolotl_amopo.sampler import row_items
+from axolotl_amopo.sampler import pairs_in, row_items
 
 # More different ratings than this are counted in so many steps of the scale.
 MOST_VALUES = 10
