@@ -44,12 +44,11 @@ class RunLog(TrainerCallback):
             run = self.run | {"max_steps": state.max_steps}
             self._write({"begin": state.global_step, "time": time.time(), "run": run})
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any
-    ) -> None:
-        if self.path and logs:
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.path and state.log_history:
+            # Not `logs`: transformers' PrinterCallback, for one, takes entries out of it.
             entry = {"step": state.global_step, "epoch": state.epoch, "time": time.time()}
-            self._write(entry | logs)
+            self._write(entry | state.log_history[-1])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.path = None
