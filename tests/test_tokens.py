@@ -3,8 +3,10 @@
 import copy
 import json
 import os.path
+import re
 
 import pytest
+from axolotl.utils.chat_templates import get_chat_template
 from conftest import CHATML, ROOT
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
@@ -16,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from axolotl_amopo.data import strategy as strategies
 from axolotl_amopo.data import tokens
-from axolotl_amopo.data.strategy import BAD_PAIR, SHORTENED, TOO_LONG, prepare_row
+from axolotl_amopo.data.strategy import ALIKE, BAD_PAIR, SHORTENED, TOO_LONG, prepare_row
 from axolotl_amopo.data.tokens import (
     MIN_QUESTION_TOKENS,
     SPANNING,
@@ -323,8 +325,8 @@ def rated(prompt, *ratings, texts=("Yes.", "No.", "Maybe.", "So.")):
     return {"prompt": prompt, "responses": listed}
 
 
-def wrap(tokenizer, rows, **changes):
-    wanted = strategy("rated", tokenizer, **{"dimensions": SCALED} | NO_INSTRUCTION | changes)
+def wrap(tokenizer, rows, kind="rated", **changes):
+    wanted = strategy(kind, tokenizer, **{"dimensions": SCALED} | NO_INSTRUCTION | changes)
     return wanted.wrap_dataset(Dataset.from_list(rows))
 
 
@@ -386,6 +388,138 @@ def test_tools_and_their_calls_reach_the_template(tokenizer):
             assert "assistant: <clock>" in text and "tool: Noon." in text
     (made,) = wrap(other, [row])
     assert "[clock]" not in other.decode(made["prompt_ids"][0])
+
+
+THOUGHT = {"role": "assistant", "reasoning_content": "Is it?  So.", "content": "Yes."}
+CALL = {"function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+THOUGHT_IDS = "<think>\nIs it?  So.\n</think>\n\nYes." + EOS
+CALLED_IDS = (
+    '<think>\n\n</think>\n\n<tool_call>\n{"name": "clock", "arguments": {"zone": "UTC"}}\n'
+    "</tool_call>" + EOS
+)
+
+
+def as_json(call):
+    return {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"])}}
+
+
+# fmt: off
+# name: (the response, keys of the dataset's entry, what Qwen3's template makes of it)
+TURNS = {
+    "thinking": (THOUGHT, {}, THOUGHT_IDS),
+    "thinking under another name": (
+        {"role": "assistant", "thoughts": "Is it?  So.", "content": "Yes."},
+        {"field_thinking": "thoughts"}, THOUGHT_IDS,
+    ),
+    "thinking by axolotl's mapping": (
+        {"from": "gpt", "why": "Is it?  So.", "value": "Yes."},
+        {"message_property_mappings":
+            {"role": "from", "content": "value", "reasoning_content": "why"}}, THOUGHT_IDS,
+    ),
+    "thinking in the text": (
+        " <reasoning> Is it?  So. </reasoning>\n Yes.", {"split_thinking": True}, THOUGHT_IDS,
+    ),
+    "thinking in a message's text": (
+        assistant("<|begin_of_thought|>Is it?  So.<|end_of_thought|> <|begin_of_solution|>Yes."
+                  "<|end_of_solution|>"), {"split_thinking": True}, THOUGHT_IDS,
+    ),
+    "a mark within the text": (
+        "So <think>Is it?</think> is XML.".replace("think", "reasoning"), {"split_thinking": True},
+        "<think>\n\n</think>\n\nSo <reasoning>Is it?</reasoning> is XML." + EOS,
+    ),
+    "a call": (CALLED, {}, CALLED_IDS),
+    "a call with its arguments as JSON": (CALLED | {"tool_calls": [as_json(CALL)]}, {}, CALLED_IDS),
+    "content in parts": (
+        assistant([{"type": "text", "text": "Ye"}, {"type": "text", "text": "s."}]), {},
+        "<think>\n\n</think>\n\nYes." + EOS,
+    ),
+    "a whole conversation": ([*ASKED, THOUGHT], {}, THOUGHT_IDS),
+}
+# fmt: on
+
+
+QWEN3 = get_chat_template("qwen3")  # axolotl's: its generation prompt opens the thinking
+UNOPENED = QWEN3.replace("{{- '<think>\\n\\n' }}", "")  # Qwen's own
+
+
+def with_template(tokenizer, text):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = text
+    return other
+
+
+def like(turn, text):
+    """A response in the shape of another one: Arrow takes but one in a column."""
+    if isinstance(turn, str):
+        return text
+    if isinstance(turn, list):
+        return [*ASKED, assistant(text)]
+    if "from" in turn:
+        return {"from": "gpt", "value": text}
+    content = turn["content"]
+    return assistant([{"type": "text", "text": text}] if isinstance(content, list) else text)
+
+
+@pytest.mark.parametrize("text", [QWEN3, UNOPENED], ids=["opened", "unopened"])
+@pytest.mark.parametrize("name", TURNS)
+def test_thinking_and_calls_are_part_of_the_response(name, text, tokenizer):
+    turn, entry, expected = TURNS[name]
+    rows = [rated("Is it?", *BOTH, texts=(turn, like(turn, "No.")))]
+    (row,) = wrap(with_template(tokenizer, text), rows, entry=entry)
+    begun = "<think>\n\n" if text == QWEN3 else ""
+    assert tokenizer.decode(row["prompt_ids"][0]).endswith(START + begun)
+    if begun:
+        expected = expected.removeprefix("<think>\n").removeprefix("\n")
+    assert tokenizer.decode(row["response_ids"][0]) == expected
+
+
+def test_responses_may_differ_in_their_thinking_alone(tokenizer):
+    good, bad = (dict(zip(SCALES, ratings, strict=True)) for ratings in BOTH)
+    pair = {"prompt": "Is it?", "chosen": [THOUGHT], "rejected": [assistant("Yes.")]}
+    pair |= {"chosen_ratings": good, "rejected_ratings": bad}
+    other = with_template(tokenizer, UNOPENED)
+    for kind, row in (
+        ("rated", rated("Is it?", *BOTH, texts=(THOUGHT, assistant("Yes.")))),
+        ("pairs", pair),
+    ):
+        (made,) = wrap(other, [row], kind=kind)
+        texts = tokenizer.batch_decode(made["response_ids"])
+        assert texts == [THOUGHT_IDS, "<think>\n\n</think>\n\nYes." + EOS]
+
+
+def test_thinking_behind_ended_thinking(tokenizer):
+    ours = ChatTokenizer(tokenizer, QWEN3, {"enable_thinking": False})
+    assert tokenizer.decode(ours.response_ids(ASKED, "Yes.")) == "Yes." + EOS
+    with pytest.raises(DataError, match="it thinks, but the generation prompt ends with"):
+        tokenize_pair(ours, ASKED, [THOUGHT, "Yes."], [""], [0], "row 1")
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        (THOUGHT, "its reasoning_content is not rendered"),
+        (CALLED, "its tool calls are not rendered"),
+        ([THOUGHT, {"role": "tool", "content": "Noon."}, assistant("Yes.")], "has 3 turns"),
+        (CALLED | {"tool_calls": "clock"}, "'responses[0].text.tool_calls': must be a list"),
+        (
+            CALLED | {"tool_calls": [{"function": {"name": "clock", "arguments": "{"}}]},
+            "'responses[0].text.tool_calls[0].function.arguments': is not JSON",
+        ),
+        (assistant([{"type": "image", "url": "x"}]), "must be text, got [{'type': 'image'"),
+    ],
+)
+def test_a_turn_that_can_not_be_learned_stops_the_run(turn, said, tokenizer):
+    with pytest.raises(DataError, match=re.escape(said)) as error:
+        wrap(tokenizer, [rated("Is it?", *BOTH, texts=(turn, like(turn, "No.")))])
+    assert "row 1" in str(error.value)
+
+
+def test_what_the_template_writes_alike_is_no_pair(tokenizer, caplog):
+    rows = [rated("Is it?", *BOTH, texts=texts) for texts in (("Yes.", "Yes. "), ("Yes.", "No."))]
+    with caplog.at_level("INFO"):
+        assert len(wrap(with_template(tokenizer, TRIMMING), rows)) == 1
+    assert f"1 {ALIKE}" in caplog.text
 
 
 def test_what_happened_is_counted_and_logged(tokenizer, caplog):
@@ -453,6 +587,7 @@ def prepared(tokenizer, sequence_len=2048, excess="drop", drop_bad=False, **chan
     """A pair's prepared row."""
     row = {"messages": ASKED, "responses": ["Yes.", "No."], "instructions": INSTRUCTIONS} | changes
     row |= {"messages": json.dumps(row["messages"]), "where": "data.jsonl, row 1"}
+    row |= {"responses": [json.dumps(turn) for turn in row["responses"]]}
     row |= {"tools": "null"}
     return prepare_row(
         row | {"winners": [0, 0, 1], "dimension_mask": [1, 1, 1]},

@@ -23,7 +23,7 @@ FORMATS_PACKAGE = "axolotl_amopo.prompt_strategies"
 PREFIX = "amopo."
 
 # Settings of the block that change the loss, not the prepared rows.
-NOT_IN_ROWS = {"gamma", "weighting", "weights", "share_prompt", "datasets", "enabled"}
+NOT_IN_ROWS = {"gamma", "weighting", "weights", "share_prompt", "eval_table", "datasets", "enabled"}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",

@@ -87,7 +87,7 @@ class PairRule:
             return
         # Drawn before they are made, so that a prompt of many responses costs no more.
         shuffled = list(candidates)
-        text = json.dumps([self.seed, prompt.messages, [r.text for r in prompt.responses]])
+        text = json.dumps([self.seed, prompt.messages, [r.turn for r in prompt.responses]])
         random.Random(text).shuffle(shuffled)
         made = 0
         for first, second in shuffled:
@@ -137,7 +137,7 @@ class PairRule:
     def _pair(self, prompt: RatedPrompt, first: int, second: int, dropped: Counter) -> Pair | None:
         config = self.config
         responses = prompt.responses[first], prompt.responses[second]
-        if responses[0].text == responses[1].text:
+        if responses[0].turn == responses[1].turn:
             dropped[IDENTICAL] += 1
             return None
         ratings = [response.ratings for response in responses]

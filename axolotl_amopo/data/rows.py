@@ -16,14 +16,31 @@ Message = dict[str, Any]
 Ratings = dict[str, float | None]
 
 
+# What encloses thinking, and then an answer, in a turn's text: the marks that axolotl knows.
+THINKING = (
+    ("<think>", "</think>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+)
+ANSWER = ("<|begin_of_solution|>", "<|end_of_solution|>")
+
+
 @dataclass
 class Response:
     """A response and its ratings; a rating is None where the data has none."""
 
-    text: str
+    turn: str | Message  # its text, or the whole message of one that also thinks or calls tools
     ratings: Ratings
     # The dataset's own overall rating, brought to 0..1 with 1 the best.
     overall: float | None = None
+
+    @property
+    def text(self) -> str:
+        """All that it says, thinking and calls included."""
+        if isinstance(self.turn, str):
+            return self.turn
+        said = (item for name, item in self.turn.items() if name != "role" and item)
+        return "\n".join(item if isinstance(item, str) else json.dumps(item) for item in said)
 
 
 @dataclass
@@ -48,6 +65,10 @@ class Source:
     ratings_required: bool = True
     fields: dict[str, str] = field(default_factory=dict)  # our field names -> the data's
     roles: dict[str, str] = field(default_factory=dict)  # the data's role names -> the template's
+    # What else the template reads of a message -> what the data calls it.
+    properties: dict[str, str] = field(default_factory=dict)
+    thinking: str = "reasoning_content"  # what the template calls a turn's thinking
+    split_thinking: bool = False  # whether to look for it in the turn's text
 
 
 class Row:
@@ -167,19 +188,48 @@ class Row:
         if not isinstance(value, Mapping):
             raise self.error(key, f"must be a message with role and content, got {_show(value)}.")
         role_key, content_key = self.key("role"), self.key("content")
+        properties = self.source.properties
+        value = without_none(value)
+        mapped = {name: value[known] for name, known in properties.items() if known in value}
         message = {
             name: item
-            for name, item in without_none(value).items()
-            if name not in (role_key, content_key)
-        }
+            for name, item in value.items()
+            if name not in (role_key, content_key, *properties.values())
+        } | mapped
         role = self.check_text(value.get(role_key), f"{key}.{role_key}")
         message["role"] = self.source.roles.get(role, role)
-        content = value.get(content_key)
+        if "tool_calls" in message:
+            message["tool_calls"] = self._tool_calls(message["tool_calls"], f"{key}.tool_calls")
+        content = joined(value.get(content_key))
         if content in (None, "") and message.get("tool_calls"):
             message["content"] = ""  # a turn that only calls
-        else:
-            message["content"] = self.check_text(content, f"{key}.{content_key}")
+            return message
+        message["content"] = self.check_text(content, f"{key}.{content_key}")
+        return self._split(message)
+
+    def _split(self, message: Message) -> Message:
+        """The message with its thinking apart from its text, where the config asks for it."""
+        if self.source.split_thinking and message["role"] == "assistant":
+            thought, answer = split_thinking(message["content"])
+            if thought and answer:
+                return {**message, self.source.thinking: thought, "content": answer}
         return message
+
+    def _tool_calls(self, calls: Any, key: str) -> list[Any]:
+        if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+            raise self.error(key, f"must be a list of calls, got {_show(calls)}.")
+        return [self._tool_call(call, f"{key}[{i}]") for i, call in enumerate(calls)]
+
+    def _tool_call(self, call: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+        """A call with its arguments as the template writes them: APIs give them as JSON."""
+        function = call.get("function")
+        if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+            return call
+        try:
+            arguments = json.loads(function["arguments"])
+        except ValueError as error:
+            raise self.error(f"{key}.function.arguments", f"is not JSON ({error}).") from None
+        return {**call, "function": {**function, "arguments": arguments}}
 
     def tools(self) -> list[dict[str, Any]] | None:
         """The tools that the conversation may call: a list, or its JSON."""
@@ -195,16 +245,34 @@ class Row:
             raise self.error(key, f"must be a list of tools, got {_show(value)}.")
         return without_none(value) or None
 
-    def response_text(self, value: Any, key: str) -> str:
-        """A response: text, one assistant message, or a list of messages that ends with one."""
+    def response(self, value: Any, key: str) -> str | Message:
+        """A response: text, one assistant message, or a conversation that ends with one.
+
+        Returns:
+            Its text, or the message where it has more than that: thinking, tool calls, or what
+            `message_property_mappings` names.
+        """
         if isinstance(value, list):
-            value, key = (value[-1], f"{key}[-1]") if value else ("", key)
-        if isinstance(value, Mapping):
+            messages = self.check_messages(value, key)
+            if len(messages) > 1 and messages[0]["role"] in ("assistant", "tool"):
+                raise self.error(
+                    key,
+                    f"has {len(messages)} turns; a response is one assistant turn, and what comes "
+                    "before it belongs in the prompt.",
+                )
+            message, key = messages[-1], f"{key}[-1]"
+        elif isinstance(value, Mapping):
             message = self.check_message(value, key)
-            if message["role"] != "assistant":
-                raise self.error(key, f"must be an assistant turn, its role is {message['role']}.")
+        else:
+            text = self.check_text(value, key)
+            message = self._split({"role": "assistant", "content": text})
+        if message["role"] != "assistant":
+            raise self.error(key, f"must be an assistant turn, its role is {message['role']}.")
+        kept = {"role", "content", "tool_calls", self.source.thinking, *self.source.properties}
+        message = {name: item for name, item in message.items() if name in kept and item}
+        if message.keys() == {"role", "content"}:
             return message["content"]
-        return self.check_text(value, key)
+        return {"content": "", **message}
 
     def ratings(self, values: Any = None, key: str = "") -> Ratings:
         """The configured dimensions' ratings, from the row itself or a block of it."""
@@ -247,6 +315,26 @@ class Row:
                 f"{max(rating, scale[1]):g}]}} under amopo.dimensions.",
             )
         return rating
+
+
+def joined(content: Any) -> Any:
+    """A message's content as one text, where it comes as parts that are all text."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+
+
+def split_thinking(text: str) -> tuple[str | None, str]:
+    """The thinking that a text begins with, None where it doesn't, and the text behind it."""
+    for start, end in THINKING:
+        thought, closed, answer = text.lstrip().partition(end)
+        if closed and thought.startswith(start):
+            answer = answer.strip()
+            if answer.startswith(ANSWER[0]) and answer.endswith(ANSWER[1]):
+                answer = answer.removeprefix(ANSWER[0]).removesuffix(ANSWER[1]).strip()
+            return thought.removeprefix(start).strip(), answer
+    return None, text
 
 
 def without_none(value: Any) -> Any:

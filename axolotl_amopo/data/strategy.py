@@ -61,6 +61,7 @@ BAD_ROW = "rows that can't be used (bad_rows: drop)"
 BAD_PAIR = "pairs that can't be tokenised (bad_rows: drop)"
 TOO_LONG = "pairs longer than sequence_len"
 SHORTENED = "pairs shortened to sequence_len"
+ALIKE = "pairs whose responses the chat template writes alike"
 
 _IDS, _FLAGS = List(Value("int32")), List(Value("int8"))
 # Stated, because `datasets` infers them from the first thousand rows, which may all be dropped.
@@ -175,6 +176,7 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
             fields=self._fields(),
             roles=ROLES
             | {alias: role for role, aliases in (ds_cfg.roles or {}).items() for alias in aliases},
+            **self._of_messages(),
         )
         for key in ("template", "responses"):
             if getattr(self.options, key) is not None and key not in self.takes:
@@ -194,6 +196,18 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
             "content": mappings.get("content"),
         }
         return {name: key for name, key in named.items() if key} | self.options.fields
+
+    def _of_messages(self) -> dict[str, Any]:
+        """What axolotl's own keys say of the messages' other fields."""
+        thinking = self.ds_cfg.template_thinking_key or Source.thinking
+        properties = {thinking: self.ds_cfg.field_thinking or Source.thinking} | dict(
+            self.ds_cfg.message_property_mappings or {}
+        )
+        return {
+            "properties": {n: k for n, k in properties.items() if n not in ("role", "content")},
+            "thinking": thinking,
+            "split_thinking": bool(self.ds_cfg.split_thinking),
+        }
 
     # The stages, in order.
 
@@ -364,7 +378,9 @@ class AMoPOStrategy(DatasetWrappingStrategy, ABC):
         return {
             "messages": json.dumps(prompt.messages),
             "tools": json.dumps(prompt.tools),
-            "responses": [prompt.responses[i].text for pair in pairs for i in pair.responses],
+            "responses": [
+                json.dumps(prompt.responses[i].turn) for pair in pairs for i in pair.responses
+            ],
             "instructions": [text for pair in pairs for text in self.instructions(pair, scales)],
             "winners": [winner for pair in pairs for winner in pair.winners],
             "dimension_mask": [int(keep) for pair in pairs for keep in pair.mask],
@@ -503,12 +519,13 @@ def prepare_row(
     """One pair's prepared row; `outcome` says why it is to be dropped, empty where it isn't."""
     where = row["where"]
     messages, tools = json.loads(row["messages"]), json.loads(row["tools"])
+    responses = [json.loads(turn) for turn in row["responses"]]
 
     def tokenize(conversation: list[dict]) -> PairTokens:
         return tokenize_pair(
             chat,
             conversation,
-            row["responses"],
+            responses,
             row["instructions"],
             row["winners"],
             where,
@@ -531,6 +548,8 @@ def prepare_row(
         if not drop_bad:
             raise
         pair, outcome = None, BAD_PAIR
+    if pair and len(pair.responses) == 2 and pair.responses[0] == pair.responses[1]:
+        pair, outcome = None, ALIKE
     if outcome == TOO_LONG and excess_length == "raise":
         prompt, response = map(len, pair.longest())
         raise DataError(

@@ -1,5 +1,6 @@
 """Pairs -> token ids, through the model's own chat template."""
 
+import json
 import os.path
 import re
 from collections.abc import Callable, Mapping
@@ -37,6 +38,7 @@ PROBES = (
 
 Place = Literal["before", "after", "system"]
 Tools = list[dict[str, Any]] | None
+Turn = str | Message  # see `Response.turn`
 
 
 @dataclass
@@ -134,28 +136,33 @@ class ChatTokenizer:
         return ids
 
     def response_ids(
-        self, messages: list[Message], response: str, tools: Tools = None
+        self, messages: list[Message], response: Turn, tools: Tools = None
     ) -> list[int]:
         """Token ids of a response: what the template writes after the generation prompt.
 
         Raises:
-            ValueError: where the text itself contains the EOS token.
+            ValueError: where the template leaves out some of it, or its text has the EOS token.
         """
         prompt = self.render(messages, tools, generation_prompt=True)
-        turn = {"role": "assistant", "content": response}
+        turn = {"role": "assistant", "content": response} if isinstance(response, str) else response
         whole = self.render([*messages, turn], tools, generation_prompt=False)
         if not whole.startswith(prompt):
             # A generation prompt that the template doesn't write into a whole conversation, such
             # as an opened <think>: the response starts where another one would differ.
-            turn = turn | {"content": "\0"}
-            other = self.render([*messages, turn], tools, generation_prompt=False)
-            prompt = os.path.commonprefix([whole, other])  # noqa: RUF071, characters are meant
-            if not whole.startswith(response.strip(), len(prompt)):
-                raise ValueError("is not rendered by the chat template")
-        text = self._close(whole[len(prompt) :], response)
-        ids = self.ids_behind(prompt, text)
+            texts = {name: item for name, item in _texts(turn).items() if item}
+            other = {"role": turn["role"], "content": "\0"} | dict.fromkeys(texts, "\0")
+            start = self.render([*messages, other], tools, generation_prompt=False)
+            begun, prompt = prompt, os.path.commonprefix([whole, start])  # noqa: RUF071
+            if len(texts) > 1 and (ended := begun[len(prompt) :].strip()):
+                raise ValueError(f"it thinks, but the generation prompt ends with {ended!r}")
+            begins = any(whole.startswith(item.strip(), len(prompt)) for item in texts.values())
+            if not begins and "tool_calls" not in turn:
+                raise ValueError("its text is not rendered by the chat template")
+        text = whole[len(prompt) :]
+        _check_rendered(turn, text)
+        ids = self.ids_behind(prompt, self._close(text, turn["content"]))
         if self.tokenizer.eos_token_id in ids[:-1]:
-            raise ValueError(f"contains the end-of-sequence token {self._eos}")
+            raise ValueError(f"its text contains the end-of-sequence token {self._eos}")
         return ids
 
     def _close(self, text: str, response: str) -> str:
@@ -165,9 +172,26 @@ class ChatTokenizer:
             return stripped
         if stripped.endswith(self._special):
             return stripped + self._eos
-        if text.startswith(response) and not text[len(response) :].strip():
+        if response and text.startswith(response) and not text[len(response) :].strip():
             text = response  # no end of turn in the template, but white space
         return text + self._eos
+
+
+def _texts(turn: Message) -> dict[str, str]:
+    """The text of a turn, and its thinking."""
+    return {name: item for name, item in turn.items() if name != "role" and isinstance(item, str)}
+
+
+def _check_rendered(turn: Message, text: str) -> None:
+    """Raises ValueError where a template wrote less than the turn: some leave out thinking."""
+    written = "".join(text.split())  # templates trim, and put thinking on lines of its own
+    for name, item in _texts(turn).items():
+        if "".join(item.split()) not in written:
+            what = "text" if name == "content" else name
+            raise ValueError(f"its {what} is not rendered by the chat template")
+    for call in turn.get("tool_calls", ()):
+        if str(call.get("function", call).get("name", "")) not in text:
+            raise ValueError("its tool calls are not rendered by the chat template")
 
 
 def _cuts(tokenizer: Any, template: str) -> re.Pattern:
@@ -275,7 +299,7 @@ def total(sequence: tuple[list[int], list[int]]) -> int:
 def tokenize_pair(
     chat: ChatTokenizer,
     messages: list[Message],
-    responses: list[str],
+    responses: list[Turn],
     instructions: list[str],
     winners: list[int],
     where: str,
@@ -299,15 +323,19 @@ def tokenize_pair(
             text: chat.prompt_ids(instructed(messages, text, place), tools)
             for text in dict.fromkeys(instructions)
         }
-        ids = {text: chat.response_ids(messages, text, tools) for text in dict.fromkeys(responses)}
+        keys = [turn if isinstance(turn, str) else json.dumps(turn) for turn in responses]
+        ids = {
+            key: chat.response_ids(messages, turn, tools)
+            for key, turn in dict(zip(keys, responses, strict=True)).items()
+        }
     except TemplateError as error:
         raise DataError(
             f"{where}: the chat template refuses this conversation ({error}); mend the row, or "
             "choose another `chat_template:`."
         ) from None
     except ValueError as error:
-        raise DataError(f"{where}: the response can't be used: its text {error}.") from None
-    return PairTokens([prompts[t] for t in instructions], [ids[t] for t in responses], winners)
+        raise DataError(f"{where}: the response can't be used: {error}.") from None
+    return PairTokens([prompts[t] for t in instructions], [ids[key] for key in keys], winners)
 
 
 def shorten(

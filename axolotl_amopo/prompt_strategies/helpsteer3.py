@@ -21,7 +21,7 @@ class HelpSteer3Strategy(AMoPOStrategy):
         preference = row.number_in("overall_preference", -MOST, MOST)
         responses = [
             Response(
-                row.response_text(row.get(name), row.key(name)),
+                row.response(row.get(name), row.key(name)),
                 row.ratings({"preference": sign * preference}, name),
                 overall=(sign * preference + MOST) / (2 * MOST),
             )

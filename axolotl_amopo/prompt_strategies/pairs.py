@@ -23,7 +23,7 @@ from axolotl_amopo.prompt_strategies.helpsteer import with_turns
 class PairsStrategy(AMoPOStrategy):
     def read(self, row: Row) -> RatedPrompt:
         responses = [self.response(row, side) for side in ("chosen", "rejected")]
-        if responses[0].text == responses[1].text:
+        if responses[0].turn == responses[1].turn:
             raise row.error(row.key("rejected"), "is the same text as the chosen response.")
         return RatedPrompt(self.prompt(row), responses, [row.number], True, row.tools())
 
@@ -32,15 +32,15 @@ class PairsStrategy(AMoPOStrategy):
         value, key = row.get(side), row.key(side)
         inner = row.key("response")
         if isinstance(value, Mapping) and value.get(inner) is not None:
-            text = row.response_text(value[inner], f"{key}.{inner}")
+            turn = row.response(value[inner], f"{key}.{inner}")
             if not row.has(f"{side}_ratings"):
-                return Response(text, row.ratings(value, key))
+                return Response(turn, row.ratings(value, key))
         elif isinstance(value, Mapping) and row.key("content") not in value:
             raise row.error(f"{key}.{inner}", "is missing.")
         else:
-            text = row.response_text(value, key)
+            turn = row.response(value, key)
         name = f"{side}_ratings"
-        return Response(text, row.ratings(row.get(name), row.key(name)))
+        return Response(turn, row.ratings(row.get(name), row.key(name)))
 
     @staticmethod
     def prompt(row: Row) -> list[Message]:

@@ -29,10 +29,10 @@ class RankedStrategy(AMoPOStrategy):
         }
         responses = [
             Response(
-                row.response_text(text, where),
+                row.response(value, where),
                 row.ratings({name: shares[i] for name, shares in by_dimension.items()}, key),
             )
-            for i, (text, where) in enumerate(listed)
+            for i, (value, where) in enumerate(listed)
         ]
         messages = row.conversation("prompt", "messages")
         return RatedPrompt(messages, responses, [row.number], tools=row.tools())

@@ -23,7 +23,7 @@ class RatedStrategy(AMoPOStrategy):
                     raise row.error(f"{key}[{i}].{name}", "is missing.")
             responses.append(
                 Response(
-                    row.response_text(item[text], f"{key}[{i}].{text}"),
+                    row.response(item[text], f"{key}[{i}].{text}"),
                     row.ratings(item[scores], f"{key}[{i}].{scores}"),
                 )
             )

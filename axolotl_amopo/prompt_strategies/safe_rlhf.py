@@ -40,8 +40,8 @@ class SafeRLHFStrategy(AMoPOStrategy):
                 ("severity", f"{name}_severity_level"),
             ):
                 ratings[dimension] = row.get(key) if row.has(key) else None
-            text = row.response_text(row.get(name), row.key(name))
-            responses.append(Response(text, row.ratings(ratings, row.key(name))))
+            turn = row.response(row.get(name), row.key(name))
+            responses.append(Response(turn, row.ratings(ratings, row.key(name))))
         return RatedPrompt(row.conversation("prompt", "messages"), responses, [row.number])
 
 

@@ -25,7 +25,7 @@ class UltraFeedbackStrategy(AMoPOStrategy):
     @staticmethod
     def response(row: Row, completion: Mapping, key: str) -> Response:
         inner = row.key("response")
-        text = row.response_text(completion.get(inner), f"{key}.{inner}")
+        turn = row.response(completion.get(inner), f"{key}.{inner}")
         name = row.key("annotations")
         annotations = completion.get(name)
         if not isinstance(annotations, Mapping):
@@ -37,7 +37,7 @@ class UltraFeedbackStrategy(AMoPOStrategy):
         overall = None
         if (score := completion.get("overall_score")) is not None:
             overall = (row.check_number(score, f"{key}.overall_score", 1, 10) - 1) / 9
-        return Response(text, row.ratings(ratings, f"{key}.{name}"), overall)
+        return Response(turn, row.ratings(ratings, f"{key}.{name}"), overall)
 
 
 def load(tokenizer, cfg, ds_cfg):

@@ -20,7 +20,7 @@ class BinarizedStrategy(PairsStrategy):
         for side in ("chosen", "rejected"):
             score = f"score_{side}"
             ratings = row.ratings({row.key("score"): row.get(score)}, row.key(score))
-            responses.append(Response(row.response_text(row.get(side), row.key(side)), ratings))
+            responses.append(Response(row.response(row.get(side), row.key(side)), ratings))
         return RatedPrompt(self.prompt(row), responses, [row.number], tools=row.tools())
 
 

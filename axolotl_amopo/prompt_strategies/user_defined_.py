@@ -39,13 +39,13 @@ class UserDefinedStrategy(AMoPOStrategy):
     def response(row: Row, paths: dict[str, str]) -> Response:
         path = paths["text"]
         ratings = {row.key(name): row.at(path) for name, path in paths.items() if name != "text"}
-        return Response(row.response_text(row.at(path), path), row.ratings(ratings, path))
+        return Response(row.response(row.at(path), path), row.ratings(ratings, path))
 
     @staticmethod
     def listed(row: Row, item: Any, key: str) -> Response:
         path = row.key("text")
-        text = row.response_text(row.at(path, item), f"{key}.{path}")
-        return Response(text, row.ratings(item, key))
+        turn = row.response(row.at(path, item), f"{key}.{path}")
+        return Response(turn, row.ratings(item, key))
 
 
 def load(tokenizer, cfg, ds_cfg):
