@@ -90,7 +90,7 @@ def forks():
     longer than most jobs. Fails with what the processes have printed where one goes wrong.
     """
     server = Path(__file__).parent / "fork_server.py"
-    modules = ["checkpoint_worker", "parallel_worker", "sharded_worker"]
+    modules = ["checkpoint_worker", "parallel_worker", "prepare_worker", "sharded_worker"]
     with subprocess.Popen(
         [sys.executable, server, *modules],
         stdin=subprocess.PIPE,

@@ -1,5 +1,7 @@
 """Prepared datasets that an interrupted command left behind are not trained on."""
 
+import re
+
 import pyarrow as pa
 import pytest
 from datasets import Dataset, load_from_disk
@@ -91,6 +93,28 @@ def test_a_second_one_is_not_written_over_the_first(prepared):
         aside = folder.parent / f"_unfinished-{folder.name}{number}"
         assert aside.is_dir() and not folder.exists()
         Dataset.from_dict({"example_id": [1]}).save_to_disk(folder)
+
+
+@pytest.mark.parametrize("over", ["nothing", "older"])
+def test_killed_while_preparing(over, tmp_path, tiny_model, forks):
+    """With SIGKILL, amid each change of the folder; then a run finds or makes all rows."""
+    data = write_jsonl(tmp_path / "data.jsonl", ROWS)
+    path = write_config(tmp_path, config(tmp_path, tiny_model, data))
+    forks(1, tmp_path, "prepare_worker", "killed_at_every_moment", str(path), over)
+    moments = re.search(r"^(\d+) moments", (tmp_path / "0.log").read_text(), re.MULTILINE)
+    assert int(moments[1]) >= 5  # a lock, a folder, a shard and its descriptions
+
+
+def test_several_prepare_the_same_data_at_once(tmp_path, tiny_model, forks):
+    """One does the work, the others wait for it; another config's rows are its own."""
+    data = write_jsonl(tmp_path / "data.jsonl", ROWS)
+    same = write_config(tmp_path, config(tmp_path, tiny_model, data))
+    other = config(tmp_path, tiny_model, data, sequence_len=500)
+    other = write_config(tmp_path, other, "other.yml")
+    forks(1, tmp_path, "prepare_worker", "prepare_at_once", *map(str, (same, other, same, same)))
+    assert (tmp_path / "0.log").read_text().count("6 pairs made") == 2
+    folders = [p for p in (tmp_path / "prepared").iterdir() if p.is_dir()]
+    assert [len(load_from_disk(folder)) for folder in folders] == [6, 6]
 
 
 def test_what_is_not_ours_stays(tmp_path):
