@@ -308,7 +308,7 @@ def test_a_pair_tokenises_each_prompt_and_response_once(tokenizer, monkeypatch):
     told = [*TALK[:-1], user("a\n\nIs it?")], [*TALK[:-1], user("b\n\nIs it?")], TALK
     assert done == [
         *((messages, None) for messages in told),
-        *((TALK, text, None) for text in ("Yes.", "No.")),
+        *((TALK, text, None, chatml(TALK)) for text in ("Yes.", "No.")),
     ]
 
 

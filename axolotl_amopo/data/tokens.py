@@ -18,6 +18,7 @@ MIN_QUESTION_TOKENS = 32
 # Pieces of text whose ids are remembered, and their characters: enough for a language's words and
 # for all that a prompt's pairs share.
 KNOWN_PIECES, KNOWN_CHARACTERS = 1 << 16, 1 << 22
+KNOWN_TURNS = 1 << 10
 
 NOWHERE, WHOLE = re.compile("(?!)"), re.compile("(?s:.+)")
 # Words with what hangs on them: a text is cut before a space that has a letter behind it and
@@ -71,6 +72,7 @@ class ChatTokenizer:
             )
         self._direct = self.tokenizer.is_fast and not self.tokenizer.split_special_tokens
         self._known: dict[str, list[int]] = {}
+        self._known_turns: dict[str, list[int]] = {}
         self._characters = 0
         self._cuts, self._words = NOWHERE, WHOLE
         if self._direct:
@@ -80,6 +82,7 @@ class ChatTokenizer:
                 if any(self.ids(text) != self._encode([text])[0] for text in PROBES):
                     self._words = WHOLE
                 self._known.clear()
+                self._known_turns.clear()
 
     def render(self, messages: list[Message], tools: Tools, *, generation_prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(
@@ -94,8 +97,20 @@ class ChatTokenizer:
     def ids(self, text: str) -> list[int]:
         """Token ids of a text; of the turns and words that it shares with earlier ones, from
         memory."""
+        return list(chain.from_iterable(map(self._turn_ids, self._turns(text))))
+
+    def _turn_ids(self, turn: str) -> list[int]:
+        known = self._known_turns
+        ids = known.get(turn)
+        if ids is None:
+            if len(known) == KNOWN_TURNS:
+                known.clear()
+            ids = known[turn] = self._word_ids(turn)
+        return ids
+
+    def _word_ids(self, turn: str) -> list[int]:
         known = self._known
-        pieces = [piece for turn in self._turns(text) for piece in self._words.findall(turn)]
+        pieces = self._words.findall(turn)
         if new := [piece for piece in dict.fromkeys(pieces) if piece not in known]:
             self._characters += sum(map(len, new))
             if len(known) + len(new) > KNOWN_PIECES or self._characters > KNOWN_CHARACTERS:
@@ -136,14 +151,17 @@ class ChatTokenizer:
         return ids
 
     def response_ids(
-        self, messages: list[Message], response: Turn, tools: Tools = None
+        self, messages: list[Message], response: Turn, tools: Tools = None, prompt: str = ""
     ) -> list[int]:
         """Token ids of a response: what the template writes after the generation prompt.
+
+        Args:
+            prompt: the rendered conversation, where it is known already.
 
         Raises:
             ValueError: where the template leaves out some of it, or its text has the EOS token.
         """
-        prompt = self.render(messages, tools, generation_prompt=True)
+        prompt = prompt or self.render(messages, tools, generation_prompt=True)
         turn = {"role": "assistant", "content": response} if isinstance(response, str) else response
         whole = self.render([*messages, turn], tools, generation_prompt=False)
         if not whole.startswith(prompt):
@@ -323,9 +341,10 @@ def tokenize_pair(
             text: chat.prompt_ids(instructed(messages, text, place), tools)
             for text in dict.fromkeys(instructions)
         }
+        plain = chat.render(messages, tools, generation_prompt=True)
         keys = [turn if isinstance(turn, str) else json.dumps(turn) for turn in responses]
         ids = {
-            key: chat.response_ids(messages, turn, tools)
+            key: chat.response_ids(messages, turn, tools, plain)
             for key, turn in dict(zip(keys, responses, strict=True)).items()
         }
     except TemplateError as error:
