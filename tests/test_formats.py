@@ -1,6 +1,7 @@
 """Every dataset format: rows in the published layout, and rows that hypothesis breaks."""
 
 import copy
+import math
 import os
 from collections import Counter
 
@@ -15,6 +16,7 @@ from axolotl_amopo.data.pairs import PairRule
 from axolotl_amopo.data.rows import RatedPrompt, Row
 from axolotl_amopo.data.strategy import Survey
 from axolotl_amopo.errors import AMoPOError, ConfigError
+from axolotl_amopo.inspection.gather import gather
 
 # More for a nightly run, e.g. 10000.
 EXAMPLES = int(os.environ.get("AMOPO_FUZZ_EXAMPLES", "150"))
@@ -294,6 +296,35 @@ def test_axolotl_loads_what_the_yaml_describes(tmp_path, tiny_model):
     values = runs.config(tmp_path, tiny_model, data, datasets=[entry], amopo=block)
     _, datasets = runs.prepare(runs.write_config(tmp_path, values))
     assert len(datasets.train_dataset) == 1
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_is_shown_and_trained(name, tmp_path, tiny_model):
+    """Through axolotl, from a file: what `inspect` shows is what a step is made on."""
+    kind, rows, ratings, changes = PUBLISHED[name]
+    data = runs.write_jsonl(tmp_path / "data.jsonl", rows)
+    entry = {"path": str(data), "type": f"amopo.{kind}"} | changes.get("options", {})
+    values = runs.config(
+        tmp_path,
+        tiny_model,
+        data,
+        datasets=[entry],
+        amopo={"dimensions": list(ratings[0]), "winner": "per_dimension"}
+        | {key: value for key, value in changes.items() if key != "options"},
+        max_steps=1,
+        micro_batch_size=1,
+    )
+    path = runs.write_config(tmp_path, values)
+    (shown,) = gather(str(path)).entries
+    assert (shown.rows, shown.prompts, shown.responses, shown.pairs_kept) == (len(rows), 1, 2, 1)
+    trainer = runs.train(path)
+    assert len(trainer.train_dataset) == 1
+    first, *_ = trainer.state.log_history
+    assert math.isfinite(first["loss"]) and first["grad_norm"] > 0
+    rated = {key.split("/")[1] for key in first if key.endswith("/margin")}
+    yes, no = ratings
+    differ = {key for key in yes if None not in (yes[key], no[key]) and yes[key] != no[key]}
+    assert rated - {"overall"} == differ
 
 
 # Broken rows: a value somewhere in a good row is taken out or replaced by anything.

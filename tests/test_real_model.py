@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import runs
 
+from axolotl_amopo.data.pairs import SINGLE
+from axolotl_amopo.inspection.gather import gather
+
 sys.path.insert(0, str(runs.ROOT / "quickstart"))
 from smollm2 import ensure
 
@@ -47,6 +50,45 @@ def test_learns_helpsteer_pairs(tmp_path, smollm2, shared):
     for name in ["overall", *dimensions]:
         assert last[f"amopo/{name}/accuracy"] == 1.0
         assert last[f"amopo/{name}/margin"] > first[f"amopo/{name}/margin"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "dimensions", "scale", "prompts", "pairs"),  # as the sets' README counts them
+    [
+        ("helpsteer_sample", ["helpfulness", "correctness", "coherence"], [0, 4], 139, 697),
+        ("summeval", ["coherence", "consistency", "fluency", "relevance"], [1, 5], 100, 12000),
+    ],
+    ids=["helpsteer", "summeval"],
+)
+def test_whole_real_sets(folder, dimensions, scale, prompts, pairs, tmp_path, tiny_model, shared):
+    """Inspected, and a few groups of them trained."""
+    data = shared / "data" / folder / "rated.jsonl"
+    values = runs.config(
+        tmp_path,
+        tiny_model,
+        data,
+        datasets=[{"path": str(data), "type": "amopo.rated", "scale": scale}],
+        amopo={
+            "dimensions": dimensions,
+            "winner": "per_dimension",
+            "pairs": 3,
+            "group_by_prompt": True,
+            "rating_in_prompt": "none",
+        },
+        sequence_len=8192,
+        micro_batch_size=1,
+        max_steps=2,
+    )
+    path = runs.write_config(tmp_path, values)
+    (shown,) = gather(str(path)).entries
+    assert shown.prompts == prompts
+    assert shown.pairs_kept + sum(n for why, n in shown.dropped.items() if why != SINGLE) == pairs
+    trainer = runs.train(path)
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(steps) == 2
+    for name in dimensions:
+        assert any(f"amopo/{name}/margin" in step for step in steps)
+    assert all(0 < step["grad_norm"] < 100 for step in steps)
 
 
 def test_prompts_of_the_real_template(tmp_path, smollm2, shared):
