@@ -18,6 +18,7 @@ STEPS, ROWS, EVAL_ROWS = 3, 16, 7
 METHODS = {
     "full": {},
     "bf16": {"bf16": True},
+    "groups": {},  # all pairs of a prompt are one row
     "lora": runs.LORA,
     "dora": runs.LORA | {"peft_use_dora": True},
     "saved head": runs.LORA
@@ -35,14 +36,14 @@ SHAPES = {
 # Left out: what takes the same paths as another, and what can't be, see `axolotl_amopo.parallel`.
 CASES = {
     ("ddp", 2): ("full", "bf16", "dora", "saved head", "qlora"),
-    ("ddp", 3): ("full", "lora"),
-    ("fsdp2", 2): ("full", "bf16", "dora", "qlora"),
+    ("ddp", 3): ("full", "groups", "lora"),
+    ("fsdp2", 2): ("full", "bf16", "groups", "dora", "qlora"),
     ("fsdp2", 3): ("full", "lora"),
     ("zero1", 2): ("bf16", "dora", "saved head", "qlora"),
     ("zero1", 3): ("full", "lora"),
     ("zero2", 2): ("full", "bf16", "dora", "saved head", "qlora"),
     ("zero2", 3): ("lora",),
-    ("zero3", 2): ("full", "bf16", "saved head", "qlora"),
+    ("zero3", 2): ("full", "bf16", "groups", "saved head", "qlora"),
     ("zero3", 3): ("full", "lora"),
 }
 
@@ -54,11 +55,12 @@ def data(tmp_path_factory):
     source = (runs.ROOT / "quickstart" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in source[: ROWS + EVAL_ROWS]]
     for i, row in enumerate(rows):
-        row["responses"] = row["responses"][:2]
         row["responses"][0]["text"] *= 1 + i % 4
         if i % 4 != 2:
             for response in row["responses"]:
                 del response["scores"]["safety"]
+    runs.write_jsonl(folder / "groups.jsonl", rows[:ROWS])
+    rows = [row | {"responses": row["responses"][:2]} for row in rows]
     runs.write_jsonl(folder / "train.jsonl", rows[:ROWS])
     runs.write_jsonl(folder / "eval.jsonl", rows[ROWS:])
     return folder
@@ -78,6 +80,7 @@ def train(tmp_path_factory, tiny_model, data, forks):
                 "dimensions": ["helpfulness", "honesty", "safety"],
                 "winner": "per_dimension",
                 "missing_ratings": "mask",
+                "group_by_prompt": method == "groups",
             },
             "plugins": ["parallel_worker.Recorder"],
             "dataset_prepared_path": str(prepared),
@@ -95,7 +98,8 @@ def train(tmp_path_factory, tiny_model, data, forks):
             "max_grad_norm": 0.1,
         }
         settings |= others | strategy(kind, world, method, folder) | METHODS[method]
-        values = runs.config(folder, tiny_model, data / "train.jsonl", **settings)
+        path = data / ("groups.jsonl" if method == "groups" else "train.jsonl")
+        values = runs.config(folder, tiny_model, path, **settings)
         config = runs.write_config(folder, values)
         forks(world, folder, "parallel_worker", "train", kind, str(config), str(folder))
         reports = [
