@@ -156,6 +156,12 @@ class AMoPOConfig(BaseModel):
     bad_rows: Literal["error", "drop"] = Field(
         default="error", description="A row that can't be used: stop, or drop and count"
     )
+    eval_table: int = Field(
+        default=0,
+        ge=0,
+        description="So many held-out examples are shown one by one at each evaluation, in a file "
+        "and in the trackers",
+    )
 
     # Set by the plugin, kept in the block because axolotl's config carries it to every process.
     enabled: bool = Field(default=False, description="Set by `rl: amopo`; not for users")

@@ -126,11 +126,14 @@ class AMoPOPlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list:
         if not self._runs(cfg):
             return []
+        from axolotl_amopo.eval_table import EvalTable
         from axolotl_amopo.records import RunLog, describe_run
+        from axolotl_amopo.trackers import Trackers
 
-        return [
-            RunLog(describe_run(cfg, trainer.amopo, trainer.train_dataset, trainer.eval_dataset))
-        ]
+        run = describe_run(cfg, trainer.amopo, trainer.train_dataset, trainer.eval_dataset)
+        trackers = Trackers(trainer)
+        table = [EvalTable(trainer, trackers)] if trainer.amopo.eval_table else []
+        return [RunLog(run), trackers, *table]
 
     def post_lora_merge(self, cfg: Any, adapter_path: str, output_path: str) -> None:
         from axolotl_amopo.steering.steering import FILE

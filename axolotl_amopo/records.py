@@ -42,24 +42,26 @@ class RunLog(TrainerCallback):
             self.path = Path(args.output_dir) / FILE
             self.path.parent.mkdir(parents=True, exist_ok=True)
             run = self.run | {"max_steps": state.max_steps}
-            self._write({"begin": state.global_step, "time": time.time(), "run": run})
+            append(self.path, {"begin": state.global_step, "time": time.time(), "run": run})
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.path and state.log_history:
             # Not `logs`: transformers' PrinterCallback, for one, takes entries out of it.
             entry = {"step": state.global_step, "epoch": state.epoch, "time": time.time()}
-            self._write(entry | state.log_history[-1])
+            append(self.path, entry | state.log_history[-1])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.path = None
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        line = json.dumps(entry, default=float)
-        # A killed run may have left half a line, which the next must not hang on to.
-        with self.path.open("a+b") as file:
-            if file.tell() and not _ends_with_newline(file):
-                line = "\n" + line
-            file.write(f"{line}\n".encode())
+
+def append(path: Path, entry: dict[str, Any]) -> None:
+    """Add a line to a file of JSON objects."""
+    line = json.dumps(entry, default=float)
+    # A killed run may have left half a line, which the next must not hang on to.
+    with path.open("a+b") as file:
+        if file.tell() and not _ends_with_newline(file):
+            line = "\n" + line
+        file.write(f"{line}\n".encode())
 
 
 def _ends_with_newline(file: Any) -> bool:

@@ -44,6 +44,8 @@ class AMoPOTrainer(AxolotlTrainer):
         # Before accelerate wraps the forward in autocast and the model in DDP and the like.
         prepare_model(self.accelerator.unwrap_model(self.model))
         self._choice: Choice | None = None
+        # With `amopo.eval_table`, the last evaluation's metrics [N, 1 + M] and example ids [N].
+        self.evaluated: EvalPrediction | None = None
 
     @classmethod
     @override
@@ -61,7 +63,8 @@ class AMoPOTrainer(AxolotlTrainer):
         """Set the method's parameters: the `amopo:` block and `rl_beta`."""
         self.amopo = config
         self.beta = beta
-        self._means = Means(metric_names(config.prompt_names))
+        self.metric_names = metric_names(config.prompt_names)
+        self._means = Means(self.metric_names)
 
     @property
     def steering(self) -> Steering | None:
@@ -262,7 +265,8 @@ class AMoPOTrainer(AxolotlTrainer):
         return None, outputs["values"], inputs["example_ids"]
 
     def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        means = Means(self._means.names)
+        self.evaluated = prediction if self.amopo.eval_table else None
+        means = Means(self.metric_names)
         means.add(torch.from_numpy(prediction.predictions))  # [N, 1 + M]
         return means.take()
 
