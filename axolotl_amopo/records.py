@@ -20,9 +20,9 @@ from transformers import TrainerCallback
 
 import axolotl_amopo
 from axolotl_amopo.args import INTERNAL, AMoPOConfig
+from axolotl_amopo.report.log import LOG as FILE
 from axolotl_amopo.sampler import pairs_in
 
-FILE = "amopo_log.jsonl"
 VERSIONS_OF = ("axolotl", "torch", "transformers", "peft", "trl")
 
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, override
 
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.utils.logging import get_logger
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -13,7 +14,10 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from axolotl_amopo.args import AMoPOConfig
+from axolotl_amopo.card import FILE as CARD
+from axolotl_amopo.card import is_somebodys, write_card
 from axolotl_amopo.checkpoints import Checkpoints, Run
+from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.logprobs import of_pairs, prepare_model, response_logps
 from axolotl_amopo.loss import AMoPOLoss, amopo_loss
 from axolotl_amopo.metrics import Means, example_metrics, group_means, metric_names
@@ -21,6 +25,8 @@ from axolotl_amopo.records import stamped
 from axolotl_amopo.sampler import GROUPED_PASSES, LengthGroupedSampler, row_lengths
 from axolotl_amopo.sharing import Choice, choose_layout
 from axolotl_amopo.steering.steering import Steering
+
+LOG = get_logger(__name__)
 
 
 class AMoPOTrainer(AxolotlTrainer):
@@ -101,6 +107,23 @@ class AMoPOTrainer(AxolotlTrainer):
         done = super().train(resume_from_checkpoint or None, **kwargs)
         self._save_steering(self.args.output_dir)  # axolotl saves the trained model by itself
         return done
+
+    @override
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As the base class, before which a card of the user's own is left alone; then ours."""
+        if not self.is_world_process_zero():
+            return
+        if is_somebodys(Path(self.args.output_dir)):
+            LOG.warning(
+                "%s in %s was not made by a program, so it stays; move it for a new model card.",
+                CARD, self.args.output_dir,
+            )  # fmt: skip
+            return
+        super().create_model_card(*args, **kwargs)
+        try:
+            write_card(self)
+        except AMoPOError as error:
+            LOG.warning("The model card says little of rl: amopo: %s", error)
 
     def _save_steering(self, folder: str) -> None:
         if self.steering and self.is_world_process_zero():

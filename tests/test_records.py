@@ -1,10 +1,12 @@
-"""The log that a run leaves in its output folder."""
+"""What a run leaves in its output folder beside the model: its log, its card, how to steer it."""
 
 import json
+import re
 
 import pytest
 import runs
 import transformers
+from huggingface_hub import ModelCard
 
 from axolotl_amopo.records import FILE
 from axolotl_amopo.steering.steering import Steering
@@ -104,6 +106,59 @@ def test_a_resumed_run_goes_on_below(run):
     assert again["begin"] == 1
     assert again["run"]["data"] == entries_of(run)[0]["run"]["data"]
     assert [line["step"] for line in logged if "loss" in line] == [2, 3]
+
+
+def tables(card):
+    """The Markdown tables of a card: for each, lines of cells, the head first."""
+    blocks = re.findall(r"(?:^\|.*\|\n)+", card, re.MULTILINE)
+    lines = (
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
+        for block in blocks
+    )
+    return [[cells for cells in block if "---" not in cells] for block in lines]
+
+
+def test_the_card_says_what_the_log_says(run, tiny_model):
+    folder, *_, trainer = run
+    card = ModelCard.load(folder / "out" / "README.md")
+    assert "amopo" in card.data.tags and card.data.library_name
+    dimensions, results, data, settings = tables(card.text)
+    assert dimensions[1:] == [
+        ["helpfulness", "", "1 to 5", "higher"],
+        ["honesty", "", "1 to 6", "higher"],
+    ]
+    before, after = (
+        next(e for e in history if "eval_amopo/overall/margin" in e)
+        for history in (trainer.state.log_history, trainer.state.log_history[::-1])
+    )
+    assert before["step"] < after["step"]
+    assert [line[0] for line in results[1:]] == ["overall", "helpfulness", "honesty"]
+    for name, *cells in results[1:]:
+        for i, (metric, form) in enumerate((("accuracy", "{:.1%}"), ("margin", "{:+.2f}"))):
+            key = f"eval_amopo/{name}/{metric}"
+            assert cells[2 * i : 2 * i + 2] == [form.format(e[key]) for e in (before, after)]
+    assert [line[1:6] for line in data[1:]] == [
+        ["train", "amopo.rated", "4", "4", str(len(trainer.train_dataset))],
+        ["test", "amopo.rated", "1", "1", str(len(trainer.eval_dataset))],
+    ]
+    assert ["gamma", "2"] in settings and ["learning_rate", "0.001"] in settings
+    assert f"They saw {len(trainer.eval_dataset)} held-out pairs" in card.text
+    assert (folder / "config.yml").read_text().strip() in card.text
+    assert "axolotl 0.21" in card.text and "@inproceedings{liu-etal-2025-amopo" in card.text
+
+
+def test_a_card_of_the_users_stays(run, caplog):
+    folder, *_, trainer = run
+    path = folder / "out" / "README.md"
+    path.write_text("# Ours\n" + path.read_text())
+    trainer.create_model_card()  # still has the line that says who wrote it
+    written = path.read_text()
+    assert "# Ours" not in written
+    path.write_text(re.sub("<!-- Written by.*-->", "Ours.", written))
+    with caplog.at_level("WARNING"):
+        trainer.create_model_card()
+    assert path.read_text() == written.replace(re.search("<!-- W.*-->", written)[0], "Ours.")
+    assert any("README.md" in line and "stays" in line for line in caplog.messages)
 
 
 def test_an_evaluation_alone_writes_nothing(run):

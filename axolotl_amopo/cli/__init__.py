@@ -4,6 +4,7 @@ import os
 
 import click
 
+from axolotl_amopo.cli.configs import configs
 from axolotl_amopo.cli.generate import chat, generate, template
 from axolotl_amopo.cli.inspect import inspect
 from axolotl_amopo.cli.overrides import ENVIRONMENT_VARIABLE, split_overrides, to_json
@@ -47,7 +48,7 @@ def _passed_on(name: str) -> click.Command:
     return command
 
 
-for _command in (chat, generate, inspect, plan, report, score, template):
+for _command in (chat, configs, generate, inspect, plan, report, score, template):
     amopo.add_command(_command)
 for _name in PASSED_ON:
     amopo.add_command(_passed_on(_name))
