@@ -50,10 +50,11 @@ def example_metrics(result: AMoPOLoss, dimension_mask: Tensor) -> Tensor:
         dimension_mask: [B, K] bool.
 
     Returns:
-        [B, 1 + M] float32, the example's loss first; NaN where a dimension is masked.
+        [B, 1 + M] float32, the example's loss first; NaN where a dimension is masked, or where
+        the model's outputs are.
     """
     margins = result.rewards_chosen - result.rewards_rejected  # [B, K]
-    accuracies = (margins > 0).float()
+    accuracies = (margins > 0).float().masked_fill(margins.isnan(), torch.nan)
     per_prompt = torch.stack(
         [
             result.pair_losses,
@@ -70,7 +71,8 @@ def example_metrics(result: AMoPOLoss, dimension_mask: Tensor) -> Tensor:
     per_prompt = per_prompt.masked_fill(hidden.unsqueeze(-1), torch.nan)
     logps, tokens = result.stats.avg_logp, result.stats.tokens  # [B, K, 2]
     longer = (tokens[..., 0] - tokens[..., 1]).sign()  # [B, K] 0 where they are equally long
-    longer_wins = (margins * longer > 0).float().masked_fill(longer == 0, torch.nan)
+    unknown = (longer == 0) | margins.isnan()
+    longer_wins = (margins * longer > 0).float().masked_fill(unknown, torch.nan)
     totals = torch.stack(
         [
             value.masked_fill(hidden, torch.nan).nanmean(-1)

@@ -56,6 +56,11 @@ def test_counts(report):
     assert (report.train_rows, report.eval_rows, report.shared_prompts) == (3, 1, 1)
 
 
+def test_the_config_is_not_shown(path):
+    done = CliRunner().invoke(amopo, ["inspect", str(path), "--rows", "0"])
+    assert "3 pairs to train on" in done.output and '"base_model"' not in done.output
+
+
 def test_ratings(report):
     train = report.entries[0]
     assert train.ratings["helpfulness"] == [("1", 1), ("2", 2), ("3", 2), ("4", 2), ("5", 1)]
@@ -134,11 +139,15 @@ def test_the_command(path, tmp_path):
     assert max(map(len, done.output.splitlines()[-20:])) <= 80
     html = tmp_path / "data.html"
     done = run(path, "--html", html, "--json")
-    assert json.loads(done.stdout.splitlines()[-1])["train_rows"] == 3
+    assert json.loads(done.stdout)["train_rows"] == 3
     assert html.read_text(encoding="utf-8").startswith("<!doctype html>")
     again = run(path, "--html", html)
     assert again.exit_code == 1 and "--force" in again.output
-    assert run(path, "--html", html, "--force").exit_code == 0
+    done = run(path, "--html", html, "--force", "--quiet")
+    assert done.exit_code == 0 and not done.output
+    for wrong, said in ((tmp_path, "is a folder"), (tmp_path / "no" / "a.html", "no such folder")):
+        done = run(path, "--html", wrong, "--force")
+        assert done.exit_code == 1 and said in done.output
 
 
 def test_a_bad_row_is_one_sentence(tmp_path, tiny_model):

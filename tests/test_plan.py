@@ -232,7 +232,7 @@ def test_what_does_not_fit_is_told_what_would(tmp_path):
     values |= {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "sequence_len": 512}
     del values["gradient_checkpointing"]
     done = plan(write_config(tmp_path, values), "--gpu-memory", "4", "--gpu-tflops", "100")
-    assert done.exit_code == 1
+    assert done.exit_code == 3
     assert "It does not fit" in done.output
     assert "with gradient_checkpointing: true it would fit" in done.output
 

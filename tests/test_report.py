@@ -677,8 +677,8 @@ def test_only_its_own_page_is_written_anew(tmp_path, two_plots):
 
 
 def test_the_terminal(made, tmp_path, two_plots):
-    lines = made.done.stdout.splitlines()[:-1]
-    assert max(map(len, lines)) <= 80 or lines[-1].startswith("Written: ")
+    lines = invoke(made.folder, "--output", tmp_path / "shown").stdout.splitlines()
+    assert len(lines) > 10 and lines[-1].startswith("Written: ")
     assert all(len(line) <= 80 for line in lines if not line.startswith("Written: "))
     text = " ".join(" ".join(lines).split())
     assert "warning safety paid for the others" in text and "Fell: safety" in text
@@ -710,3 +710,37 @@ def test_it_starts_without_torch_and_axolotl():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_real_run_that_diverges(tmp_path, tiny_model):
+    """transformers logs a NaN loss as 0: nothing but the finding may come of it."""
+    from runs import config, train, write_config
+
+    answers = [("Yes.", 5, 2), ("No, not at all.", 1, 3)]
+    rows = [
+        {
+            "prompt": f"Question {number}?",
+            "responses": [
+                {"text": text, "scores": {"helpfulness": h, "honesty": t}} for text, h, t in answers
+            ],
+        }
+        for number in range(8)
+    ]
+    values = config(
+        tmp_path,
+        tiny_model,
+        write_jsonl(tmp_path / "data.jsonl", rows),
+        learning_rate=1e30,
+        val_set_size=2,
+        eval_strategy="epoch",
+    )
+    train(write_config(tmp_path, values))
+    run = read_run(tmp_path / "out")
+    assert [math.isnan(entry["loss"]) for entry in run.train] == [False, True, True]
+    assert math.isnan(run.evals[-1]["loss"])
+    assert "amopo/helpfulness/accuracy" not in run.evals[-1]
+    worst = findings(run)[0]
+    assert (worst.code, worst.severity) == ("not-finite", "problem")
+    assert "first at step 2" in worst.text
+    assert not {"below-chance", "loss-rose", "sacrificed"} & {f.code for f in findings(run)}
+    assert outcome(run) == ["Nothing to compare: margins or losses are NaN at an end of the log."]

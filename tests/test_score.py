@@ -346,3 +346,66 @@ def test_without_a_chat_template(trained, tmp_path, tiny_model):
     done = run(write_config(tmp_path, config(tmp_path, bare, data)), "--quiet")
     assert done.exit_code == 1 and "no chat template" in done.output
     assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("amopo", "changes"),
+    [
+        ({"group_by_prompt": True}, {}),
+        ({"rating_in_prompt": "own"}, {}),
+        ({}, {"sequence_len": 200, "excess_length_strategy": "truncate"}),
+    ],
+    ids=["group_by_prompt", "own", "truncate"],
+)
+def test_scores_are_those_of_the_trainers_evaluation(tmp_path, tiny_model, amopo, changes):
+    from runs import train
+
+    long = row("Is it so? " * 30, ("Of course not.", 5, 2), ("No.", 1, 3))
+    data = write_jsonl(tmp_path / "data.jsonl", [*ROWS, long])
+    test = {"path": str(data), "type": "amopo.rated", "scale": [1, 5]}
+    amopo = {"dimensions": ["helpfulness", "honesty"], "winner": "per_dimension"} | amopo
+    values = config(
+        tmp_path,
+        tiny_model,
+        data,
+        amopo=amopo,
+        test_datasets=[test],
+        max_steps=1,
+        **LORA,
+        **changes,
+    )
+    path = write_config(tmp_path, values)
+    trainer = train(path)
+    longest = max(map(len, trainer.eval_dataset["input_ids"]))
+    assert (longest <= 200) == ("sequence_len" in changes)  # the long question is cut there alone
+    logged = trainer.evaluate()
+    lines = tmp_path / "pairs.jsonl"
+    done = run(path, "--quiet", "--no-base", "--prompts", "own", "--pairs", lines)
+    assert done.exit_code == 0, done.output
+    pairs = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    assert len(pairs) == 6
+    for name in ("overall", "helpfulness", "honesty"):
+        margins = {}
+        for number, pair in enumerate(pairs):
+            if label := pair["labels"][name]:
+                # What training counts as one example.
+                example = pair["prompt"] if amopo.get("group_by_prompt") else number
+                margins.setdefault(example, []).append(label * pair["margins"]["tuned"][name])
+        of_examples = [np.mean(values) for values in margins.values()]
+        right = [np.mean(np.array(values) > 0) for values in margins.values()]
+        assert logged[f"eval_amopo/{name}/margin"] == pytest.approx(np.mean(of_examples), abs=1e-4)
+        assert logged[f"eval_amopo/{name}/accuracy"] == pytest.approx(np.mean(right))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_what_val_set_size_splits(tmp_path, tiny_model, grouped):
+    rows = [row(f"Question {n}?", (GOOD, 5, 2), (BAD, 1, 3), ("Perhaps.", 3, 3)) for n in range(6)]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    amopo = {"dimensions": ["helpfulness", "honesty"], "group_by_prompt": grouped}
+    path = write_config(
+        tmp_path, config(tmp_path, tiny_model, data, amopo=amopo, val_set_size=0.34)
+    )
+    done = run(path, "--quiet", "--json", "--prompts", "plain")
+    assert done.exit_code == 0, done.output
+    notes = json.loads(done.stdout)["notes"]
+    assert any("splits pairs" in note for note in notes) != grouped

@@ -693,3 +693,15 @@ def test_help_needs_no_model():
         done = run(name, "--help")
         assert done.exit_code == 0 and f"axolotl amopo {name}" in done.stdout
     assert sys.modules.get("vllm") is None
+
+
+def test_a_port_that_is_taken():
+    import socket
+
+    from axolotl_amopo.steering.app import free_port
+
+    assert free_port("127.0.0.1", 0) > 0
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(AMoPOError, match=f"127.0.0.1:{port} .* --port"):
+            free_port("127.0.0.1", port)

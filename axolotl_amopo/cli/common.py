@@ -44,7 +44,16 @@ def libraries(*, quiet: bool, as_json: bool) -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         elif as_json:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        # It shows the whole validated config, 150 lines, which only training is about. Its level
+        # is set when it is imported.
+        config = logging.getLogger("axolotl.cli.config")
+        config.addFilter(_is_warning)
+        stack.callback(config.removeFilter, _is_warning)
         yield
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
 
 
 def check_free(output: Path | None, force: bool) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from axolotl_amopo.cli.common import EXITS, JSON, QUIET, check_free, libraries, told
+
 if TYPE_CHECKING:
     from axolotl_amopo.steering.generate import Answer
 
@@ -26,19 +28,7 @@ DIMENSIONS = click.option(
 )
 EVERYTHING = click.option("--overall", is_flag=True, help="Ask for all dimensions at their best.")
 FORCE = click.option("--force", is_flag=True, help="Overwrite the output where there is one.")
-QUIET = click.option("--quiet", is_flag=True, help="No progress, no words.")
 FORMATS = ("jsonl", "alpaca_eval", "arena_hard", "mt_bench")
-
-
-@contextmanager
-def told():
-    """What people can mend, as a sentence."""
-    from axolotl_amopo.errors import AMoPOError
-
-    try:
-        yield
-    except AMoPOError as error:
-        raise click.ClickException(str(error)) from None
 
 
 def settings_of(dimensions: tuple[str, ...], overall: bool) -> dict[str, float | None]:
@@ -47,14 +37,7 @@ def settings_of(dimensions: tuple[str, ...], overall: bool) -> dict[str, float |
     return ({OVERALL: None} if overall else {}) | parse_settings(dimensions)
 
 
-def check_free(output: Path | None, force: bool) -> None:
-    if output and output.exists() and not force:
-        raise click.ClickException(f"{output} is there already; name another, or add --force.")
-    if output and not output.parent.is_dir():
-        raise click.ClickException(f"{output.parent}: there is no such folder.")
-
-
-@click.command(context_settings={"max_content_width": 80})
+@click.command(context_settings={"max_content_width": 80}, epilog=f"{EXITS}.")
 @MODEL
 @click.option("--prompt", metavar="TEXT", help="One question.")
 @click.option(
@@ -87,7 +70,7 @@ def check_free(output: Path | None, force: bool) -> None:
 )
 @FORCE
 @QUIET
-@click.option("--json", "as_json", is_flag=True, help="For programs: the last line of the output.")
+@JSON
 def generate(
     model: str,
     prompt: str | None,
@@ -126,7 +109,7 @@ def generate(
             f"--format {style} is a file with one answer a question: add --output, and no --sweep."
         )
     check_free(output, force)
-    with told():
+    with told(), libraries(quiet=False, as_json=as_json):
         from axolotl_amopo.errors import AMoPOError
         from axolotl_amopo.steering.export import as_row, check, export
         from axolotl_amopo.steering.generate import Generator, Sampling
@@ -173,14 +156,15 @@ def generate(
         click.echo(f"Written: {output} ({len(answers)} answers{cut})")
 
 
-@click.command(context_settings={"max_content_width": 80})
+@click.command(context_settings={"max_content_width": 80}, epilog=f"{EXITS}.")
 @MODEL
 @click.option("--output", type=click.Path(path_type=Path), required=True, metavar="FILE")
 @DIMENSIONS
 @EVERYTHING
 @FORCE
+@QUIET
 def template(
-    model: str, output: Path, dimensions: tuple[str, ...], overall: bool, force: bool
+    model: str, output: Path, dimensions: tuple[str, ...], overall: bool, force: bool, quiet: bool
 ) -> None:
     """A chat template that steers by a line of the system message.
 
@@ -210,14 +194,17 @@ def template(
         made = steered(own, trained.steering, settings)
         check(tokenizer, made, trained.steering)
     output.write_text(made, encoding="utf-8")
-    click.echo(f"Written: {output}")
+    if not quiet:
+        click.echo(f"Written: {output}")
 
 
-@click.command(context_settings={"max_content_width": 80})
+@click.command(context_settings={"max_content_width": 80}, epilog=f"{EXITS}.")
 @MODEL
 @BASE_MODEL
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 for all networks.")
-@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0 for any."
+)
 @click.option("--share", is_flag=True, help="A public link through Gradio's servers.")
 @click.option("--quiet", is_flag=True, help="No words but the address.")
 def chat(
@@ -230,13 +217,15 @@ def chat(
 
     An adapter is switched off for the base's answers, so one model is in memory;
     beside a whole model, the base is loaded too where --base-model names it.
+    Prints the address and opens no browser; Ctrl-C ends it.
     """
     with told():
-        from axolotl_amopo.steering.app import Sides, page, serve
+        from axolotl_amopo.steering.app import Sides, free_port, page, serve
         from axolotl_amopo.steering.load import find
 
         trained = find(model, base_model)
         trained.steering  # noqa: B018, a folder that can't be steered, before the model is loaded
+        port = free_port(host, port)
         _hush(quiet)
         sides = Sides(trained, with_base=trained.is_adapter or base_model is not None)
         serve(page(sides), host=host, port=port, share=share)

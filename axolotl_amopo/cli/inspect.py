@@ -5,16 +5,25 @@ from pathlib import Path
 
 import click
 
+from axolotl_amopo.cli.common import EXITS, JSON, QUIET, check_free, libraries, told
 
-@click.command(context_settings={"max_content_width": 80})
+
+@click.command(context_settings={"max_content_width": 80}, epilog=f"{EXITS}.")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Pairs to show.")
 @click.option("--find", metavar="TEXT", help="Show pairs with this text in them.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page.")
 @click.option("--force", is_flag=True, help="Overwrite the page where there is one.")
-@click.option("--json", "as_json", is_flag=True, help="For programs: the last line of the output.")
+@QUIET
+@JSON
 def inspect(
-    config: str, rows: int, find: str | None, html: Path | None, force: bool, as_json: bool
+    config: str,
+    rows: int,
+    find: str | None,
+    html: Path | None,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Rows, pairs, ratings, lengths, and the pairs as the model sees them.
 
@@ -25,24 +34,21 @@ def inspect(
     again; the model itself is not loaded. Colours of a pair: special tokens dim,
     the instruction cyan, what bears the loss green.
     """
-    from axolotl_amopo.errors import AMoPOError
-    from axolotl_amopo.inspection.gather import gather
-    from axolotl_amopo.inspection.page import page
-    from axolotl_amopo.inspection.show import show
+    check_free(html, force)
+    with told(), libraries(quiet=quiet, as_json=as_json):
+        from axolotl_amopo.inspection.gather import gather
+        from axolotl_amopo.inspection.page import page
 
-    if html and html.exists() and not force:
-        raise click.ClickException(f"{html} is there already; name another file, or add --force.")
-    try:
         report = gather(config, rows, find)
-    except AMoPOError as error:
-        raise click.ClickException(str(error)) from None
-    if html:
-        html.write_text(page(report), encoding="utf-8")
+        if html:
+            html.write_text(page(report), encoding="utf-8")
     if as_json:
         click.echo(json.dumps(report.to_json()))
-    elif not html:
+    elif html and not quiet:
+        click.echo(f"Written: {html}")
+    elif not quiet:
         from rich.console import Console
 
+        from axolotl_amopo.inspection.show import show
+
         show(report, Console(width=80, highlight=False))
-    else:
-        click.echo(f"Written: {html}")

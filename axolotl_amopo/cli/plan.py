@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from axolotl_amopo.cli.common import EXITS, FOUND, JSON, QUIET, libraries, told
 from axolotl_amopo.plan.cards import GIB
 
 if TYPE_CHECKING:
@@ -25,7 +26,10 @@ WHAT = {
 }
 
 
-@click.command(context_settings={"max_content_width": 80})
+@click.command(
+    context_settings={"max_content_width": 80},
+    epilog=f"{EXITS}, {FOUND} where it does not fit.",
+)
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @click.option("--gpu", metavar="NAME", help="A card, e.g. h100-80gb; cpu for this machine.")
 @click.option("--gpu-memory", type=float, metavar="GIB", help="Memory of a card by hand.")
@@ -41,9 +45,9 @@ WHAT = {
     show_default=True,
     help="Share of the card's speed that training reaches.",
 )
-@click.option("--json", "as_json", is_flag=True, help="For programs: the last line of the output.")
-@click.pass_context
-def plan(ctx: click.Context, config: str, gpus: int, as_json: bool, **options: Any) -> None:
+@QUIET
+@JSON
+def plan(config: str, gpus: int, quiet: bool, as_json: bool, **options: Any) -> None:
     """What a run needs: tokens, memory, time, and what would make it fit.
 
     \b
@@ -53,22 +57,19 @@ def plan(ctx: click.Context, config: str, gpus: int, as_json: bool, **options: A
     examples name, or from the hub. Tokens, FLOPs and time are those of pairs of
     --prompt-tokens (the instruction included) and --response-tokens each, by
     default HelpSteer's means; memory is that of the largest pair that
-    sequence_len lets through. Exits with 1 where it doesn't fit.
+    sequence_len lets through.
     """
-    from axolotl_amopo.errors import AMoPOError
-    from axolotl_amopo.plan.load import plan_config
+    with told(), libraries(quiet=quiet, as_json=as_json):
+        from axolotl_amopo.plan.load import plan_config
 
-    try:
         made, advice = plan_config(config, gpus=gpus, **options)
-    except AMoPOError as error:
-        raise click.ClickException(str(error)) from None
     if as_json:
         changes = [{"change": text} | other.to_json() for text, other in advice]
         click.echo(json.dumps(made.to_json() | {"changes": changes}))
-    else:
+    elif not quiet:
         show(made, advice)
     if made.fits is False:
-        sys.exit(1)
+        sys.exit(FOUND)
 
 
 def show(made: "Plan", advice: list[tuple[str, "Plan"]]) -> None:

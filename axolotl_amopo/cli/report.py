@@ -6,11 +6,13 @@ from pathlib import Path
 
 import click
 
-# Of findings at least as bad as --fail-on; 1 and 2 are errors, and wrong use of the command.
-FOUND = 3
+from axolotl_amopo.cli.common import EXITS, FOUND, JSON, QUIET, told
 
 
-@click.command(context_settings={"max_content_width": 80})
+@click.command(
+    context_settings={"max_content_width": 80},
+    epilog=f"{EXITS}, {FOUND} where --fail-on found something.",
+)
 @click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path())
 @click.option(
     "--output",
@@ -19,8 +21,8 @@ FOUND = 3
     help="Where to write.  [default: RUN_DIR/amopo_report, of several ./amopo_report]",
 )
 @click.option("--force", is_flag=True, help="Overwrite what is in the folder.")
-@click.option("--quiet", is_flag=True, help="Print nothing but errors (and --json).")
-@click.option("--json", "as_json", is_flag=True, help="For programs: the last line of the output.")
+@QUIET
+@JSON
 @click.option(
     "--fail-on",
     type=click.Choice(["problem", "warning"]),
@@ -46,7 +48,6 @@ def report(
     Called again for the same runs it writes the page anew; anything else that is
     there already is only overwritten with --force.
     """
-    from axolotl_amopo.errors import AMoPOError
     from axolotl_amopo.report.findings import SEVERITIES, findings
     from axolotl_amopo.report.log import read_run
     from axolotl_amopo.report.show import show, to_json
@@ -55,12 +56,10 @@ def report(
     folders = [Path(folder) for folder in run_dirs]
     if output is None:
         output = (folders[0] if len(folders) == 1 else Path()) / "amopo_report"
-    try:
+    with told():
         runs = names([read_run(folder) for folder in folders])
         page = write(runs, output, force=force, quiet=quiet)
-    except AMoPOError as error:
-        raise click.ClickException(str(error)) from None
-    if not quiet:
+    if not (quiet or as_json):
         from rich.console import Console
 
         show(runs, Console(width=80, highlight=False))

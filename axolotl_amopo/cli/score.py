@@ -1,14 +1,14 @@
 """`axolotl amopo score CONFIG`: what training did to each dimension."""
 
 import contextlib
-import io
 import json
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from axolotl_amopo.cli.common import EXITS, JSON, QUIET, check_free, libraries, told
 
 if TYPE_CHECKING:
     from axolotl_amopo.scoring.logps import ModelPath
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-@click.command(context_settings={"max_content_width": 80})
+@click.command(context_settings={"max_content_width": 80}, epilog=f"{EXITS}.")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @click.option(
     "--model",
@@ -54,9 +54,9 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--html", type=FILE, metavar="FILE", help="Write a page with plots.")
 @click.option("--markdown", type=FILE, metavar="FILE", help="Write the tables as Markdown.")
 @click.option("--pairs", type=FILE, metavar="FILE", help="Write every pair's margins (JSON lines).")
-@click.option("--json", "as_json", is_flag=True, help="For programs: the last line of the output.")
+@JSON
 @click.option("--force", is_flag=True, help="Overwrite files that are there.")
-@click.option("--quiet", is_flag=True, help="No progress, and nothing but --json on the terminal.")
+@QUIET
 def score(
     config: str,
     models: tuple[str, ...],
@@ -81,26 +81,21 @@ def score(
     compared on the same pairs, with 95 % intervals and p-values by prompt.
     """
     targets = {"html": html, "markdown": markdown, "pairs": pairs}
-    for path in filter(None, targets.values()):
-        if path.exists() and not force:
-            raise click.ClickException(f"{path} is there already; name another, or add --force.")
+    for path in targets.values():
+        check_free(path, force)
     if no_base and options["base"]:
         raise click.UsageError("--base and --no-base can't go together.")
     named = parse_models(models)
 
-    with _silence() if quiet else contextlib.nullcontext():
-        from axolotl_amopo.errors import AMoPOError
+    with told(), libraries(quiet=quiet, as_json=as_json):
         from axolotl_amopo.scoring.report import score as run
         from axolotl_amopo.scoring.show import markdown as to_markdown
         from axolotl_amopo.scoring.show import show
 
-        try:
-            with _progress(quiet) as progress:
-                report, scored = run(
-                    config, models=named, with_base=not no_base, progress=progress, **options
-                )
-        except AMoPOError as error:
-            raise click.ClickException(str(error)) from None
+        with _progress(quiet) as progress:
+            report, scored = run(
+                config, models=named, with_base=not no_base, progress=progress, **options
+            )
         if html:
             from axolotl_amopo.scoring.page import page
 
@@ -158,16 +153,3 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int], Callable[[int], None
             return lambda done: bars.advance(task, done)
 
         yield begin
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """axolotl's banner, log and bars go nowhere; errors are raised as ever."""
-    # Never closed: loggers that are made meanwhile keep it.
-    nowhere = io.StringIO()
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)

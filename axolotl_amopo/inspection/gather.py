@@ -152,7 +152,8 @@ def gather(path: str, rows: int = 3, find: str | None = None) -> Report:
         eval_rows=len(test_ids),
         shared_prompts=sum(prompt_of.get(example) in trained for example in test_ids),
     )
-    report.warnings = list(warnings(report, bool(cfg.val_set_size)))
+    pairs_split = bool(cfg.val_set_size) and not cfg.amopo.group_by_prompt
+    report.warnings = list(warnings(report, pairs_split))
     return report
 
 
@@ -339,7 +340,7 @@ def pieces(tokenizer: Any, ids: list[int], kind: str, instruction: str = "") -> 
     return made
 
 
-def warnings(report: Report, split_off: bool) -> Iterator[str]:
+def warnings(report: Report, pairs_split: bool) -> Iterator[str]:
     """What people should know before they train on it."""
     for entry in report.entries:
         for name, value in entry.longer_wins.items():
@@ -361,8 +362,9 @@ def warnings(report: Report, split_off: bool) -> Iterator[str]:
             yield f"{entry.name}: {entry.repeated_pairs} pairs stand there more than once."
     if report.shared_prompts:
         how = (
-            "val_set_size splits pairs, not prompts; use test_datasets."
-            if split_off
+            "val_set_size splits pairs, not prompts; use test_datasets, or "
+            "amopo.group_by_prompt: true."
+            if pairs_split
             else "the two sets have prompts in common."
         )
         yield (

@@ -1,6 +1,7 @@
 """A report for people at a terminal, 80 columns wide."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text as Styled
@@ -14,7 +15,7 @@ LONGEST = 900  # characters of a text that are shown
 
 def show(report: Report, console: Console) -> None:
     for entry in report.entries:
-        console.rule(f"{entry.name} ({entry.split})", align="left")
+        console.rule(escape(f"{entry.name} ({entry.split})"), align="left")
         _counts(entry, console)
         _ratings(entry, console)
         _between(entry, console)
@@ -25,7 +26,7 @@ def show(report: Report, console: Console) -> None:
     what = "pairs" if report.entries[0].groups_kept is None else "groups of pairs"
     console.print(f"{report.train_rows} {what} to train on, {report.eval_rows} to evaluate with")
     for warning in report.warnings:
-        console.print(f"[yellow]![/] {warning}", soft_wrap=False)
+        console.print(f"[yellow]![/] {escape(warning)}", soft_wrap=False)
 
 
 def _counts(entry: Entry, console: Console) -> None:
@@ -50,7 +51,7 @@ def _ratings(entry: Entry, console: Console) -> None:
         bars = "".join(BARS[-(-8 * count // most)] for _, count in counts)
         ends = f"{counts[0][0].split()[0]} {bars} {counts[-1][0].split()[-1]}" if counts else "-"
         table.add_row(
-            name,
+            escape(name),
             f"{low:g} to {high:g}",
             "lower" if name in entry.lower_is_better else "higher",
             ends,
@@ -76,7 +77,7 @@ def _between(entry: Entry, console: Console) -> None:
             r = entry.correlation[first][second]
             shown = "-" if r is None else f"{r:+.2f}"
             cells.append(f"{percent(entry.disagreement[first][second])} ({shown})")
-        table.add_row(f"{i + 1} {first}", *cells)
+        table.add_row(escape(f"{i + 1} {first}"), *cells)
     console.print(table)
     console.print()
 
@@ -95,22 +96,22 @@ def _tokens(entry: Entry, report: Report, console: Console) -> None:
 
 
 def _example(example: Example, console: Console) -> None:
-    console.rule(example.where, align="left", style="dim")
+    console.rule(escape(example.where), align="left", style="dim")
     for title, ratings in zip(("winner", "loser"), example.ratings, strict=True):
         text = ", ".join(
             f"{name} {'-' if rating is None else format(rating, 'g')}"
             for name, rating in ratings.items()
         )
-        console.print(f"{title} overall: {text}")
+        console.print(f"{title} overall: {escape(text)}")
     first, *others = example.seen
-    console.print(f"\n[bold]{first.prompt}[/]{'' if first.weighs else ' (weighs nothing)'}")
+    console.print(f"\n[bold]{escape(first.prompt)}[/]{'' if first.weighs else ' (weighs nothing)'}")
     console.print(styled(first.pieces))
     for title, response in zip(("winner", "loser"), example.responses, strict=True):
         console.print(f"[bold]{title}[/], all of it bears the loss")
         console.print(styled(response))
     for seen in others:
         console.print(
-            f"[bold]{seen.prompt}[/]: the {('first', 'second')[seen.chosen]} wins"
+            f"[bold]{escape(seen.prompt)}[/]: the {('first', 'second')[seen.chosen]} wins"
             + ("" if seen.weighs else ", weighs nothing")
         )
         console.print(styled([piece for piece in seen.pieces if piece.kind == "instruction"]))

@@ -71,7 +71,11 @@ def outcome(run: Run) -> list[str]:
         parts[kind].append(f"{text})")
     sentences = [f"{kind}: {', '.join(texts)}." for kind, texts in parts.items() if texts]
     if not sentences:
-        sentences = ["Nothing to compare yet: the log has no beginning and end."]
+        sentences = [
+            "Nothing to compare: margins or losses are NaN at an end of the log."
+            if any(finding.code == "not-finite" for finding in not_finite(run))
+            else "Nothing to compare yet: the log has no beginning and end."
+        ]
     weights = {name: run.change(f"amopo/{name}/weight").after for name in run.prompts}
     known = {name: weight for name, weight in weights.items() if weight is not None}
     if len(known) > 1:

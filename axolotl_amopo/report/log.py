@@ -143,13 +143,15 @@ def read_run(folder: Path, now: float | None = None) -> Run:
         raise AMoPOError(
             f"{run.file}: nothing has been logged yet; try again after the first logging_steps."
         )
+    for entry in (*run.train, *run.evals):
+        _restore_nan(entry)
     names = dict.fromkeys(
         match[1]
         for entry in (*run.train, *run.evals)
         for key in entry
         if (match := METRIC.fullmatch(key))
     )
-    if not names:
+    if not (names or run.prompts):
         raise AMoPOError(
             f"{run.file}: has no amopo/... metrics, so it is not the log of a run with rl: amopo."
         )
@@ -291,6 +293,17 @@ def _entry(line: dict[str, Any]) -> dict[tuple[str, float], Entry]:
     if any(key.startswith("eval_") for key in numbers):
         return {("eval", step): {key.removeprefix("eval_"): numbers[key] for key in numbers}}
     return {("train", step): numbers} if "loss" in numbers else {}
+
+
+def _restore_nan(entry: Entry) -> None:
+    """Say of an entry whose every pair had a NaN loss that it had.
+
+    Its log doesn't: transformers writes a training loss of 0 for it, and our means leave NaN out.
+    """
+    if any(key.startswith("amopo/") and key.endswith("/margin") for key in entry):
+        return
+    ours = [key for key in entry if key.startswith(("amopo/", "rewards/", "logps/"))]
+    entry |= dict.fromkeys(["loss", *ours], math.nan)
 
 
 def _number(value: Any) -> float | None:

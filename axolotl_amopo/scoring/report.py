@@ -161,7 +161,13 @@ def score(
 
     tokenizer = load_tokenizer(cfg)
     overall_winner = cfg.amopo.winner == "overall"
-    held_out = bool(cfg.val_set_size) and split == "test" and not cfg.test_datasets
+    # Groups hold all pairs of a prompt, so that a split of groups parts prompts too.
+    pairs_split = (
+        bool(cfg.val_set_size)
+        and split == "test"
+        and not cfg.test_datasets
+        and not cfg.amopo.group_by_prompt
+    )
     pairs = rated_pairs(
         cfg,
         tokenizer,
@@ -204,7 +210,7 @@ def score(
         notes=notes,
     )
     report.summary = list(summary(report))
-    report.notes += observations(report, overall_winner, held_out)
+    report.notes += observations(report, overall_winner, pairs_split)
     return report, scored
 
 
@@ -340,16 +346,16 @@ def sentence(report: Report, row: Row, model: str, name_prompt: bool) -> str:
     )
 
 
-def observations(report: Report, overall_winner: bool, held_out: bool) -> Iterator[str]:
+def observations(report: Report, overall_winner: bool, pairs_split: bool) -> Iterator[str]:
     """What people should know before they quote a number."""
     if report.pairs < report.total_pairs:
         yield f"{report.pairs} of {report.total_pairs} pairs were drawn (--limit)."
     if "training set" in report.source:
         yield "These pairs are trained on: the numbers say what was learnt, not what generalises."
-    if held_out:
+    if pairs_split:
         yield (
             "val_set_size splits pairs, not prompts: what is held out may share prompts with the "
-            "training set; test_datasets does not."
+            "training set. Use test_datasets, or amopo.group_by_prompt: true."
         )
     few = [
         row.name for row in report.rows if any(m.prompts < FEW_PROMPTS for m in row.models.values())

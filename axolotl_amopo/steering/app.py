@@ -1,5 +1,6 @@
 """A page in the browser: the base's and the tuned model's answers side by side, steered by hand."""
 
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -196,11 +197,27 @@ def page(sides: Sides) -> gr.Blocks:
     return blocks
 
 
+def free_port(host: str, port: int) -> int:
+    """The port, or for 0 any that is free; asked for before a model is loaded.
+
+    Raises:
+        AMoPOError: where it is taken, or the host is none of this machine's.
+    """
+    try:
+        with socket.create_server((host, port)) as server:
+            return server.getsockname()[1]
+    except OSError as error:
+        raise AMoPOError(
+            f"The page can't be served on {host}:{port} ({error.strerror}); name another --port, "
+            "or --port 0 for any that is free."
+        ) from None
+
+
 def serve(blocks: gr.Blocks, *, host: str, port: int, share: bool) -> None:
     """Serve a page until the process is stopped.
 
     Raises:
-        AMoPOError: where the port is taken.
+        AMoPOError: where the port has been taken since.
     """
     try:
         _, local, public = blocks.launch(
@@ -213,6 +230,6 @@ def serve(blocks: gr.Blocks, *, host: str, port: int, share: bool) -> None:
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise AMoPOError(f"the page can't be served on {host}:{port}: {error}") from None
+        raise AMoPOError(f"The page can't be served on {host}:{port}: {error}") from None
     print(f"Open {public or local}", flush=True)
     blocks.block_thread()
