@@ -304,11 +304,13 @@ class LinearLogps(torch.autograd.Function):
         elif wants_weight or wants_bias:
             grad_weight = torch.empty_like(weight) if wants_weight else None
             grad_bias = torch.empty_like(bias) if wants_bias else None
-            columns = _chunk_rows(max(1, len(hidden)), 2 if softcap else 1)
+            columns = min(_chunk_rows(max(1, len(hidden)), 2 if softcap else 1), len(weight))
+            room = weight.new_empty(len(hidden) * columns)
             for start in range(0, len(weight), columns):
                 chunk = slice(start, start + columns)
                 part = None if bias is None else bias[chunk]
-                logits, slope = _logits(hidden, weight[chunk], part, scale, softcap)
+                place = room[: len(hidden) * len(weight[chunk])].view(-1, len(weight[chunk]))
+                logits, slope = _logits(hidden, weight[chunk], part, scale, softcap, out=place)
                 towards = logits.sub_(highest.unsqueeze(-1)).exp_()
                 towards.mul_(factor / total.unsqueeze(-1))
                 inside = (targets >= start) & (targets < start + columns)
@@ -320,6 +322,7 @@ class LinearLogps(torch.autograd.Function):
                     torch.mm(towards.to(weight.dtype).t(), hidden, out=grad_weight[chunk])
                 if grad_bias is not None:
                     grad_bias[chunk] = towards.sum(0)
+                del logits, towards, slope  # before the next slice's are made
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 

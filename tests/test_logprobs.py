@@ -155,11 +155,13 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-@pytest.mark.parametrize("trained", [False, True])
-def test_memory_of_a_large_vocabulary(trained):
-    """8 x 512 response tokens and 152,000 tokens: full float32 logits would take 2.4 GB."""
+@pytest.mark.parametrize("kept_bytes", [0], indirect=True)  # too large to be kept, by itself
+@pytest.mark.parametrize(("trained", "most"), [(False, 170), (True, 220)])
+def test_memory_of_a_large_vocabulary(trained, most):
+    """8 x 512 response tokens and 152,000 tokens: full float32 logits would take 2.4 GB. One chunk
+    of them is 128 MiB, the head's gradient 37."""
     script = PEAK.format(trained=trained)
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300
     )
-    assert 50 < float(done.stdout) < 300  # MiB; below 50 the measurement itself would be broken
+    assert 100 < float(done.stdout) < most  # MiB; below 100 the measurement would be broken
