@@ -628,6 +628,11 @@ def test_the_page_answers_with_both_sides(served, adapter, base):
         assert text(shown[1]).strip() == generator.text(ids), side
     with pytest.raises(Exception, match="Write a question first"):
         client.predict(" ", 16, 0, 1, 0, True, *controls, api_name="/ask")
+    with pytest.raises(Exception, match="tokens"):
+        client.predict("Why? " * 5000, 16, 0, 1, 0, True, *controls, api_name="/ask")
+    for shown in client.predict("Who?", 16, 0, 1, 0, True, *controls, api_name="/ask")[1:]:
+        assert [m["role"] for m in shown] == ["user", "assistant"] * 2
+        assert [text(m) for m in shown[::2]] == ["Why?", "Who?"]
 
 
 def test_a_taken_port_is_named():

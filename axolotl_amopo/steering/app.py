@@ -85,9 +85,9 @@ def page(sides: Sides) -> gr.Blocks:
         if not question.strip():
             raise gr.Error("Write a question first.", print_exception=False)
         sampling = Sampling(int(tokens), temperature, top_p, int(seed))
+        before = {side: history.get(side, []) for side in sides.names}
         history = {
-            side: [*history.get(side, []), {"role": "user", "content": question}]
-            for side in sides.names
+            side: [*turns, {"role": "user", "content": question}] for side, turns in before.items()
         }
         yield "", history, *(history[side] for side in sides.names)
         try:
@@ -100,6 +100,8 @@ def page(sides: Sides) -> gr.Blocks:
                 history[side] = [*history[side], {"role": "assistant", "content": text}]
                 yield "", history, *(history[side] for side in sides.names)
         except AMoPOError as error:
+            # An unanswered question would stand before the next one.
+            yield question, before, *(before[side] for side in sides.names)
             raise gr.Error(str(error), print_exception=False) from None
 
     with gr.Blocks(title=f"AMoPO: {sides.name}", analytics_enabled=False) as blocks:
