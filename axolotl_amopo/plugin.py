@@ -14,8 +14,14 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.logging import get_logger
 
-from axolotl_amopo.args import DEFAULT_BETA, AMoPOConfig, check_axolotl_keys, parse_block, plain
-from axolotl_amopo.cli.overrides import apply_overrides
+from axolotl_amopo.config.block import (
+    DEFAULT_BETA,
+    AMoPOConfig,
+    check_axolotl_keys,
+    parse_block,
+    plain,
+)
+from axolotl_amopo.config.overrides import apply_overrides
 
 LOG = get_logger(__name__)
 
@@ -34,10 +40,10 @@ class AMoPOPlugin(BasePlugin):
             ConfigError: for a key that is unknown, out of bounds, or can't go with the others.
             DataError: for a local data file that can't be read.
         """
+        from axolotl_amopo.config.datasets import prepare_entries
+        from axolotl_amopo.config.devices import check_devices, check_parallel
+        from axolotl_amopo.config.files import check_yaml
         from axolotl_amopo.data.cache import set_aside_unfinished
-        from axolotl_amopo.data.entries import prepare_entries
-        from axolotl_amopo.data.files import check_yaml
-        from axolotl_amopo.parallel import check_devices, check_parallel
 
         planned_for = cfg.pop("plan", None)  # `axolotl amopo plan`: a device that isn't here
         asked = cfg.get("rl") == "amopo"
@@ -89,20 +95,20 @@ class AMoPOPlugin(BasePlugin):
         return next((p for p in plugins if isinstance(p, AMoPOPlugin)), self) is self
 
     def get_input_args(self) -> str | None:
-        return "axolotl_amopo.args.AMoPOArgs" if self.enabled else None
+        return "axolotl_amopo.config.block.AMoPOArgs" if self.enabled else None
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """Loads nothing: the first hook of a training run that knows that it is one."""
         if self._runs(cfg) and not preprocess:
-            from axolotl_amopo.parallel import check_processes
+            from axolotl_amopo.config.devices import check_processes
 
             check_processes(cfg)
 
     def pre_model_load(self, cfg: Any) -> None:
         if not self._runs(cfg):
             return
-        from axolotl_amopo.parallel import check_layers
-        from axolotl_amopo.sharing import check_before_loading
+        from axolotl_amopo.config.devices import check_layers
+        from axolotl_amopo.model.choose import check_before_loading
 
         check_layers(cfg)
         if cfg.amopo.share_prompt is True:
@@ -111,7 +117,7 @@ class AMoPOPlugin(BasePlugin):
     def get_trainer_cls(self, cfg: Any) -> type | None:
         if not self._runs(cfg):
             return None
-        from axolotl_amopo.trainer import AMoPOTrainer
+        from axolotl_amopo.training.trainer import AMoPOTrainer
 
         return AMoPOTrainer
 
@@ -126,9 +132,9 @@ class AMoPOPlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list:
         if not self._runs(cfg):
             return []
-        from axolotl_amopo.eval_table import EvalTable
-        from axolotl_amopo.records import RunLog, describe_run
-        from axolotl_amopo.trackers import Trackers
+        from axolotl_amopo.training.eval_table import EvalTable
+        from axolotl_amopo.training.run_log import RunLog, describe_run
+        from axolotl_amopo.training.trackers import Trackers
 
         run = describe_run(cfg, trainer.amopo, trainer.train_dataset, trainer.eval_dataset)
         trackers = Trackers(trainer)
@@ -147,7 +153,7 @@ class AMoPOPlugin(BasePlugin):
     ) -> tuple[type, dict[str, Any]] | None:
         if not self._runs(cfg):
             return None
-        from axolotl_amopo.collator import AMoPOCollator
+        from axolotl_amopo.training.collator import AMoPOCollator
 
         # axolotl pads to 64 unless told otherwise, which is a fifth of a short pair. Products in
         # 8 bits take multiples of 16.

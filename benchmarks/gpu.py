@@ -52,10 +52,10 @@ from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from axolotl_amopo.plan.cards import GIB
-from axolotl_amopo.plan.estimate import SHORTEST_PROMPT, Plan
-from axolotl_amopo.plan.load import plan_config
-from axolotl_amopo.plan.models import KNOWN
+from axolotl_amopo.commands.plan.cards import GIB
+from axolotl_amopo.commands.plan.estimate import SHORTEST_PROMPT, Plan
+from axolotl_amopo.commands.plan.load import plan_config
+from axolotl_amopo.commands.plan.models import KNOWN
 
 OUTPUT = Path(__file__).parents[1] / "build" / "benchmarks"  # git ignores build/
 DIMENSIONS = ["helpfulness", "correctness", "safety"]

@@ -42,8 +42,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from axolotl_amopo.data.pairs import Pair, PairRule
-from axolotl_amopo.data.tokens import PairTokens, instructed
+from axolotl_amopo.data.pairing import Pair, PairRule
+from axolotl_amopo.data.tokenizer import PairTokens, instructed
 
 ROOT = Path(__file__).parent.parent
 DIMENSIONS = ["helpfulness", "correctness", "coherence"]

@@ -79,11 +79,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import _ChunkedLogProbFunction
 
-from axolotl_amopo.collator import AMoPOCollator
-from axolotl_amopo.layout import LayoutName, lay_out
-from axolotl_amopo.logprobs import LinearLogps, prepare_model, response_logps
 from axolotl_amopo.loss import amopo_loss
-from axolotl_amopo.sharing import MASKED, _Attention, choose_layout
+from axolotl_amopo.model.choose import MASKED, _Attention, choose_layout
+from axolotl_amopo.model.forward import LinearLogps, prepare_model, response_logps
+from axolotl_amopo.model.layout import LayoutName, lay_out
+from axolotl_amopo.training.collator import AMoPOCollator
 
 OUTPUT = Path(__file__).parents[1] / "build" / "benchmarks"  # git ignores build/
 VARIANTS = ["published", "unshared", "tree", "default", "after", "dpo", "floor"]

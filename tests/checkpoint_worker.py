@@ -15,9 +15,9 @@ import torch
 import transformers.modeling_utils
 from peft import peft_model
 
-from axolotl_amopo import checkpoints
-from axolotl_amopo.checkpoints import Checkpoints
-from axolotl_amopo.trainer import AMoPOTrainer
+from axolotl_amopo.training import checkpoints
+from axolotl_amopo.training.checkpoints import Checkpoints
+from axolotl_amopo.training.trainer import AMoPOTrainer
 
 STEP = 4  # whose checkpoint is not completed
 # What changes a disk, as Python's audit hooks name it; torch and safetensors write past them.

@@ -15,8 +15,8 @@ from launch_on_cpu import no_gpu
 from torch.distributed import device_mesh
 from transformers import TrainerCallback
 
-import axolotl_amopo.trainer  # noqa: F401, imports what training needs
-from axolotl_amopo import parallel
+import axolotl_amopo.training.trainer  # noqa: F401, imports what training needs
+from axolotl_amopo.config import devices as parallel
 
 if is_deepspeed_available():
     import deepspeed

@@ -17,11 +17,11 @@ import conftest  # noqa: F401  (sets environment variables)
 from runs import train
 from torch.utils.flop_counter import FlopCounterMode
 
-from axolotl_amopo.plan.estimate import memory, sharding
-from axolotl_amopo.plan.load import load
-from axolotl_amopo.plan.models import model_config
-from axolotl_amopo.plan.step import FLOPS_ON_CPU, run_step
-from axolotl_amopo.trainer import AMoPOTrainer
+from axolotl_amopo.commands.plan.estimate import memory, sharding
+from axolotl_amopo.commands.plan.load import load
+from axolotl_amopo.commands.plan.models import model_config
+from axolotl_amopo.commands.plan.step import FLOPS_ON_CPU, run_step
+from axolotl_amopo.training.trainer import AMoPOTrainer
 
 
 def status(name: str) -> int:

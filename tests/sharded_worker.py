@@ -28,10 +28,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from axolotl_amopo import logprobs, sharing
-from axolotl_amopo.logprobs import causal_model, prepare_model, response_logps
 from axolotl_amopo.loss import amopo_loss
-from axolotl_amopo.sharing import choose_layout
+from axolotl_amopo.model import choose as sharing
+from axolotl_amopo.model import forward as logprobs
+from axolotl_amopo.model.choose import choose_layout
+from axolotl_amopo.model.forward import causal_model, prepare_model, response_logps
 
 LAYOUTS = ("packed", "tree", "sequences")
 MODELS = {"untied": "llama", "tied": "qwen2"}

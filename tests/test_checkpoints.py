@@ -15,8 +15,8 @@ from axolotl.utils.train import determine_last_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import get_last_checkpoint
 
-from axolotl_amopo.checkpoints import MANIFEST, Checkpoints, Outline, Run
 from axolotl_amopo.errors import AMoPOError
+from axolotl_amopo.training.checkpoints import MANIFEST, Checkpoints, Outline, Run
 
 RUN = Run(
     processes=2,
@@ -89,7 +89,7 @@ def test_the_newest_is_taken_and_named(folder, caplog):
     caplog.set_level(logging.INFO)
     assert newest(folder) == "checkpoint-10"
     assert names(folder) == ["checkpoint-10", "checkpoint-2", "checkpoint-4"]
-    (line,) = [r.message for r in caplog.records if r.name == "axolotl_amopo.checkpoints"]
+    (line,) = [r.message for r in caplog.records if r.name == "axolotl_amopo.training.checkpoints"]
     assert line == f"AMoPO: resuming from {folder}/checkpoint-10, which is complete."
 
 

@@ -10,7 +10,7 @@ import yaml
 from click.testing import CliRunner
 from runs import ROOT
 
-from axolotl_amopo.cli.configs import configs
+from axolotl_amopo.commands.configs import configs
 
 ZERO = "qwen2.5-32b-8x80gb-zero3"
 EXAMPLES = sorted((ROOT / "example_configs").glob("*.yml"))
@@ -73,7 +73,7 @@ def test_the_wheel_has_them(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
-    code = "from axolotl_amopo.cli.configs import configs, PACKAGE; print(PACKAGE); configs()"
+    code = "from axolotl_amopo.commands.configs import configs, PACKAGE; print(PACKAGE); configs()"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from axolotl_amopo.args import AMoPOConfig, Dimension
-from axolotl_amopo.data.entries import prepare_entries
-from axolotl_amopo.data.pairs import (
+from axolotl_amopo.config.block import AMoPOConfig, Dimension
+from axolotl_amopo.config.datasets import prepare_entries
+from axolotl_amopo.data.format import Survey
+from axolotl_amopo.data.pairing import (
     CLOSE,
     IDENTICAL,
     MISSING,
@@ -28,7 +29,6 @@ from axolotl_amopo.data.pairs import (
     PairRule,
 )
 from axolotl_amopo.data.rows import RatedPrompt, Response
-from axolotl_amopo.data.strategy import Survey
 
 SCALES = {"help": (0, 100), "truth": (1, 5)}
 SCALED = [{"name": name, "scale": scale} for name, scale in SCALES.items()]
@@ -37,7 +37,7 @@ SCALED = [{"name": name, "scale": scale} for name, scale in SCALES.items()]
 def strategy(kind, tokenizer=None, entry=None, options=None, sequence_len=2048, **block):
     """A format's strategy as axolotl loads it; `options` are our own keys of the entry."""
     block = {"dimensions": list(SCALES), "datasets": {"id": {"options": options or {}}}} | block
-    module = f"axolotl_amopo.prompt_strategies.{kind}" + "_" * (kind == "user_defined")
+    module = f"axolotl_amopo.formats.{kind}" + "_" * (kind == "user_defined")
     return importlib.import_module(module).load(
         tokenizer,
         DictDefault(amopo=block, sequence_len=sequence_len),

@@ -7,9 +7,9 @@ import runs
 import torch
 from transformers import AutoModelForCausalLM
 
-from axolotl_amopo.args import AMoPOConfig, parse_block
+from axolotl_amopo.config.block import AMoPOConfig, parse_block
 from axolotl_amopo.errors import ConfigError
-from axolotl_amopo.eval_table import FILE, LONGEST
+from axolotl_amopo.training.eval_table import FILE, LONGEST
 
 PROMPTS = ["overall", "helpfulness", "honesty"]
 BLOCK = {

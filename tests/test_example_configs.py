@@ -138,7 +138,7 @@ def test_axolotl_accepts_it(path, local):
         for entry, validated in zip(given.get(section, []), cfg[section] or [], strict=True):
             assert entry["type"].startswith("amopo.")
             format_name = entry["type"].removeprefix("amopo.")
-            assert validated["type"] == f"axolotl_amopo.prompt_strategies.{format_name}"
+            assert validated["type"] == f"axolotl_amopo.formats.{format_name}"
 
 
 @every_config

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import read_all, strategy
 
-from axolotl_amopo.data.entries import formats
-from axolotl_amopo.data.pairs import PairRule
+from axolotl_amopo.commands.inspect.gather import gather
+from axolotl_amopo.config.datasets import formats
+from axolotl_amopo.data.format import Survey
+from axolotl_amopo.data.pairing import PairRule
 from axolotl_amopo.data.rows import RatedPrompt, Row
-from axolotl_amopo.data.strategy import Survey
 from axolotl_amopo.errors import AMoPOError, ConfigError, DataError
-from axolotl_amopo.inspection.gather import gather
 
 # More for a nightly run, e.g. 10000.
 EXAMPLES = int(os.environ.get("AMOPO_FUZZ_EXAMPLES", "150"))

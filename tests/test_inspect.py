@@ -8,10 +8,10 @@ import pytest
 from click.testing import CliRunner
 from runs import config, prepare, write_config, write_jsonl
 
-from axolotl_amopo.cli import amopo
-from axolotl_amopo.data.strategy import AMoPOStrategy
-from axolotl_amopo.inspection.gather import gather
-from axolotl_amopo.inspection.page import page
+from axolotl_amopo.commands import amopo
+from axolotl_amopo.commands.inspect.gather import gather
+from axolotl_amopo.commands.inspect.page import page
+from axolotl_amopo.data.format import AMoPOStrategy
 
 
 def row(question, *answers):

@@ -23,15 +23,15 @@ from transformers import (
     Qwen3Config,
 )
 
-from axolotl_amopo import sharing
-from axolotl_amopo.attention import PACKED, attention_inputs
-from axolotl_amopo.collator import AMoPOCollator
-from axolotl_amopo.data.tokens import PairTokens
+from axolotl_amopo.data.tokenizer import PairTokens
 from axolotl_amopo.errors import AMoPOError
-from axolotl_amopo.layout import MIN_SHARED_BEGINNING, lay_out, plant
-from axolotl_amopo.logprobs import causal_model, prepare_model, response_logps
 from axolotl_amopo.loss import amopo_loss
-from axolotl_amopo.sharing import candidates, cannot_share, choose_layout
+from axolotl_amopo.model import choose as sharing
+from axolotl_amopo.model.attention import PACKED, attention_inputs
+from axolotl_amopo.model.choose import candidates, cannot_share, choose_layout
+from axolotl_amopo.model.forward import causal_model, prepare_model, response_logps
+from axolotl_amopo.model.layout import MIN_SHARED_BEGINNING, lay_out, plant
+from axolotl_amopo.training.collator import AMoPOCollator
 
 VOCABULARY = 300
 SIZE = {
@@ -483,7 +483,7 @@ def test_an_unknown_treatment_of_logits_is_found(monkeypatch, caplog):
     """A model that does more to its logits than its config says here."""
     model = build("granite", "sdpa")
     prepare_model(model)
-    monkeypatch.setattr("axolotl_amopo.logprobs.logit_options", lambda config: (1.0, None))
+    monkeypatch.setattr("axolotl_amopo.model.forward.logit_options", lambda config: (1.0, None))
     assert choose_layout(model, batch_of(rows()), "auto") == ("packed", True)
     assert "using the logits of the model's own forward" in caplog.text
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from axolotl_amopo import logprobs
-from axolotl_amopo.logprobs import LinearLogps, gather_logps, prepare_model
+from axolotl_amopo.model import forward as logprobs
+from axolotl_amopo.model.forward import LinearLogps, gather_logps, prepare_model
 
 TOKENS, HIDDEN, VOCABULARY = 37, 16, 101
 
@@ -136,7 +136,7 @@ def test_a_models_head(tied, autocast):
 
 PEAK = """
 import torch
-from axolotl_amopo.logprobs import LinearLogps
+from axolotl_amopo.model.forward import LinearLogps
 
 def peak():
     lines = open("/proc/self/status").read().splitlines()

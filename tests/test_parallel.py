@@ -33,7 +33,7 @@ SHAPES = {
     2: (3, 1, {}),
     3: (1, 2, {"gradient_checkpointing": True}),
 }
-# Left out: what takes the same paths as another, and what can't be, see `axolotl_amopo.parallel`.
+# Left out: what takes the same paths as another, and what can't be, see `config.devices`.
 CASES = {
     ("ddp", 2): ("full", "bf16", "dora", "saved head", "qlora"),
     ("ddp", 3): ("full", "groups", "lora"),

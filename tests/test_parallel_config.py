@@ -18,9 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import trainer_optimizer
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from axolotl_amopo import parallel
+from axolotl_amopo.config import devices as parallel
+from axolotl_amopo.config.devices import BITSANDBYTES, check_devices, check_layers, check_parallel
 from axolotl_amopo.errors import ConfigError
-from axolotl_amopo.parallel import BITSANDBYTES, check_devices, check_layers, check_parallel
 
 DATA = runs.ROOT / "quickstart" / "train.jsonl"
 ZERO3 = {

@@ -17,10 +17,10 @@ from runs import LORA, config, write_config, write_jsonl
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from axolotl_amopo.cli import amopo
-from axolotl_amopo.plan.estimate import memory, sharding
-from axolotl_amopo.plan.models import KNOWN
-from axolotl_amopo.plan.step import Moment, Step
+from axolotl_amopo.commands import amopo
+from axolotl_amopo.commands.plan.estimate import memory, sharding
+from axolotl_amopo.commands.plan.models import KNOWN
+from axolotl_amopo.commands.plan.step import Moment, Step
 
 WORKER = Path(__file__).parent / "plan_worker.py"
 ROOT = Path(__file__).parent.parent

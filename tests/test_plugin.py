@@ -7,7 +7,7 @@ import pytest
 import runs
 from axolotl.integrations import base
 
-from axolotl_amopo.args import NO_EFFECT, check_axolotl_keys
+from axolotl_amopo.config.block import NO_EFFECT, check_axolotl_keys
 
 SFT = [
     {
@@ -114,7 +114,7 @@ def test_registers_once(named, tmp_path, tiny_model, installed):
     assert cfg.amopo.enabled
     assert cfg.rl is None
     manager = base.PluginManager.get_instance()
-    assert manager.get_input_args().count("axolotl_amopo.args.AMoPOArgs") == 1
+    assert manager.get_input_args().count("axolotl_amopo.config.block.AMoPOArgs") == 1
     assert manager.get_trainer_cls(cfg).__name__ == "AMoPOTrainer"
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import runs
 
-from axolotl_amopo.data.pairs import SINGLE
-from axolotl_amopo.inspection.gather import gather
+from axolotl_amopo.commands.inspect.gather import gather
+from axolotl_amopo.data.pairing import SINGLE
 
 sys.path.insert(0, str(runs.ROOT / "quickstart"))
 from smollm2 import ensure

@@ -8,8 +8,8 @@ import runs
 import transformers
 from huggingface_hub import ModelCard
 
-from axolotl_amopo.records import FILE
 from axolotl_amopo.steering.steering import Steering
+from axolotl_amopo.training.run_log import FILE
 
 ROWS = [
     {

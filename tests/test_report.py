@@ -16,12 +16,12 @@ import pytest
 from click.testing import CliRunner
 from runs import write_jsonl
 
-from axolotl_amopo.cli import amopo
+from axolotl_amopo.commands import amopo
+from axolotl_amopo.commands.report.findings import findings, interval, outcome
+from axolotl_amopo.commands.report.page import differences
+from axolotl_amopo.commands.report.plots import MOST_POINTS, Board, thin
 from axolotl_amopo.errors import AMoPOError, DataError
-from axolotl_amopo.report.findings import findings, interval, outcome
-from axolotl_amopo.report.log import LOG, read_run, series
-from axolotl_amopo.report.page import differences
-from axolotl_amopo.report.plots import MOST_POINTS, Board, thin
+from axolotl_amopo.training.runs import LOG, read_run, series
 
 PROMPTS = ["overall", "helpfulness", "honesty", "safety"]
 BEGUN = 1_000_000.0
@@ -703,8 +703,8 @@ def test_exit_codes(made, tmp_path, two_plots):
 
 def test_it_starts_without_torch_and_axolotl():
     code = (
-        "import sys; import axolotl_amopo.cli, axolotl_amopo.cli.report; "
-        "import axolotl_amopo.report.write, axolotl_amopo.report.show; "
+        "import sys; import axolotl_amopo.commands, axolotl_amopo.commands.report.command; "
+        "import axolotl_amopo.commands.report.write, axolotl_amopo.commands.report.show; "
         "print({'torch', 'axolotl', 'transformers', 'datasets', 'pandas', 'matplotlib.pyplot'}"
         " & set(sys.modules))"
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from axolotl_amopo.sampler import GROUPED_PASSES, LengthGroupedSampler, row_lengths
+from axolotl_amopo.training.sampler import GROUPED_PASSES, LengthGroupedSampler, row_lengths
 
 LENGTHS = np.random.default_rng(0).integers(10, 1000, 203)
 

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from runs import LORA, config, write_config, write_jsonl
 from scipy import stats
 
-from axolotl_amopo.cli import amopo
-from axolotl_amopo.scoring.measure import (
+from axolotl_amopo.commands import amopo
+from axolotl_amopo.commands.score.measure import (
     agreement,
     change,
     correct,
@@ -292,8 +292,8 @@ def test_sum_reference_and_plain(trained):
 
 
 def test_rewards_by_hand():
-    from axolotl_amopo.scoring.data import RatedPairs
-    from axolotl_amopo.scoring.report import margins_of
+    from axolotl_amopo.commands.score.data import RatedPairs
+    from axolotl_amopo.commands.score.report import margins_of
 
     pairs = RatedPairs([], [], *(np.empty(0),) * 2, np.array([[2, 10]]), np.empty(0), [], "", 1)
     base, tuned = np.array([[[-1.0, -0.5]]]), np.array([[[-0.5, -1.0]]])

@@ -12,14 +12,14 @@ from click.testing import CliRunner
 from jinja2 import TemplateError
 from runs import config, prepare, write_config, write_jsonl
 
-from axolotl_amopo.cli import amopo
-from axolotl_amopo.data.instructions import DEFAULT_INSTRUCTION, DEFAULT_OVERALL_INSTRUCTION
-from axolotl_amopo.data.tokens import ChatTokenizer
+from axolotl_amopo.commands import amopo
+from axolotl_amopo.commands.generate.export import export
+from axolotl_amopo.commands.generate.questions import of_text, read
+from axolotl_amopo.commands.kit.answers import Generator, Sampling, room_for, stop_ids
+from axolotl_amopo.commands.kit.trained import find
+from axolotl_amopo.config.instructions import DEFAULT_INSTRUCTION, DEFAULT_OVERALL_INSTRUCTION
+from axolotl_amopo.data.tokenizer import ChatTokenizer
 from axolotl_amopo.errors import AMoPOError
-from axolotl_amopo.steering.export import export
-from axolotl_amopo.steering.generate import Generator, Sampling, room_for, stop_ids
-from axolotl_amopo.steering.load import find
-from axolotl_amopo.steering.prompts import of_text, read
 from axolotl_amopo.steering.steering import FILE, SteeredDimension, Steering, parse_settings
 from axolotl_amopo.steering.template import check, steered, unsteered
 
@@ -591,7 +591,7 @@ def test_the_template_command(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def served(adapter):
-    from axolotl_amopo.steering.app import CSS, Sides, page
+    from axolotl_amopo.commands.chat.app import CSS, Sides, page
 
     sides = Sides(find(str(adapter)), with_base=True)
     blocks = page(sides)
@@ -640,7 +640,7 @@ def test_a_taken_port_is_named():
 
     import gradio
 
-    from axolotl_amopo.steering.app import serve
+    from axolotl_amopo.commands.chat.app import serve
 
     with gradio.Blocks() as blocks:
         gradio.Markdown("Nothing")
@@ -708,7 +708,7 @@ def test_help_needs_no_model():
 def test_a_port_that_is_taken():
     import socket
 
-    from axolotl_amopo.steering.app import free_port
+    from axolotl_amopo.commands.chat.app import free_port
 
     assert free_port("127.0.0.1", 0) > 0
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -16,10 +16,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from axolotl_amopo.data import strategy as strategies
-from axolotl_amopo.data import tokens
-from axolotl_amopo.data.prepare import ALIKE, BAD_PAIR, SHORTENED, TOO_LONG, prepare_row
-from axolotl_amopo.data.tokens import (
+from axolotl_amopo.data import format as strategies
+from axolotl_amopo.data import tokenizer as tokens
+from axolotl_amopo.data.examples import ALIKE, BAD_PAIR, SHORTENED, TOO_LONG, prepare_row
+from axolotl_amopo.data.tokenizer import (
     MIN_QUESTION_TOKENS,
     SPANNING,
     WHOLE,

@@ -12,8 +12,8 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from test_records import ROWS
 from transformers.integrations.integration_utils import rewrite_logs
 
-from axolotl_amopo.metrics import PER_PROMPT, SPREAD, metric_names
-from axolotl_amopo.trackers import LOG, Trackers
+from axolotl_amopo.training.metrics import PER_PROMPT, SPREAD, metric_names
+from axolotl_amopo.training.trackers import LOG, Trackers
 
 METRICS = (runs.ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 # Sent as a run's summary, not as a point of a curve.

@@ -228,7 +228,7 @@ def test_draws_do_not_depend_on_the_batch_layout(tmp_path, tiny_model, data):
 
 
 def test_draws_depend_on_seed_step_and_example_alone():
-    from axolotl_amopo.trainer import draw_noise
+    from axolotl_amopo.training.trainer import draw_noise
 
     ids = torch.tensor([11, 22, 33])
     draws = draw_noise(ids, 4, seed=7, step=3)

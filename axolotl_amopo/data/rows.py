@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from axolotl_amopo.data.instructions import render
+from axolotl_amopo.config.instructions import render
 from axolotl_amopo.errors import DataError, did_you_mean
 
 # What stands for no rating, beside nothing.

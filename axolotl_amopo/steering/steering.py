@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from axolotl_amopo.data import instructions
+from axolotl_amopo.config import instructions
 from axolotl_amopo.data.rows import Message
-from axolotl_amopo.data.tokens import Place, instructed
+from axolotl_amopo.data.tokenizer import Place, instructed
 from axolotl_amopo.errors import AMoPOError, did_you_mean
 
 if TYPE_CHECKING:  # takes half a minute to import
-    from axolotl_amopo.args import AMoPOConfig
+    from axolotl_amopo.config.block import AMoPOConfig
 
 FILE = "amopo_steering.json"
 VERSION = 1

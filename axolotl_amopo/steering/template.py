@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from axolotl_amopo.data.instructions import ENVIRONMENT, dimension_facts
+from axolotl_amopo.config.instructions import ENVIRONMENT, dimension_facts
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.steering.steering import OVERALL, Settings, Steering, written
 

@@ -1,0 +1,1 @@
+"""`axolotl amopo generate`: answers of a trained model, asked for ratings."""

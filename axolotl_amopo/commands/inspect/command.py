@@ -1,0 +1,54 @@
+"""`axolotl amopo inspect CONFIG`: what the data is, before anything is trained."""
+
+import json
+from pathlib import Path
+
+import click
+
+from axolotl_amopo.commands.kit.options import EXITS, JSON, QUIET, check_free, libraries, told
+
+
+@click.command(context_settings={"max_content_width": 80}, epilog=f"{EXITS}.")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Pairs to show.")
+@click.option("--find", metavar="TEXT", help="Show pairs with this text in them.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page.")
+@click.option("--force", is_flag=True, help="Overwrite the page where there is one.")
+@QUIET
+@JSON
+def inspect(
+    config: str,
+    rows: int,
+    find: str | None,
+    html: Path | None,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Rows, pairs, ratings, lengths, and the pairs as the model sees them.
+
+    \b
+        axolotl amopo inspect config.yml --rows 2 --html data.html
+
+    Prepares the data as training would, anew and in a folder that is deleted
+    again; the model itself is not loaded. Colours of a pair: special tokens dim,
+    the instruction cyan, what bears the loss green.
+    """
+    check_free(html, force)
+    with told(), libraries(quiet=quiet, as_json=as_json):
+        from axolotl_amopo.commands.inspect.gather import gather
+        from axolotl_amopo.commands.inspect.page import page
+
+        report = gather(config, rows, find)
+        if html:
+            html.write_text(page(report), encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+    elif html and not quiet:
+        click.echo(f"Written: {html}")
+    elif not quiet:
+        from rich.console import Console
+
+        from axolotl_amopo.commands.inspect.show import show
+
+        show(report, Console(width=80, highlight=False))

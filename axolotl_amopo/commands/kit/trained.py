@@ -1,0 +1,214 @@
+"""A model's folder, or its YAML -> what is to be loaded, and how it steers."""
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from axolotl_amopo.data.tokenizer import ChatTokenizer
+from axolotl_amopo.errors import AMoPOError, ConfigError
+from axolotl_amopo.steering.steering import FILE, Steering
+from axolotl_amopo.steering.template import unsteered
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where a trained model lies."""
+
+    folder: Path
+    base: str | None  # the model that an adapter was trained on; of a whole model, its untuned self
+    is_adapter: bool
+    yaml_steering: Steering | None = None
+
+    @property
+    def steering(self) -> Steering:
+        """Its steering: the folder's own, else the YAML's.
+
+        Raises:
+            AMoPOError: where there is none.
+        """
+        if self.yaml_steering and not (self.folder / FILE).exists():
+            return self.yaml_steering
+        return Steering.load(self.folder)
+
+    def base_folder(self) -> str:
+        """The base model's folder or name.
+
+        Raises:
+            AMoPOError: where none is known, or it isn't there.
+        """
+        if self.base is None:
+            raise AMoPOError(
+                f"{self.folder}: is a whole model, which doesn't say what it was trained from; "
+                "name its base with --base-model."
+            )
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+
+        if (Path(self.base) / "config.json").is_file():
+            return self.base
+        # A hub's name has one slash and no file of its own here; offline, only what is cached.
+        is_name = self.base.count("/") <= 1 and not self.base.startswith((".", "/", "~"))
+        try:
+            if is_name and isinstance(try_to_load_from_cache(self.base, "config.json"), str):
+                return self.base
+        except ValueError:  # nothing that a hub could have
+            is_name = False
+        if is_name and not HF_HUB_OFFLINE and not Path(self.base).exists():
+            return self.base
+        raise AMoPOError(
+            f"{self.folder}: its base model '{self.base}' is no model folder as seen from "
+            f"{Path.cwd()}{' and not in the hub cache' if is_name else ''}; run the command from "
+            "the folder in which training ran, or name it with --base-model."
+        )
+
+
+def find(model_or_config: str, base_model: str | None = None) -> Trained:
+    """What a model's folder, or the YAML of its training, stands for.
+
+    Args:
+        base_model: in place of what the folder or the YAML names.
+
+    Raises:
+        AMoPOError: where there is no model, or no `rl: amopo` in the YAML.
+    """
+    path = Path(model_or_config)
+    if path.is_file() and path.suffix in (".yml", ".yaml"):
+        return _of_yaml(path, base_model)
+    if not path.is_dir():
+        raise AMoPOError(
+            f"{path}: is neither a model's folder nor a YAML file; name the output_dir of a "
+            "training run, or its config."
+        )
+    return _of_folder(path, base_model)
+
+
+def _of_folder(
+    folder: Path, base_model: str | None, yaml_steering: Steering | None = None
+) -> Trained:
+    if (folder / "adapter_config.json").is_file():
+        try:
+            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            named = config["base_model_name_or_path"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise AMoPOError(f"{folder}/adapter_config.json: is broken ({error!r}).") from None
+        return Trained(folder, base_model or named, True, yaml_steering)
+    if (folder / "config.json").is_file():
+        return Trained(folder, base_model, False, yaml_steering)
+    raise AMoPOError(
+        f"{folder}: holds no model: neither adapter_config.json nor config.json is there; name "
+        "the output_dir of a training run, or a checkpoint in it."
+    )
+
+
+def _of_yaml(path: Path, base_model: str | None) -> Trained:
+    from axolotl.cli.config import load_cfg
+
+    cfg = load_cfg(str(path), is_preprocess=True)
+    if not (cfg.amopo and cfg.amopo.enabled):
+        raise ConfigError(f"{path}: has no `rl: amopo`; name a config that does, or a folder.")
+    folder = Path(cfg.output_dir)
+    if not folder.is_dir():
+        raise ConfigError(f"{path}: its output_dir, {folder}, is not there; train first.")
+    steering = None if (folder / FILE).exists() else steering_of(cfg, path)
+    return _of_folder(folder, base_model or cfg.base_model, steering)
+
+
+def steering_of(cfg: Any, path: Path) -> Steering:
+    """The steering of axolotl's config, with the scales of its first dataset.
+
+    Raises:
+        ConfigError: where a scale stands in the data alone.
+    """
+    entry = cfg.datasets[0]
+    strategy = importlib.import_module(entry.type).load(None, cfg, entry)
+    for name, scale in strategy.source.scales.items():
+        if scale is None:
+            raise ConfigError(
+                f"{path}: the scale of '{name}' is not in the config, so it was taken from the "
+                f"data; write {{name: {name}, scale: [lowest, highest]}} under amopo.dimensions."
+            )
+    return Steering.from_config(
+        strategy.config, strategy.source.scales, strategy.lower(), cfg.chat_template_kwargs
+    )
+
+
+def load_tokenizer(trained: Trained) -> Any:
+    """A model's tokenizer, the base's where an adapter's folder has none.
+
+    Raises:
+        AMoPOError: where there is none.
+    """
+    from transformers import AutoTokenizer
+
+    own = (trained.folder / "tokenizer_config.json").is_file()
+    folder = trained.folder if own or not trained.is_adapter else trained.base_folder()
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        line = str(error).strip().partition("\n")[0]
+        raise AMoPOError(f"{folder}: has no tokenizer that can be loaded: {line}") from None
+
+
+def chat_template(tokenizer: Any, where: Path) -> str:
+    """The model's own chat template.
+
+    Raises:
+        AMoPOError: where there is none.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise AMoPOError(
+            f"{where}: its tokenizer has no chat template; put the one it was trained with into "
+            f"{where}/chat_template.jinja."
+        )
+    return unsteered(template)
+
+
+def chat_tokenizer(trained: Trained, tokenizer: Any) -> ChatTokenizer:
+    """Renders and tokenises as training did."""
+    kwargs: dict[str, Any] = {}
+    if trained.yaml_steering or (trained.folder / FILE).exists():
+        kwargs = trained.steering.chat_template_kwargs
+    return ChatTokenizer(tokenizer, chat_template(tokenizer, trained.folder), kwargs)
+
+
+def load_model(trained: Trained, *, base: bool = False) -> Any:
+    """The model in evaluation mode, on the accelerator where there is one.
+
+    Args:
+        base: the untuned one, in place of the trained one.
+
+    Raises:
+        AMoPOError: where it can't be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    gpu = torch.accelerator.is_available()
+    whole = trained.base_folder() if trained.is_adapter or base else trained.folder
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            whole, dtype="auto" if gpu else torch.float32, device_map="auto" if gpu else None
+        )
+        if trained.is_adapter and not base:
+            model = _with_adapter(model, trained)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        line = str(error).strip().partition("\n")[0]
+        raise AMoPOError(f"{trained.folder}: the model can't be loaded: {line}") from None
+    # What a folder says of sampling must not mix with what the command asks for.
+    ends = model.generation_config.eos_token_id
+    model.generation_config = GenerationConfig(eos_token_id=ends)
+    return model.eval()
+
+
+def _with_adapter(model: Any, trained: Trained) -> Any:
+    from peft import PeftModel
+
+    tokens = len(load_tokenizer(trained))
+    if tokens > model.get_input_embeddings().num_embeddings:  # training added some
+        model.resize_token_embeddings(tokens)
+    return PeftModel.from_pretrained(model, trained.folder)

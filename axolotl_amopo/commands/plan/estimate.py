@@ -1,0 +1,349 @@
+"""A step on one device -> memory on each of many, time, and what would make it fit."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from axolotl.utils.dict import DictDefault
+from transformers import PreTrainedConfig
+
+from axolotl_amopo.commands.plan.cards import GIB, Card
+from axolotl_amopo.commands.plan.step import Moment, PairShape, Step, made_up_batch, run_step
+from axolotl_amopo.config.block import AMoPOConfig
+from axolotl_amopo.config.devices import deepspeed_settings
+
+# What a process has on a GPU before the first tensor (CUDA context, cuBLAS workspaces), and what
+# the caching allocator wastes on blocks that fit nothing.
+CONTEXT_BYTES = int(0.9 * GIB)
+FRAGMENTATION = 0.05
+# A question this short with two answers that fill `sequence_len` is the largest pair there is.
+SHORTEST_PROMPT = 64
+# DeepSpeed's own default, in numbers; what ZeRO-3 keeps gathered at most.
+MAX_LIVE_PARAMETERS = 10**9
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Bytes for every trained number, `dtype` standing for those of the number itself."""
+
+    states: Callable[[int], float]
+    during_step: Callable[[int], float] = lambda dtype: 0.0
+
+
+ADAM = Optimizer(lambda dtype: 2 * dtype)
+OPTIMIZERS: dict[str, Optimizer] = {
+    # One kernel for all parameters at once, through temporary copies.
+    "adamw_torch": Optimizer(lambda dtype: 2 * dtype, lambda dtype: dtype),
+    "adamw_torch_fused": ADAM,
+    "optimi_adamw": Optimizer(lambda dtype: (3 if dtype == 2 else 2) * dtype),  # Kahan's sum
+    "adamw_torch_8bit": Optimizer(lambda dtype: 2 * (1 + 4 / 256)),
+    "adamw_torch_4bit": Optimizer(lambda dtype: 1 + 8 / 128),
+    "adamw_bnb_8bit": Optimizer(lambda dtype: 2 * (1 + 4 / 256)),
+    "adamw_8bit": Optimizer(lambda dtype: 2 * (1 + 4 / 256)),
+    "paged_adamw_8bit": Optimizer(lambda dtype: 2 * (1 + 4 / 256)),
+    "paged_adamw_32bit": Optimizer(lambda dtype: 8),
+    "lion_32bit": Optimizer(lambda dtype: 4),
+    "lion_8bit": Optimizer(lambda dtype: 1 + 4 / 256),
+    "paged_lion_8bit": Optimizer(lambda dtype: 1 + 4 / 256),
+    "rmsprop": Optimizer(lambda dtype: dtype),
+    "adagrad": Optimizer(lambda dtype: dtype),
+    "adafactor": Optimizer(lambda dtype: 0.01, lambda dtype: 4),
+    "sgd": Optimizer(lambda dtype: 0),
+    "muon": Optimizer(lambda dtype: dtype),
+}
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Over how many devices what is divided."""
+
+    name: str  # none, ddp, fsdp2, zero1, zero2, zero3
+    devices: int
+    offload_optimizer: bool = False
+    offload_weights: bool = False
+    keep_gathered: bool = False  # FSDP2 with reshard_after_forward: false
+    max_live: int = MAX_LIVE_PARAMETERS  # ZeRO-3
+
+    @property
+    def deepspeed(self) -> bool:
+        return self.name.startswith("zero")
+
+    @property
+    def weights(self) -> int:
+        return self.devices if self.name in ("fsdp2", "zero3") else 1
+
+    @property
+    def gradients(self) -> int:
+        return self.devices if self.name in ("fsdp2", "zero2", "zero3") else 1
+
+    @property
+    def states(self) -> int:
+        return self.devices if self.name == "fsdp2" or self.deepspeed else 1
+
+
+def sharding(cfg: Any, devices: int) -> Sharding:
+    """How a config spreads a model over devices.
+
+    Raises:
+        ConfigError: for a DeepSpeed file that isn't one.
+    """
+    if cfg.deepspeed:
+        options = deepspeed_settings(cfg.deepspeed)["zero_optimization"]
+
+        def offloads(key: str) -> bool:
+            return (options.get(key) or {}).get("device", "none") != "none"
+
+        live = options.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS)
+        return Sharding(
+            f"zero{options['stage']}" if options.get("stage") else "ddp",
+            devices,
+            offloads("offload_optimizer"),
+            offloads("offload_param"),
+            max_live=MAX_LIVE_PARAMETERS if live == "auto" else int(live),
+        )
+    if cfg.fsdp_config:
+        offload = bool(cfg.fsdp_config.offload_params)
+        kept = cfg.fsdp_config.reshard_after_forward is False
+        return Sharding("fsdp2", devices, offload, offload, keep_gathered=kept)
+    return Sharding("ddp" if devices > 1 else "none", devices)
+
+
+def memory(step: Step, cfg: Any, shards: Sharding, card: Card | None) -> dict[str, int]:
+    """Bytes on each device by what they are for, at the moment that needs most.
+
+    Args:
+        step: of the largest micro batch.
+        card: None on a CPU, which has neither a CUDA context nor its allocator.
+    """
+    n = shards.devices
+    full = not cfg.adapter
+    # DeepSpeed keeps a float32 copy of what it trains, and AdamW's two states of that.
+    optimizer = OPTIMIZERS.get(getattr(cfg.optimizer, "value", cfg.optimizer), ADAM)
+    width = step.trained / step.trainable
+    half = width == 2
+    states = optimizer.states(4 if shards.deepspeed else width) * step.trainable
+    if shards.deepspeed and half:
+        states += 4 * step.trainable
+    states /= shards.states
+    during = optimizer.during_step(width) * step.trainable / shards.states
+    gathered = 0
+    if shards.name == "fsdp2":  # the unit that runs and the one that is fetched
+        gathered = (
+            step.weights + step.trained * (not full)
+            if shards.keep_gathered
+            else (2 * step.largest_unit)
+        )
+    elif shards.name == "zero3":
+        gathered = min(2 * shards.max_live, step.weights)
+    weights = step.weights / shards.weights
+    trained = 0 if full else step.trained / shards.weights
+    gradients = step.trained / shards.gradients
+    # A unit's gradients, whole, on their way to their owners; or the buckets that are sent.
+    sent = min(step.trained, step.largest_unit) if shards.gradients > 1 else 0
+    if shards.name == "ddp" and n > 1:
+        sent = step.trained
+    accumulated = (cfg.gradient_accumulation_steps or 1) > 1  # those of earlier micro batches
+    if shards.offload_weights:
+        weights = trained = gradients = 0
+    if shards.offload_optimizer:
+        states = during = 0
+
+    def at(moment: Moment) -> dict[str, float]:
+        grown = step.trained if accumulated else moment.gradients
+        return {
+            "gradients": (gradients if accumulated else grown / shards.gradients) + sent,
+            "gathered": gathered,
+            "unpacked": step.unpacked,
+            "activations": moment.activations,
+            "logits": moment.logits,
+            "working": moment.working,
+        }
+
+    in_optimizer = {"gradients": gradients + (sent if n > 1 and shards.name == "ddp" else 0)}
+    in_optimizer["working"] = during
+    fullest = max([*map(at, step.moments), in_optimizer], key=lambda sizes: sum(sizes.values()))
+    lines = {"weights": weights, "adapters": trained, "optimizer": states} | fullest
+    if card is not None:
+        lines["reserve"] = CONTEXT_BYTES + FRAGMENTATION * sum(lines.values())
+    return {name: math.ceil(size) for name, size in lines.items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs; see `estimate`."""
+
+    model: str
+    training: str  # full, lora, qlora
+    sharding: Sharding
+    layout: str
+    parameters: int
+    trainable: int
+    pairs_per_step: int
+    prompts: int
+    tokens_per_step: int
+    tokens_per_step_unshared: int
+    flops_per_step: int
+    sequence_len: int
+    memory: dict[str, int]  # bytes on each device, at the longest pairs
+    card: Card | None
+    utilisation: float
+    epoch_pairs: int
+
+    @cached_property
+    def total(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.card is None else self.total <= self.card.bytes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.epoch_pairs / self.pairs_per_step)
+
+    @property
+    def seconds_per_epoch(self) -> float | None:
+        if self.card is None:
+            return None
+        speed = self.card.tflops * 1e12 * self.utilisation * self.sharding.devices
+        return self.steps_per_epoch * self.flops_per_step / speed
+
+    def summary(self) -> str:
+        """What fits into a comment."""
+        text = (
+            f"{self.pairs_per_step} pairs and {self.tokens_per_step:,} tokens a step; "
+            f"{self.total / GIB:.1f}"
+        )
+        if self.card is None:
+            return f"{text} GiB"
+        time = f"{self.seconds_per_epoch / 3600:.2g} h for {self.epoch_pairs:,} pairs"
+        return f"{text} of {self.card.bytes / GIB:.1f} GiB; {time}"
+
+    def to_json(self) -> dict[str, Any]:
+        derived = ("total", "fits", "steps_per_epoch", "seconds_per_epoch")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+def estimate(
+    cfg: Any,
+    config: PreTrainedConfig,
+    amopo: AMoPOConfig,
+    usual: PairShape,
+    *,
+    card: Card | None,
+    devices: int = 1,
+    device: str = "cuda",
+    utilisation: float = 0.4,
+    epoch_pairs: int = 10_000,
+) -> Plan:
+    """Simulate a step at the usual length for its cost, and at the largest for its memory.
+
+    Args:
+        cfg: axolotl's validated config.
+        usual: tokens of a usual pair.
+        card: what each process has; None to say nothing about fitting and time.
+        device: `cuda` or `cpu`.
+        utilisation: share of the card's speed that training reaches.
+    """
+    shards = sharding(cfg, devices)
+    usual_batch, largest = (
+        made_up_batch(cfg.micro_batch_size, len(amopo.prompt_names), shape)
+        for shape in (usual, largest_pair(cfg.sequence_len, usual))
+    )
+    step = run_step(cfg, config, amopo, usual_batch, largest, device)
+    accumulation = cfg.gradient_accumulation_steps or 1
+    micro_batches = accumulation * devices
+    training = "qlora" if cfg.load_in_4bit else cfg.adapter or "full"
+    return Plan(
+        model=str(cfg.base_model),
+        training=training,
+        sharding=shards,
+        layout=step.layout,
+        parameters=step.parameters,
+        trainable=step.trainable,
+        pairs_per_step=cfg.micro_batch_size * micro_batches,
+        prompts=len(amopo.prompt_names),
+        tokens_per_step=step.tokens * micro_batches,
+        tokens_per_step_unshared=step.tokens_unshared * micro_batches,
+        flops_per_step=step.flops * micro_batches,
+        sequence_len=cfg.sequence_len,
+        memory=memory(step, cfg, shards, card if device == "cuda" else None),
+        card=card,
+        utilisation=utilisation,
+        epoch_pairs=epoch_pairs,
+    )
+
+
+def largest_pair(sequence_len: int, usual: PairShape) -> PairShape:
+    """The pair of most tokens that `sequence_len` lets through."""
+    prompt = min(SHORTEST_PROMPT, usual.prompt, sequence_len // 2)
+    return PairShape(prompt, sequence_len - prompt, min(usual.beginning, prompt - 1))
+
+
+def changes(cfg: Any, devices: int) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """What to change in a config that doesn't fit: in words, as keys, on how many devices.
+
+    Those that cost least come first.
+    """
+    sharded = bool(cfg.deepspeed or cfg.fsdp_config)
+    micro = cfg.micro_batch_size or 1
+    if micro > 1:
+        steps = (cfg.gradient_accumulation_steps or 1) * micro
+        keys = {"micro_batch_size": 1, "gradient_accumulation_steps": steps}
+        yield f"micro_batch_size: 1, gradient_accumulation_steps: {steps}", keys, devices
+    checkpointed = (cfg.fsdp_config or {}).get("activation_checkpointing")
+    if not (cfg.gradient_checkpointing or checkpointed):
+        yield "gradient_checkpointing: true", {"gradient_checkpointing": True}, devices
+    if not cfg.adapter and not sharded:
+        keys = {"optimizer": "paged_adamw_8bit"}
+        yield "optimizer: paged_adamw_8bit", keys, devices
+    if cfg.adapter and not cfg.load_in_4bit and not sharded:
+        keys = {"adapter": "qlora", "load_in_4bit": True}
+        yield "adapter: qlora, load_in_4bit: true", keys, devices
+    if devices > 1 and not sharded:
+        yield "FSDP2 (fsdp_version: 2, see docs/scaling.md)", FSDP2, devices
+    if not cfg.adapter:
+        yield f"adapter: lora, lora_r: {LORA['lora_r']}", LORA, devices
+    if cfg.sequence_len > 512:
+        half = cfg.sequence_len // 2
+        yield f"sequence_len: {half}", {"sequence_len": half}, devices
+    if not cfg.load_in_4bit:
+        more = 2 * devices if sharded or devices > 1 else 8
+        keys = {} if sharded else FSDP2
+        yield f"{more} GPUs" + (" with FSDP2" if not sharded else ""), keys, more
+
+
+FSDP2 = {"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}
+LORA = {"adapter": "lora", "lora_r": 32, "lora_alpha": 64, "lora_target_linear": True}
+
+
+def _changed(cfg: Any, keys: dict[str, Any]) -> DictDefault:
+    return DictDefault({**cfg, **keys})  # its own `|` lets the old values win
+
+
+def advise(cfg: Any, plan: Plan, again: Callable[[Any, int], Plan]) -> list[tuple[str, Plan]]:
+    """Changes after which a plan fits: each alone where one suffices, else several together.
+
+    Args:
+        again: makes the plan of a changed config on a number of devices.
+    """
+    if plan.fits is not False:
+        return []
+    devices = plan.sharding.devices
+    tried = [
+        (text, again(_changed(cfg, keys), count)) for text, keys, count in changes(cfg, devices)
+    ]
+    if alone := [(text, tried_plan) for text, tried_plan in tried if tried_plan.fits]:
+        return alone
+    texts: list[str] = []
+    while not plan.fits:
+        found = next(changes(cfg, devices), None)
+        if found is None or len(texts) > 8:
+            break
+        text, keys, devices = found
+        cfg = _changed(cfg, keys)
+        plan = again(cfg, devices)
+        texts.append(text)
+    return [("; ".join(texts), plan)] if texts else []

@@ -1,0 +1,103 @@
+"""A YAML file -> its plan."""
+
+from pathlib import Path
+
+import torch
+import yaml
+from axolotl.utils.config import prepare_plugins, validate_config
+from axolotl.utils.dict import DictDefault
+from pydantic import ValidationError
+
+from axolotl_amopo.commands.plan.cards import find_card
+from axolotl_amopo.commands.plan.estimate import Plan, advise, estimate
+from axolotl_amopo.commands.plan.models import model_config
+from axolotl_amopo.commands.plan.step import PairShape
+from axolotl_amopo.config.block import AMoPOConfig
+from axolotl_amopo.errors import AMoPOError, ConfigError
+
+# About what the default instruction has; with `instruction_place: after` the rest is shared.
+INSTRUCTION_TOKENS = 40
+
+
+def plan_config(
+    path: str,
+    *,
+    gpu: str | None = None,
+    gpu_memory: float | None = None,
+    gpu_tflops: float | None = None,
+    gpus: int = 1,
+    prompt_tokens: int = 480,
+    response_tokens: int = 115,
+    pairs: int = 10_000,
+    utilisation: float = 0.4,
+) -> tuple[Plan, list[tuple[str, Plan]]]:
+    """The plan of a config file, and changes that would make it fit, see `estimate`.
+
+    Raises:
+        AMoPOError: for a config that training would refuse too, an unknown card, or a model whose
+            config can't be had.
+    """
+    device = "cpu" if gpu == "cpu" else "cuda"
+    card = None
+    if device == "cuda" and (gpu is not None or gpu_memory is not None):
+        card = find_card(gpu or "this card", gpu_memory, gpu_tflops)
+    cfg, amopo = load(path, device, gpus)
+    if amopo.group_by_prompt:
+        raise ConfigError(
+            f"{path}: the plan knows pairs alone; plan it with amopo.group_by_prompt: false. A "
+            "group of N responses to equal prompts takes about N / 2 times what a pair takes."
+        )
+    config = model_config(cfg)
+    after = amopo.instruction_place == "after"
+    beginning = max(0, prompt_tokens - INSTRUCTION_TOKENS) if after else 0
+
+    def plan(cfg: DictDefault, devices: int) -> Plan:
+        return estimate(
+            cfg,
+            config,
+            amopo,
+            PairShape(prompt_tokens, response_tokens, beginning),
+            card=card,
+            devices=devices,
+            device=device,
+            utilisation=utilisation,
+            epoch_pairs=pairs,
+        )
+
+    first = plan(cfg, gpus)
+    return first, advise(cfg, first, plan)
+
+
+def load(path: str, device: str, gpus: int) -> tuple[DictDefault, AMoPOConfig]:
+    """A config file, validated by the plugin and by axolotl for the devices it is planned for.
+
+    Raises:
+        AMoPOError: saying what is wrong with it.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {error}.") from None
+    if not isinstance(values, dict) or values.get("rl") != "amopo":
+        raise ConfigError(f"{path}: has no `rl: amopo`; there is nothing to plan.")
+    cfg = DictDefault(values | {"plan": device, "axolotl_config_path": path})
+    prepare_plugins(cfg)
+    try:
+        cfg = validate_config(
+            cfg,
+            capabilities={
+                "bf16": device == "cuda",
+                "fp8": device == "cuda",
+                "tf32": device == "cuda",
+                "n_gpu": gpus,
+                "compute_capability": "sm_90" if device == "cuda" else None,
+            },
+            env_capabilities={"torch_version": torch.__version__.split("+")[0]},
+        )
+    except ValidationError as error:
+        reasons = "; ".join(detail["msg"] for detail in error.errors())
+        raise AMoPOError(f"{path}: axolotl refuses it: {reasons}.") from None
+    if cfg.bf16 == "auto":
+        cfg.bf16 = device == "cuda"
+    cfg.micro_batch_size = cfg.micro_batch_size or 1
+    return cfg, AMoPOConfig.model_validate(cfg.amopo.to_dict())

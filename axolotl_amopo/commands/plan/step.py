@@ -1,0 +1,381 @@
+"""One training step on tensors that have shapes and no contents.
+
+The model is built from its config in torch's FakeTensorMode, adapters and precision as axolotl
+sets them, and our own loss runs forward and backward over made-up pairs. So what a step computes
+and keeps is read off the code that will run, for any architecture, in seconds and without memory:
+every storage that comes to life is counted until it dies.
+"""
+
+import gc
+from collections import Counter
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+from weakref import finalize
+
+import torch
+from axolotl.loaders.adapter import load_lora
+from axolotl.loaders.model import should_convert_embedding_dtypes
+from axolotl.loaders.utils import get_linear_embedding_layers
+from axolotl.utils.lora_precision import upcast_lora_parameters
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from axolotl_amopo.config.block import AMoPOConfig
+from axolotl_amopo.loss import amopo_loss
+from axolotl_amopo.model.attention import PACKED
+from axolotl_amopo.model.choose import candidates, cannot_share
+from axolotl_amopo.model.forward import causal_model, prepare_model, response_logps
+from axolotl_amopo.model.layout import Forest, LayoutName, Leaf
+from axolotl_amopo.training.collator import AMoPOCollator
+
+# Attention on a CPU, which torch's counter doesn't know: as it counts the GPU's.
+FLOPS_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PairShape:
+    """Tokens of a pair: each of its K prompts (with its instruction), and each response."""
+
+    prompt: int
+    response: int
+    # What the K prompts have in common before they differ: the chat template's beginning, or the
+    # whole question where the instruction comes after it.
+    beginning: int = 0
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes that live at one time beside the weights."""
+
+    activations: int  # what the trunk keeps for the backward pass
+    logits: int  # what head and loss keep
+    working: int  # recomputation, gradients of activations, and the like
+    gradients: int  # of weights
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one micro batch costs on one device, nothing sharded. Sizes in bytes."""
+
+    layout: LayoutName
+    parameters: int
+    trainable: int
+    weights: int  # in the precision they are kept in; with an adapter, the frozen ones
+    trained: int  # weights that are trained; their gradients take as much
+    largest_unit: int  # weights of the largest layer, or of all outside the layers
+    unpacked: int  # the largest quantised weight as it is unpacked for a product
+    # The fullest before and after the first layer's gradients are there: which of them is the
+    # fuller depends on how gradients are sharded.
+    moments: tuple[Moment, Moment]
+    flops: int
+    tokens: int  # through the model
+    tokens_unshared: int  # the same pairs with a prompt for every response
+
+
+def run_step(
+    cfg: Any,
+    config: PreTrainedConfig,
+    amopo: AMoPOConfig,
+    usual: dict[str, Any],
+    largest: dict[str, Any],
+    device: str,
+) -> Step:
+    """Simulate forward and backward of two micro batches.
+
+    Layers that are all alike cost alike, so few of them run and the rest is extrapolated.
+
+    Args:
+        cfg: axolotl's validated config.
+        config: the model's.
+        usual: the batch whose tokens and FLOPs are counted, as the collator makes it.
+        largest: the batch whose memory is.
+        device: `cuda` or `cpu`, which decides the layout; nothing runs there.
+    """
+    model = build_model(cfg, config)
+    causal = causal_model(model)
+    layout = _choose(causal, cfg, amopo, torch.device(device))
+    forest = usual["forest"]
+    unshared = sum(forest.count(forest.path(leaf.segment)) for leaf in forest.leaves)
+    if layout == "sequences":  # as rows of a tree that shares nothing: it takes the same room
+        usual, largest = _unshared(usual), _unshared(largest)
+
+    layers = _layers(causal)
+    period = _period(cfg, config, layers)
+    runs = [len(layers)] if len(layers) <= 3 * period else [2 * period, 3 * period]
+    flops, moments = [], []
+    for count in runs:
+        short = _shortened(config, count)
+        with FlopCounterMode(display=False, custom_mapping=FLOPS_ON_CPU) as counter:
+            _simulate(build_model(cfg, short), cfg, usual, layout)
+        flops.append(counter.get_total_flops())
+        fresh = build_model(cfg, short)
+        with LiveMemory(fresh) as memory:
+            _simulate(fresh, cfg, largest, layout, memory)
+        moments.append(memory.peaks)
+    kinds = [field.name for field in fields(Moment)]
+
+    def extrapolate(values: list[int]) -> int:
+        low, high = values[0], values[-1]
+        if len(runs) == 1:
+            return low
+        return int(low + (high - low) * (len(layers) - runs[0]) / (runs[1] - runs[0]))
+
+    def at_peak(phase: int) -> Moment:
+        sizes = {kind: [peaks[phase][kind] for peaks in moments] for kind in kinds}
+        return Moment(**{kind: max(0, extrapolate(values)) for kind, values in sizes.items()})
+
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    kept = parameters if not cfg.adapter else [p for p in parameters if not p.requires_grad]
+    quantised = _quantised(causal, cfg)
+    # Units that are gathered whole when the model is sharded: a layer each, and the rest.
+    units = [sum(map(_bytes, layer.parameters())) for layer in layers]
+    units.append(sum(map(_bytes, causal.parameters())) - sum(units))
+    return Step(
+        layout=layout,
+        parameters=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in trained),
+        weights=sum(quantised.get(id(p)) or _bytes(p) for p in kept),
+        trained=sum(map(_bytes, trained)),
+        largest_unit=max(units),
+        unpacked=max((_bytes(p) for p in parameters if id(p) in quantised), default=0),
+        moments=(at_peak(0), at_peak(1)),
+        flops=extrapolate(flops),
+        tokens=sum(usual["forest"].lengths),
+        tokens_unshared=unshared,
+    )
+
+
+def _simulate(
+    model: nn.Module,
+    cfg: Any,
+    batch: dict[str, Any],
+    layout: LayoutName,
+    memory: "LiveMemory | None" = None,
+) -> None:
+    """Forward and backward on fake tensors."""
+    causal = causal_model(model)
+    if cfg.gradient_checkpointing or (cfg.fsdp_config or {}).get("activation_checkpointing"):
+        options = cfg.gradient_checkpointing_kwargs or {"use_reentrant": False}
+        causal.gradient_checkpointing_enable(dict(options))
+    if layout == "packed":
+        causal.set_attn_implementation(PACKED["sdpa"])
+    model.train()
+    prepare_model(model)
+    with torch.autocast("cpu", dtype=_dtype(cfg), enabled=bool(cfg.bf16 or cfg.fp16)):
+        laid_out = "packed" if layout == "packed" else "tree"
+        logps, mask = response_logps(model, batch, laid_out)
+        loss = amopo_loss(logps, mask, beta=1.0, gamma=1.0, weighting="mean").loss
+    if memory is not None:
+        memory.kind = "working"
+    gc.freeze()  # so that collecting looks at little
+    loss.backward()
+    gc.unfreeze()
+
+
+def _layers(causal: PreTrainedModel) -> nn.ModuleList:
+    return next(module for module in causal.modules() if isinstance(module, nn.ModuleList))
+
+
+def _period(cfg: Any, config: PreTrainedConfig, layers: nn.ModuleList) -> int:
+    """After how many layers they repeat themselves; all of them where they don't."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or [""] * len(layers)
+    shapes = [[p.shape for p in layer.parameters()] for layer in layers]
+    facts = list(zip(kinds, shapes, strict=True))
+    if cfg.peft_layers_to_transform:
+        return len(layers)
+    return next(p for p in range(1, len(facts) + 1) if facts[p:] == facts[:-p])
+
+
+def _shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    config = deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return config
+
+
+def build_model(cfg: Any, config: PreTrainedConfig) -> nn.Module:
+    """The model in the precision and with the adapters that axolotl 0.21 gives it.
+
+    Its tensors are fake ones. Quantised weights stand here in 16 bits, as they are computed with.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=_dtype(cfg), attn_implementation="sdpa"
+        )
+        # axolotl keeps these in float32; DeepSpeed casts them back.
+        if not (should_convert_embedding_dtypes(cfg) or cfg.deepspeed):
+            ends = get_linear_embedding_layers(config.model_type)
+            for name, module in model.named_modules():
+                is_end = any(end in name for end in ends) and hasattr(module, "weight")
+                if "norm" in name or is_end:
+                    module.to(torch.float32)
+        if cfg.adapter:
+            model.enable_input_require_grads()
+            options = {}
+            if cfg.peft_autocast_adapter_dtype is not None:
+                options["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
+            model = get_peft_model(model, load_lora(model, cfg, config_only=True)[1], **options)
+            if cfg.lora_fp32_gradients:
+                upcast_lora_parameters(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        causal_model(model).tie_weights()
+    return model
+
+
+def _dtype(cfg: Any) -> torch.dtype:
+    return torch.bfloat16 if cfg.bf16 else torch.float16 if cfg.fp16 else torch.float32
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _quantised(causal: PreTrainedModel, cfg: Any) -> dict[int, int]:
+    """Bytes of the weights that bitsandbytes packs, by the id of the parameter."""
+    if not (cfg.load_in_4bit or cfg.load_in_8bit):
+        return {}
+    weights = [
+        module.weight
+        for module in causal.modules()
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad
+    ]
+    head = causal.get_output_embeddings()
+    packed = {}
+    for weight in weights:
+        if weight is head.weight:
+            continue
+        # 4 bits: half a byte, a byte for every 64 weights, and a float for every 256 of those;
+        # 8 bits: a byte, and a float for every row.
+        count, rows = weight.numel(), weight.shape[0]
+        packed[id(weight)] = (
+            int(count * (1 / 2 + 1 / 64 + 4 / 64 / 256)) if cfg.load_in_4bit else (count + 4 * rows)
+        )
+    return packed
+
+
+def made_up_batch(pairs: int, prompts: int, shape: PairShape) -> dict[str, Any]:
+    """A micro batch of pairs that all have one shape."""
+    row = {
+        "prompt_ids": [
+            [0] * shape.beginning + [1 + k] * (shape.prompt - shape.beginning)
+            for k in range(prompts)
+        ],
+        "response_ids": [[0] * shape.response, [0] * shape.response],
+        "winners": [0] * prompts,
+        "dimension_mask": [1] * prompts,
+        "example_id": 0,
+    }
+    return AMoPOCollator(None, pad_to_multiple_of=8)([row] * pairs)
+
+
+def _unshared(batch: dict[str, Any]) -> dict[str, Any]:
+    forest = batch["forest"]
+    parents, lengths, leaves = [], [], []
+    for leaf in forest.leaves:
+        prompt = forest.count(forest.path(leaf.segment)[:-1])
+        parents += [-1, len(parents)]
+        lengths += [prompt, forest.lengths[leaf.segment]]
+        leaves.append(Leaf(len(parents) - 1, leaf.example, leaf.prompt, leaf.place))
+    tokens = torch.zeros(1, sum(lengths), dtype=torch.long)
+    forest = Forest(parents, lengths, leaves, forest.examples, forest.prompts)
+    return batch | {"forest": forest, "input_ids": tokens, "position_ids": tokens}
+
+
+def _choose(
+    causal: PreTrainedModel, cfg: Any, amopo: AMoPOConfig, device: torch.device
+) -> LayoutName:
+    """The layout that training will choose if nothing unforeseen turns up in its proof."""
+    implementation = cfg.attn_implementation or "sdpa"
+    config = causal.config.get_text_config()
+    if amopo.share_prompt is False or cannot_share(type(causal), config, implementation):
+        return "sequences"
+    return candidates(implementation, device, bool(cfg.torch_compile))[0]
+
+
+class LiveMemory(TorchDispatchMode):
+    """Bytes of the storages that live, by kind, and what they were when they were most.
+
+    A storage is `activations` if the trunk's forward makes it, `logits` if what follows in the
+    forward does, `gradients` once it is a parameter's, else `working`. Storages of the model are
+    not counted.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.kind = "activations"
+        self.live: Counter[str] = Counter()
+        self.peaks: list[Counter[str]] = [Counter(), Counter()]
+        self.phase = 0
+        # Those of the model have no kind.
+        self._kinds: dict[int, str] = {
+            tensor.untyped_storage()._cdata: ""
+            for tensor in [*model.parameters(), *model.buffers()]
+        }
+        causal = causal_model(model)
+        causal.base_model.register_forward_hook(lambda *_: setattr(self, "kind", "logits"))
+        for layer in _layers(causal):
+            layer.register_forward_pre_hook(self._collect)
+        in_layers = set(map(id, _layers(causal).parameters()))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                hook = partial(self._is_gradient, in_layer=id(parameter) in in_layers)
+                parameter.register_post_accumulate_grad_hook(hook)
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = func(*args, **kwargs or {})
+        tree_map_only(Tensor, self._count, result)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._kinds:
+            return
+        size = storage.nbytes()
+        self._kinds[key] = self.kind
+        self.live[self.kind] += size
+        finalize(storage, self._forget, key, size)
+        if self.live.total() > self.peaks[self.phase].total():
+            self.peaks[self.phase] = self.live.copy()
+
+    def _forget(self, key: int, size: int) -> None:
+        self.live[self._kinds.pop(key)] -= size
+
+    def _collect(self, *_: Any) -> None:
+        # Before a layer runs again: what the one behind it has left hangs in cycles here.
+        if self.kind == "working":
+            gc.collect()
+
+    def _is_gradient(self, parameter: nn.Parameter, in_layer: bool) -> None:
+        storage = parameter.grad.untyped_storage()
+        key = storage._cdata
+        if (kind := self._kinds.get(key)) not in (None, "gradients"):
+            self.live[kind] -= storage.nbytes()
+            self.live["gradients"] += storage.nbytes()
+            self._kinds[key] = "gradients"
+        self.phase = max(self.phase, int(in_layer))

@@ -1,0 +1,469 @@
+"""What a run's log says, in words: what improved, what paid for it, and what looks wrong.
+
+Every check stays silent where the log can't tell: too few entries, noise, masked dimensions.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from axolotl_amopo.training.runs import FEWEST_AT_AN_END, Change, Run, series
+
+Severity = Literal["problem", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("problem", "warning", "note")
+OURS = ("loss", "grad_norm", "amopo/", "rewards/", "logps/")
+
+# A spike stands so many robust standard deviations above the entries before it, and at so many
+# times their median: losses of small batches have long tails.
+SPIKE_DEVIATIONS, SPIKE_RATIO = 10, 2.0
+SPIKE_WINDOW = 25
+FEWEST_FOR_SPIKES = 20
+# Shares of gamma, the margin that the loss aims at (2.0 where the log doesn't tell it).
+MOVED, CLEAR_MARGIN = 0.01, 0.025
+GAMMA = 2.0
+# Weights closer to 1/K than this share of it are uniform.
+UNIFORM = 0.05
+# A loss that rises by less than this share is noise.
+LOSS_RISES = 0.05
+SHARE_FALLS = 0.03  # of pairs: an accuracy that falls by less is noise
+LENGTH_RISES = 0.05
+# Without the number of pairs: an accuracy this close to a half is chance.
+CHANCE = 0.05
+# An interval at least this wide to either side says that pairs are too few to tell.
+TOO_WIDE = 0.1
+
+
+@dataclass(frozen=True)
+class Finding:
+    code: str  # stable, for programs
+    severity: Severity
+    text: str  # what, with its numbers
+    advice: str  # what to try
+
+
+def findings(run: Run) -> list[Finding]:
+    """The worst first."""
+    found = [finding for check in CHECKS for finding in check(run)]
+    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
+
+
+def outcome(run: Run) -> list[str]:
+    """Which prompts improved, which fell, and what the weights did: a sentence each."""
+    margins = {name: run.change(f"amopo/{name}/margin") for name in run.prompts}
+    accuracies = {name: run.change(f"amopo/{name}/accuracy") for name in run.prompts}
+    parts: dict[str, list[str]] = {"Improved": [], "Fell": [], "No clear change": []}
+    for name, margin in margins.items():
+        if math.isnan(margin.difference):
+            continue
+        accuracy, least = accuracies[name], max(SHARE_FALLS, _share_noise(run))
+        kind = "No clear change"
+        if margin.fell(_clear(run)) or accuracy.fell(least):
+            kind = "Fell"
+        elif margin.rose(_clear(run)) or accuracy.rose(least):
+            kind = "Improved"
+        text = f"{name} (margin {margin.difference:+.2f}"
+        if not math.isnan(accuracy.difference):
+            text += f", accuracy {accuracy.before:.0%} to {accuracy.after:.0%}"
+        parts[kind].append(f"{text})")
+    sentences = [f"{kind}: {', '.join(texts)}." for kind, texts in parts.items() if texts]
+    if not sentences:
+        sentences = [
+            "Nothing to compare: margins or losses are NaN at an end of the log."
+            if any(finding.code == "not-finite" for finding in not_finite(run))
+            else "Nothing to compare yet: the log has no beginning and end."
+        ]
+    weights = {name: run.change(f"amopo/{name}/weight").after for name in run.prompts}
+    known = {name: weight for name, weight in weights.items() if weight is not None}
+    if len(known) > 1:
+        high, low = max(known, key=known.__getitem__), min(known, key=known.__getitem__)
+        sentences.append(
+            f"Weights at the end: {known[high]:.3f} ({high}) to {known[low]:.3f} ({low}); all the "
+            f"same would be {1 / len(known):.3f}{', but for masked pairs' if _masked(run) else ''}."
+        )
+    return sentences
+
+
+def not_finite(run: Run) -> Iterator[Finding]:
+    where: dict[str, list[float]] = {}
+    for prefix, entries in (("", run.train), ("eval_", run.evals)):
+        for entry in entries:
+            for name, value in entry.items():
+                if math.isnan(value) and name.startswith(OURS):
+                    where.setdefault(prefix + name, []).append(entry["step"])
+    if not where:
+        return
+    norms = where.get("grad_norm", [])
+    rare = set(where) == {"grad_norm"} and len(norms) <= 0.05 * len(run.train)
+    names = ", ".join(list(where)[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
+    entries = len({step for steps in where.values() for step in steps})
+    yield Finding(
+        "not-finite",
+        "warning" if rare else "problem",
+        f"{names}: NaN or infinite in {_count(entries, 'entry', 'entries')}, first at step "
+        f"{min(map(min, where.values())):g}.",
+        "With fp16 a few such gradient norms are steps that its loss scaling skips; with bf16 they "
+        "are not."
+        if rare
+        else "Lower learning_rate, set max_grad_norm: 1.0, and use bf16 rather than fp16; what the "
+        "run saved after that step is of no use.",
+    )
+
+
+def loss_spikes(run: Run) -> Iterator[Finding]:
+    steps, values = _finite(*series(run.train, "loss"))
+    if len(values) < FEWEST_FOR_SPIKES:
+        return
+    # Of the entries before, at least five: a loss that falls fast in the beginning is no spike.
+    padded = np.concatenate([np.full(SPIKE_WINDOW - 5, np.nan), values[:-1]])
+    before = np.nanmedian(sliding_window_view(padded, SPIKE_WINDOW), axis=-1)
+    above = values[5:] - before
+    deviation = 1.4826 * np.median(np.abs(above - np.median(above)))
+    spikes = (above > SPIKE_DEVIATIONS * deviation) & (values[5:] > SPIKE_RATIO * before)
+    if count := int(spikes.sum()):
+        worst = int(np.argmax(np.where(spikes, above, -np.inf)))
+        yield Finding(
+            "loss-spikes",
+            "note" if count == 1 else "warning",
+            f"The training loss jumps in {count} of {len(values)} entries, the most at step "
+            f"{steps[5:][worst]:g}: {values[5:][worst]:.3g} after {before[worst]:.3g}.",
+            "Lower learning_rate or max_grad_norm, add warmup_steps, or look at the rows of that "
+            "step.",
+        )
+
+
+def loss_rose(run: Run) -> Iterator[Finding]:
+    change = run.change("loss")
+    if change.before is not None and change.rose(LOSS_RISES * abs(change.before)):
+        where = "evaluation" if run.by_evaluation else "training"
+        if not run.by_evaluation or not _training_fell(run, 0):
+            yield Finding(
+                "loss-rose",
+                "problem",
+                f"The {where} loss rose from {change.before:.3f} to {change.after:.3f}.",
+                "The learning_rate is probably too high: try a third of it, with warmup_steps.",
+            )
+
+
+def overfitting(run: Run) -> Iterator[Finding]:
+    steps, values = _finite(*series(run.evals, "loss"))
+    if len(values) < 2:
+        return
+    best = int(np.argmin(values))
+    if values[-1] > (1 + LOSS_RISES) * values[best] and _training_fell(run, steps[best]):
+        yield Finding(
+            "overfitting",
+            "warning",
+            f"The evaluation loss was best at step {steps[best]:g} ({values[best]:.3f}) and has "
+            f"risen to {values[-1]:.3f}, while the training loss went on falling.",
+            "Train for fewer epochs, lower learning_rate, keep the best checkpoint "
+            "(load_best_model_at_end: true), or add data.",
+        )
+
+
+def chosen_falls(run: Run) -> Iterator[Finding]:
+    margin, chosen = run.change("rewards/margins"), run.change("rewards/chosen")
+    if not (margin.rose(_clear(run)) and chosen.fell(_clear(run))):
+        return
+    fallen = [
+        name for name in run.prompts if run.change(f"amopo/{name}/reward_chosen").fell(_clear(run))
+    ]
+    # That the rejected reward falls further is what the loss asks for; a little is usual.
+    much = -chosen.difference > 0.5 * margin.difference
+    yield Finding(
+        "chosen-falls",
+        "warning" if much else "note",
+        f"The chosen rewards fell by {-chosen.difference:.2f} ({_ends(chosen)}) while margins rose "
+        f"by {margin.difference:.2f}: the model makes both responses less likely"
+        + (f" ({_names(fallen, run)})." if fallen else "."),
+        "Lower gamma first, then learning_rate; a smaller rl_beta scales both rewards down.",
+    )
+
+
+def weights_uniform(run: Run) -> Iterator[Finding]:
+    # Masked dimensions have means over other pairs, which need not be 1/K where all are the same.
+    if len(run.prompts) < 2 or _weighting(run) in ("uniform", "static") or _masked(run):
+        return
+    share, largest = 1 / len(run.prompts), 0.0
+    for name in run.prompts:
+        metric = f"amopo/{name}/weight"
+        _, values = _finite(*series(run.evals, metric))  # without draws
+        if len(values):
+            largest = max(largest, float(np.abs(values - share).max()))
+            continue
+        _, values = _finite(*series(run.train, metric))
+        if len(values) < FEWEST_FOR_SPIKES:
+            return
+        for part in np.array_split(values, 4):
+            noise = 2 * part.std(ddof=1) / math.sqrt(len(part))
+            largest = max(largest, abs(float(part.mean()) - share) + noise)
+    if largest < UNIFORM * share:
+        drawn = [series(run.train, f"amopo/{name}/weight_std")[1] for name in run.prompts]
+        spread = np.concatenate(drawn)
+        spread = spread[np.isfinite(spread)]
+        text = (
+            f"The weights did nothing on average: every prompt had {share:.3f} throughout, within "
+            f"{largest:.3f}."
+        )
+        if len(spread):
+            text += f" A single pair's weights vary by {spread.mean():.3f} (standard deviation)."
+        yield Finding(
+            "weights-uniform",
+            "warning",
+            text,
+            "The prompts' token probabilities are too alike to tell them apart. weighting: uniform "
+            "would do the same with less noise; to favour a dimension use weighting: static.",
+        )
+
+
+def weights_masked(run: Run) -> Iterator[Finding]:
+    if _masked(run) and _weighting(run) not in ("uniform", "static"):
+        yield Finding(
+            "weights-masked",
+            "note",
+            "Some pairs leave dimensions out, so a weight is a mean over the pairs that have it: "
+            "they don't add up to 1, and a larger one may only mean fewer dimensions beside it.",
+            "Compare a prompt's weight with its own earlier one, not with 1/K.",
+        )
+
+
+def chance(run: Run) -> Iterator[Finding]:
+    where, pairs = "evaluation", run.eval_pairs
+    if run.evals:
+        last = run.evals[-1]
+        ends = {name: last.get(f"amopo/{name}/accuracy", math.nan) for name in run.prompts}
+    elif run.end < FEWEST_AT_AN_END:
+        return
+    else:
+        where, pairs = "training", None
+        after = {name: run.change(f"amopo/{name}/accuracy").after for name in run.prompts}
+        ends = {name: math.nan if value is None else value for name, value in after.items()}
+    unsure: list[str] = []
+    below: list[str] = []
+    width = 0.0
+    for name, accuracy in ends.items():
+        if math.isnan(accuracy):
+            continue
+        low, high = interval(accuracy, pairs) if pairs else (accuracy - CHANCE, accuracy + CHANCE)
+        text = f"{name} {accuracy:.1%}" + (f" ({low:.0%} to {high:.0%})" if pairs else "")
+        width = max(width, (high - low) / 2)
+        if high < 0.5:
+            below.append(text)
+        elif low <= 0.5:
+            unsure.append(text)
+    how = f"within {CHANCE:.0%} of a half; the number of pairs is unknown"
+    if pairs:
+        fewer = " or fewer, where dimensions are masked" if _masked(run) else ""
+        how = f"95% interval, of {pairs} pairs{fewer}"
+    if below:
+        yield Finding(
+            "below-chance",
+            "problem",
+            f"The {where} accuracy is below chance at the end: {', '.join(below)}.",
+            "Look at the data with `axolotl amopo inspect`: is a rating's better end the lower one "
+            "(direction: lower), do dimensions conflict (winner: per_dimension)?",
+        )
+    if unsure:
+        few = pairs is not None and width > TOO_WIDE
+        yield Finding(
+            "chance",
+            "note" if few else "warning",
+            f"The {where} accuracy can't be told from chance at the end: {', '.join(unsure)} "
+            f"({how}).",
+            "Evaluate with more pairs (test_datasets)."
+            if few
+            else "Train longer or with a higher learning_rate; if that changes nothing, these "
+            "dimensions' ratings may be noise.",
+        )
+
+
+def sacrificed(run: Run) -> Iterator[Finding]:
+    margins = {name: run.change(f"amopo/{name}/margin") for name in run.prompts}
+    accuracies = {name: run.change(f"amopo/{name}/accuracy") for name in run.prompts}
+    least = max(SHARE_FALLS, _share_noise(run))
+    gains = [margin.difference for margin in margins.values() if margin.rose(2 * _clear(run))]
+    if not gains:
+        return
+    for name in run.prompts:
+        margin, accuracy = margins[name], accuracies[name]
+        if margin.fell(max(_clear(run), 0.1 * float(np.median(gains)))) or accuracy.fell(least):
+            text = f"margin {_ends(margin)}"
+            if accuracy.before is not None and accuracy.after is not None:
+                text += f", accuracy {accuracy.before:.1%} to {accuracy.after:.1%}"
+            yield Finding(
+                "sacrificed",
+                "warning",
+                f"{name} paid for the others: {text}, while {len(gains)} of {len(run.prompts)} "
+                f"prompts gained {np.median(gains):.2f} of margin (median).",
+                "Try winner: per_dimension, where dimensions conflict, or give it more weight with "
+                "weighting: static.",
+            )
+
+
+def length_grows(run: Run) -> Iterator[Finding]:
+    change = run.change("rewards/longer_wins")
+    least = max(LENGTH_RISES, _share_noise(run))
+    if change.rose(least) and change.after > 0.5:
+        yield Finding(
+            "length-grows",
+            "warning",
+            f"The longer response has the higher reward in {change.after:.1%} of the pairs, up "
+            f"from {change.before:.1%}.",
+            "See with `axolotl amopo inspect` how often the longer response wins in the data; "
+            "balance it, or lower gamma.",
+        )
+
+
+def nothing_moved(run: Run) -> Iterator[Finding]:
+    early = run.status == "in progress" and run.max_steps and run.step < run.max_steps / 4
+    if early or run.step == 0:
+        return
+    changes = [
+        run.change(f"amopo/{name}/{metric}")
+        for name in run.prompts
+        for metric in ("margin", "reward_chosen", "reward_rejected")
+    ]
+    known = [change for change in changes if not math.isnan(change.difference)]
+    least = MOVED * _gamma(run)
+    if known and all(abs(change.difference) + 2 * change.noise < least for change in known):
+        most = max(abs(change.difference) for change in known)
+        _, rates = _finite(*series(run.train, "learning_rate"))
+        rate = f" learning_rate was at most {rates.max():.2g}." if len(rates) else ""
+        yield Finding(
+            "nothing-moved",
+            "problem",
+            f"After {run.step} steps no reward or margin has moved by more than {most:.4f} (gamma "
+            f"is {_gamma(run):g}).{rate}",
+            "Raise learning_rate tenfold (LoRA wants 3e-6 or more); with full fine-tuning in bf16, "
+            "small steps are rounded away.",
+        )
+
+
+def ending(run: Run) -> Iterator[Finding]:
+    of = f"step {run.step}" + (f" of {run.max_steps}" if run.max_steps else "")
+    short = run.max_steps is not None and run.step < run.max_steps
+    if run.status == "in progress":
+        yield Finding(
+            "in-progress",
+            "note",
+            f"The run is at {of}; what stands here may change.",
+            "Call the report again later.",
+        )
+    elif run.status == "finished" and short:
+        yield Finding(
+            "stopped-early",
+            "warning",
+            f"The run ended at {of}.",
+            "Early stopping or a time limit does that; otherwise look at its output.",
+        )
+    elif run.status == "stopped" and (short or not run.max_steps):
+        yield Finding(
+            "stopped-early",
+            "warning",
+            f"The run was stopped at {of}.",
+            "With auto_resume_from_checkpoints: true the same command goes on from the newest "
+            "checkpoint.",
+        )
+
+
+def few_entries(run: Run) -> Iterator[Finding]:
+    if not run.by_evaluation and run.end < FEWEST_AT_AN_END:
+        yield Finding(
+            "few-entries",
+            "note",
+            f"The log has {_count(len(run.train), 'training entry', 'training entries')} and "
+            f"{_count(len(run.evals), 'evaluation', 'evaluations')}: too few to tell a change from "
+            "noise.",
+            "Lower logging_steps, or name test_datasets and write eval_strategy: epoch, which "
+            "evaluates before the first step too.",
+        )
+
+
+CHECKS: tuple[Callable[[Run], Iterator[Finding]], ...] = (
+    not_finite,
+    nothing_moved,
+    loss_rose,
+    loss_spikes,
+    overfitting,
+    sacrificed,
+    chosen_falls,
+    chance,
+    length_grows,
+    weights_uniform,
+    weights_masked,
+    ending,
+    few_entries,
+)
+
+
+def interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share of `count` pairs."""
+    z = 1.96
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return middle - half / (1 + z * z / count), middle + half / (1 + z * z / count)
+
+
+def _share_noise(run: Run) -> float:
+    """Three standard errors of a share of the evaluation's pairs; 0 where it is not known.
+
+    Two of a difference, if the two evaluations had nothing in common.
+    """
+    pairs = run.eval_pairs if run.by_evaluation else None
+    return 1.5 / math.sqrt(pairs) if pairs else 0.0
+
+
+def _training_fell(run: Run, step: float) -> bool:
+    """Whether the training loss is lower at the end than around a step, beyond its noise."""
+    steps, values = _finite(*series(run.train, "loss"))
+    later, earlier = values[steps > step], values[steps <= step]
+    half = len(later) // 2
+    if half < 2:
+        return False
+    # Where the best evaluation was the first, the beginning of what came after it.
+    start, end = earlier[-half:] if len(earlier) >= half else later[:half], later[-half:]
+    noise = math.sqrt(sum(part.var(ddof=1) / len(part) for part in (start, end)))
+    return float(start.mean() - end.mean()) > noise
+
+
+def _finite(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return steps[np.isfinite(values)], values[np.isfinite(values)]
+
+
+def _masked(run: Run) -> bool:
+    """Whether the prompts' mean weights don't add up to 1: dimensions are masked for some pairs."""
+    keys = [f"amopo/{name}/weight" for name in run.prompts]
+    sums = [
+        sum(entry[key] for key in keys if key in entry)
+        for entry in (*run.evals, *run.train)
+        if any(key in entry for key in keys)
+    ]
+    return any(abs(total - 1) > 0.01 for total in sums)  # false for NaN
+
+
+def _weighting(run: Run) -> str:
+    return str((run.about.get("amopo") or {}).get("weighting"))
+
+
+def _gamma(run: Run) -> float:
+    return float((run.about.get("amopo") or {}).get("gamma") or GAMMA)
+
+
+def _clear(run: Run) -> float:
+    """A change of a margin or reward that is worth a word."""
+    return CLEAR_MARGIN * _gamma(run)
+
+
+def _ends(change: Change) -> str:
+    return f"{change.before:+.2f} to {change.after:+.2f}"
+
+
+def _names(names: list[str], run: Run) -> str:
+    return "under every prompt" if len(names) == len(run.prompts) else ", ".join(names)
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"

@@ -1,0 +1,155 @@
+"""`axolotl amopo score CONFIG`: what training did to each dimension."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from axolotl_amopo.commands.kit.options import EXITS, JSON, QUIET, check_free, libraries, told
+
+if TYPE_CHECKING:
+    from axolotl_amopo.commands.score.logps import ModelPath
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command(context_settings={"max_content_width": 80}, epilog=f"{EXITS}.")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="[NAME=]PATH",
+    help="An adapter or a whole model; as often as you like. Default: what is in output_dir.",
+)
+@click.option("--base", metavar="PATH", help="What they are held against. Default: base_model.")
+@click.option("--no-base", is_flag=True, help="Score the models alone.")
+@click.option(
+    "--split",
+    type=click.Choice(["test", "train"]),
+    default="test",
+    show_default=True,
+    help="test: test_datasets, or what val_set_size holds out.",
+)
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Draw so many pairs.")
+@click.option("--seed", default=0, show_default=True, help="Of that draw, and of the intervals.")
+@click.option(
+    "--reward",
+    type=click.Choice(["average", "sum", "reference"]),
+    default="average",
+    show_default=True,
+    help="Mean log-probability a token; its sum; or the sum less the base's, as in DPO.",
+)
+@click.option(
+    "--prompts",
+    type=click.Choice(["both", "own", "plain"]),
+    default="both",
+    show_default=True,
+    help="own: with the instructions, as trained; plain: without any.",
+)
+@click.option("--batch-pairs", type=click.IntRange(1), default=2, show_default=True, metavar="N")
+@click.option("--html", type=FILE, metavar="FILE", help="Write a page with plots.")
+@click.option("--markdown", type=FILE, metavar="FILE", help="Write the tables as Markdown.")
+@click.option("--pairs", type=FILE, metavar="FILE", help="Write every pair's margins (JSON lines).")
+@JSON
+@click.option("--force", is_flag=True, help="Overwrite files that are there.")
+@QUIET
+def score(
+    config: str,
+    models: tuple[str, ...],
+    no_base: bool,
+    html: Path | None,
+    markdown: Path | None,
+    pairs: Path | None,
+    as_json: bool,
+    force: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """How often models order rated pairs as the ratings do, by dimension.
+
+    \b
+        axolotl amopo score config.yml --html score.html
+        axolotl amopo score config.yml --model amopo=out/a --model dpo=out/b
+
+    Holds the model that training left in output_dir against base_model, on the
+    pairs that training holds out, under the prompts of training and without any
+    instruction (what is fair to models trained by other methods). Models are
+    compared on the same pairs, with 95 % intervals and p-values by prompt.
+    """
+    targets = {"html": html, "markdown": markdown, "pairs": pairs}
+    for path in targets.values():
+        check_free(path, force)
+    if no_base and options["base"]:
+        raise click.UsageError("--base and --no-base can't go together.")
+    named = parse_models(models)
+
+    with told(), libraries(quiet=quiet, as_json=as_json):
+        from axolotl_amopo.commands.score.report import score as run
+        from axolotl_amopo.commands.score.show import markdown as to_markdown
+        from axolotl_amopo.commands.score.show import show
+
+        with _progress(quiet) as progress:
+            report, scored = run(
+                config, models=named, with_base=not no_base, progress=progress, **options
+            )
+        if html:
+            from axolotl_amopo.commands.score.page import page
+
+            html.write_text(page(report, scored), encoding="utf-8")
+    if markdown:
+        markdown.write_text(to_markdown(report), encoding="utf-8")
+    if pairs:
+        lines = (json.dumps(line) + "\n" for line in scored.lines())
+        pairs.write_text("".join(lines), encoding="utf-8")
+    if not quiet:
+        if not as_json:
+            from rich.console import Console
+
+            show(report, Console(width=80, highlight=False))
+        for path in filter(None, targets.values()):
+            click.echo(f"Written: {path}", err=as_json)
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+
+
+def parse_models(values: tuple[str, ...]) -> "list[ModelPath] | None":
+    """`--model NAME=PATH` or `--model PATH`, whose name is the path's last part.
+
+    Raises:
+        click.UsageError: for a name that is there twice.
+    """
+    if not values:
+        return None
+    found: dict[str, str] = {}
+    for value in values:
+        name, named, path = value.partition("=")
+        if not named or Path(value).exists():
+            name, path = Path(value).name, value
+        if not name or not path:
+            raise click.UsageError(f"--model {value}: write NAME=PATH, or the path alone.")
+        if name in found or name == "base":
+            raise click.UsageError(
+                f"--model {value}: '{name}' is taken; write another name before it, OTHER={path}."
+            )
+        found[name] = path
+    from axolotl_amopo.commands.score.logps import ModelPath
+
+    return [ModelPath(name, path) for name, path in found.items()]
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=quiet) as bars:
+
+        def begin(name: str, total: int) -> Callable[[int], None]:
+            task = bars.add_task(f"Scoring {name}", total=total)
+            return lambda done: bars.advance(task, done)
+
+        yield begin

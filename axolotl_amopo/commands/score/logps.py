@@ -1,0 +1,208 @@
+"""Models, and the log-probabilities that they give the responses of rated pairs."""
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from axolotl_amopo.commands.score.data import RatedPairs
+from axolotl_amopo.errors import AMoPOError
+from axolotl_amopo.loss import response_stats
+from axolotl_amopo.model.choose import choose_layout
+from axolotl_amopo.model.forward import prepare_model, response_logps
+from axolotl_amopo.training.collator import AMoPOCollator
+
+
+class ModelPath(NamedTuple):
+    """A folder or a hub's name, and what people call it."""
+
+    name: str
+    path: str
+
+
+def is_adapter(path: str) -> bool:
+    try:
+        return find_adapter_config_file(path) is not None
+    except OSError:  # neither a folder nor a name that a hub could know
+        return False
+
+
+def model_logps(
+    cfg: Any,
+    tokenizer: Any,
+    pairs: RatedPairs,
+    base: ModelPath | None,
+    tuned: list[ModelPath],
+    *,
+    batch_pairs: int,
+    progress: Callable[[str], Callable[[int], None]],
+) -> Iterator[tuple[ModelPath, np.ndarray]]:
+    """Mean log-probability per token of every response, model by model, as each is done.
+
+    Adapters are loaded on the config's `base_model`. Where that is the base, its own numbers come
+    from the first adapter's model with the adapter off, so that its weights are read once.
+
+    Args:
+        batch_pairs: pairs a forward.
+        progress: told of each model's name; what it returns is told of pairs done.
+
+    Yields:
+        A model and [N, P, 2] float64, the overall winner first, NaN where a prompt is masked.
+
+    Raises:
+        AMoPOError: for a model that can't be loaded, or has another tokenizer than the rows.
+    """
+    adapters = [model for model in tuned if is_adapter(model.path)]
+    shared = base is not None and base.path == cfg.base_model and bool(adapters)
+    order = adapters + [model for model in tuned if model not in adapters]
+    if base is not None and not shared:
+        order.insert(0, base)
+    for one in order:
+        check_model(cfg, one.path, tokenizer, pairs)
+    for one in order:
+        model = load(cfg, tokenizer, one.path)
+        score = _Scorer(model, pairs, cfg.amopo.share_prompt, batch_pairs)
+        if shared:
+            with model.disable_adapter():
+                yield base, score(progress(base.name))
+            shared = False
+        yield one, score(progress(one.name))
+        del model, score
+        gc.collect()  # the forward that was taught holds its model; the next needs the memory
+
+
+def check_model(cfg: Any, path: str, tokenizer: Any, pairs: RatedPairs) -> None:
+    """Refuse, before any is loaded, a model that isn't there, or to which the rows' token ids mean
+    something else.
+
+    Raises:
+        AMoPOError: with the first token that differs.
+    """
+    remote_code = cfg.trust_remote_code or False
+    if not is_adapter(path):
+        try:
+            AutoConfig.from_pretrained(path, trust_remote_code=remote_code)
+        except (OSError, ValueError) as error:
+            raise _unloadable(path, error) from None
+    try:
+        other = AutoTokenizer.from_pretrained(path, trust_remote_code=remote_code)
+    except (OSError, ValueError, KeyError):
+        return  # none beside the weights
+    for token in sorted(pairs.token_ids()):
+        ours, theirs = (
+            t.convert_ids_to_tokens(token) if token < len(t) else None for t in (tokenizer, other)
+        )
+        if ours != theirs:
+            raise AMoPOError(
+                f"{path}: its tokenizer is not that of the config's base_model (token {token} is "
+                f"{theirs!r} there and {ours!r} here); score it with a config of the same data "
+                "whose base_model is its own."
+            )
+
+
+def load(cfg: Any, tokenizer: Any, path: str) -> nn.Module:
+    """A model, or an adapter on the config's `base_model`, ready for `response_logps`.
+
+    In the config's precision on a GPU, in float32 on a CPU.
+
+    Raises:
+        AMoPOError: where there is none, or it can't be loaded.
+    """
+    adapter = is_adapter(path)
+    on_cpu = not torch.accelerator.is_available()
+    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
+    options: dict[str, Any] = {
+        "dtype": torch.float32 if on_cpu else cfg.torch_dtype,
+        "device_map": {"": device},
+        "trust_remote_code": cfg.trust_remote_code or False,
+    }
+    if cfg.attn_implementation:
+        options["attn_implementation"] = cfg.attn_implementation
+    weights = cfg.base_model if adapter else path
+    if weights == cfg.base_model and cfg.revision_of_model:
+        options["revision"] = cfg.revision_of_model
+    if cfg.load_in_4bit:  # as axolotl does for QLoRA
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_compute_dtype=options["dtype"],
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_quant_type="nf4",
+            **(cfg.bnb_config_kwargs or {}),
+        )
+    elif cfg.load_in_8bit:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(weights, **options)
+        embeddings = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > embeddings:  # tokens that the config adds, as axolotl adds them
+            model.resize_token_embeddings(len(tokenizer))
+        if adapter:
+            model = PeftModel.from_pretrained(model, path)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise _unloadable(path, error) from None
+    model.eval()
+    try:
+        prepare_model(model)
+    except TypeError as error:
+        raise AMoPOError(f"{path}: can't be scored: {error}.") from None
+    return model
+
+
+def _unloadable(path: str, error: Exception) -> AMoPOError:
+    reason = str(error).strip().splitlines()[0]
+    return AMoPOError(
+        f"{path}: can't be loaded as a model ({reason}); name a folder with an adapter or a whole "
+        "model."
+    )
+
+
+class _Scorer:
+    """A loaded model over all pairs; the layout is chosen once."""
+
+    def __init__(
+        self, model: nn.Module, pairs: RatedPairs, share_prompt: bool | str, batch_pairs: int
+    ):
+        self.model, self.rows = model, pairs.rows
+        self.device = model.get_input_embeddings().weight.device
+        self.collate = AMoPOCollator(None, pad_to_multiple_of=8)
+        # The longest first: what doesn't fit into memory fails at once.
+        longest = sorted(range(len(self.rows)), key=lambda i: -len(self.rows[i]["input_ids"]))
+        self.batches = [longest[i : i + batch_pairs] for i in range(0, len(longest), batch_pairs)]
+        self.choice = choose_layout(model, self._batch(self.batches[0]), share_prompt)
+
+    def _batch(self, indices: list[int]) -> dict[str, Any]:
+        batch = self.collate([self.rows[i] for i in indices])
+        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def __call__(self, advance: Callable[[int], None]) -> np.ndarray:
+        """[N, P, 2], see `model_logps`."""
+        winners = np.array([row["winners"] for row in self.rows])  # [N, P]
+        kept = np.array([row["dimension_mask"] for row in self.rows], dtype=bool)
+        made = np.full((*winners.shape, 2), np.nan)
+        layout, own_logits = self.choice
+        for indices in self.batches:
+            with torch.no_grad():
+                logps = response_logps(
+                    self.model, self._batch(indices), layout, own_logits=own_logits
+                )
+            made[indices] = response_stats(*logps).avg_logp.double().cpu().numpy()
+            advance(len(indices))
+        made[~kept] = np.nan
+        # A batch has the winner under each prompt first.
+        return np.where(winners[..., None] == 1, made[..., ::-1], made)
+
+
+def default_models(cfg: Any) -> list[ModelPath]:
+    """What training has left in the config's `output_dir`: one model, or none."""
+    folder = Path(cfg.output_dir)
+    files = ("adapter_config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*")
+    if any(next(folder.glob(name), None) for name in files):
+        return [ModelPath("tuned", str(cfg.output_dir))]
+    return []

@@ -1,0 +1,1 @@
+"""`axolotl amopo template`: a chat template that steers."""

@@ -1,0 +1,1 @@
+"""The YAML: its `amopo:` block, axolotl's own keys, data entries, devices."""

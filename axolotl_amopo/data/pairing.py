@@ -1,0 +1,179 @@
+"""Rated responses -> preference pairs, by the rule that docs/data.md states.
+
+A response's overall rating (`amopo.order_by`) is the mean of its ratings over the configured
+dimensions, each first brought to 0..1 by its scale, 1 being the better end; or one dimension's; or
+the dataset's own. Where the data itself names a winner (`amopo.pairs`), that one is the overall
+winner, whatever the ratings say, unless `order_by` says otherwise.
+
+`winner: overall`: the response with the higher overall rating wins under every prompt; pairs with
+equal ones are dropped. `winner: per_dimension`: each dimension's own ratings pick its winner,
+dimensions where they are equal weigh nothing, as does the overall prompt where the overall ratings
+are equal; a pair in which nothing is left is dropped. With `min_gap`, what differs by less counts
+as equal.
+"""
+
+import itertools
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+
+from axolotl_amopo.config.block import AMoPOConfig
+from axolotl_amopo.data.rows import RatedPrompt, Ratings
+
+Scales = dict[str, tuple[float, float]]
+
+# Why a pair was not made; the texts of the log's summary.
+TIE = "pairs whose responses tie"
+IDENTICAL = "pairs of identical responses"
+MISSING = "pairs with a missing rating (missing_ratings: drop)"
+SINGLE = "prompts with one response (single_responses: drop)"
+NO_ORDER = "pairs without the rating that amopo.order_by names"
+CLOSE = "pairs whose responses tie or differ by less than min_gap"
+NOT_DRAWN = "pairs that were not drawn (amopo.pairs)"
+
+# Of ratings on 0..1: what floats make of equal ones.
+EPSILON = 1e-9
+
+
+@dataclass
+class Pair:
+    """A preference pair under K prompts (`AMoPOConfig.prompt_names`)."""
+
+    prompt: RatedPrompt
+    responses: tuple[int, int]  # overall winner and loser: indices into prompt.responses
+    winners: list[int]  # [K] which of `responses` wins under each prompt: 0 or 1
+    mask: list[bool]  # [K] false where a prompt weighs nothing for this pair
+
+
+def normalised(rating: float, scale: tuple[float, float], lower_is_better: bool) -> float:
+    """A rating on 0..1, where 1 is the better end."""
+    share = (rating - scale[0]) / (scale[1] - scale[0])
+    return 1 - share if lower_is_better else share
+
+
+def mean_rating(ratings: Ratings, scales: Scales, lower: Set[str] = frozenset()) -> float:
+    """Mean of the ratings, each on 0..1; dimensions without a rating are left out."""
+    scores = [
+        normalised(rating, scales[name], name in lower)
+        for name, rating in ratings.items()
+        if rating is not None
+    ]
+    # Rounded, so that equal means stay equal whatever order they were summed in.
+    return round(sum(scores) / len(scores), 9) if scores else 0.0
+
+
+@dataclass(frozen=True)
+class PairRule:
+    """How pairs are made of a prompt's responses."""
+
+    config: AMoPOConfig
+    scales: Scales
+    lower: Set[str] = frozenset()  # dimensions in which lower ratings are better
+    seed: int = 0
+
+    def pairs(self, prompt: RatedPrompt, dropped: Counter) -> Iterator[Pair]:
+        """The pairs of one prompt; what can't be one is counted in `dropped` by reason."""
+        if len(prompt.responses) < 2:
+            dropped[SINGLE] += 1
+            return
+        limit = self.config.pairs
+        candidates = self._candidates(prompt)
+        if not isinstance(limit, int):
+            for first, second in candidates:
+                if pair := self._pair(prompt, first, second, dropped):
+                    yield pair
+            return
+        # Drawn before they are made, so that a prompt of many responses costs no more.
+        shuffled = list(candidates)
+        text = json.dumps([self.seed, prompt.messages, [r.turn for r in prompt.responses]])
+        random.Random(text).shuffle(shuffled)
+        made = 0
+        for first, second in shuffled:
+            if made == limit:
+                dropped[NOT_DRAWN] += 1
+            elif pair := self._pair(prompt, first, second, dropped):
+                made += 1
+                yield pair
+
+    def _candidates(self, prompt: RatedPrompt) -> Iterator[tuple[int, int]]:
+        indices = range(len(prompt.responses))
+        if self.config.pairs == "best_worst":
+            # A response that could not be in a pair is neither best nor worst.
+            usable = any if self.config.missing_ratings == "mask" else all
+            scores = {
+                i: self._overall(prompt, i, prompt.responses[i].ratings)
+                for i in indices
+                if usable(rating is not None for rating in prompt.responses[i].ratings.values())
+            }
+            scores = {i: score for i, score in scores.items() if score is not None}
+            if len(scores) > 1:  # with equal scores, the first and the last: a tie
+                yield max(scores, key=scores.get), min(reversed(scores), key=scores.get)
+                return
+        yield from itertools.combinations(indices, 2)
+
+    def _overall(self, prompt: RatedPrompt, index: int, ratings: Ratings) -> float | None:
+        """A response's overall rating by `order_by`; None where it has none."""
+        order = self.config.order_by
+        if prompt.ordered and order in (None, "dataset"):
+            return -index
+        if order == "dataset":
+            return prompt.responses[index].overall
+        if order in (None, "mean"):
+            return mean_rating(ratings, self.scales, self.lower)
+        return self._normalised(ratings, order)
+
+    def _normalised(self, ratings: Ratings, name: str) -> float | None:
+        rating = ratings.get(name)
+        if rating is None:
+            return None
+        return normalised(rating, self.scales[name], name in self.lower)
+
+    def _gap(self, gap: float) -> float:
+        """A gap between ratings on 0..1, or 0 where it is too small to count."""
+        return gap if abs(gap) > EPSILON and abs(gap) >= self.config.min_gap - EPSILON else 0.0
+
+    def _pair(self, prompt: RatedPrompt, first: int, second: int, dropped: Counter) -> Pair | None:
+        config = self.config
+        responses = prompt.responses[first], prompt.responses[second]
+        if responses[0].turn == responses[1].turn:
+            dropped[IDENTICAL] += 1
+            return None
+        ratings = [response.ratings for response in responses]
+        rated = {name: None not in (ratings[0][name], ratings[1][name]) for name in self.scales}
+        if not all(rated.values()) and config.missing_ratings != "mask":
+            dropped[MISSING] += 1
+            return None
+        common = [{n: r for n, r in side.items() if rated[n]} for side in ratings]
+        overall = [
+            self._overall(prompt, index, side)
+            for index, side in zip((first, second), common, strict=True)
+        ]
+        if None in overall and config.winner == "overall":
+            dropped[NO_ORDER] += 1
+            return None
+        lead = 0.0 if None in overall else self._gap(overall[0] - overall[1])
+        if lead < 0:
+            first, second = second, first
+            ratings.reverse()
+
+        winners, mask = [], []
+        if config.overall:
+            winners.append(0)
+            mask.append(lead != 0)
+        for name in config.dimension_names:
+            if config.winner == "overall":
+                winners.append(0)
+                mask.append(rated[name])
+                continue
+            gap = 0.0
+            if rated[name]:
+                better, worse = (self._normalised(side, name) for side in ratings)
+                gap = self._gap(better - worse)
+            winners.append(0 if gap >= 0 else 1)
+            mask.append(gap != 0)
+        if (config.winner == "overall" and lead == 0) or not any(mask):
+            dropped[TIE if not config.min_gap else CLOSE] += 1
+            return None
+        return Pair(prompt, (first, second), winners, mask)

@@ -1,0 +1,1 @@
+"""Tokens -> log-probabilities: batches that share prompts, on any transformers causal model."""

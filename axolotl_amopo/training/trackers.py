@@ -1,0 +1,107 @@
+"""What trackers get beside the metrics, which transformers' own callbacks send to them.
+
+That is the method's settings, which those callbacks don't know of, so that runs can be filtered and
+compared by them, and tables. A tracker that fails costs a line in the log, never the run.
+"""
+
+import html
+import importlib
+from typing import Any
+
+from axolotl.utils.logging import get_logger
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.utils import flatten_dict
+
+from axolotl_amopo.config.block import INTERNAL
+from axolotl_amopo.training.metrics import PER_PROMPT, SPREAD
+
+LOG = get_logger(__name__)
+
+Row = dict[str, Any]
+
+# TensorBoard's custom scalars: a chart a metric with all prompts in it, by patterns of tags.
+CHARTS = {
+    split: {
+        metric: ["Multiline", [f"^{split}/amopo/[^/]+/{metric}$"]]
+        for metric in (*PER_PROMPT, f"{SPREAD}_std")
+    }
+    for split in ("eval", "train")
+}
+
+
+class Trackers(TrainerCallback):
+    """Those that a trainer reports to; used on the main process alone."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            block = self.trainer.amopo.model_dump(mode="json", exclude=INTERNAL, exclude_none=True)
+            self._each(_settings, {"rl": "amopo", "rl_beta": self.trainer.beta, "amopo": block})
+
+    def table(self, name: str, rows: list[Row], step: int, markdown: str) -> None:
+        """Show a table, as it is at `step`.
+
+        Args:
+            rows: all with the same columns.
+            markdown: the same for trackers that have text and no tables.
+        """
+        self._each(_table, name, rows, step, markdown)
+
+    def _each(self, send: Any, *what: Any) -> None:
+        for tracker in self.trainer.args.report_to:
+            try:
+                send(self._handle(tracker), tracker, *what)
+            except Exception as error:  # theirs are of all kinds: networks, files, limits
+                LOG.warning("%s did not take %s: %s", tracker, send.__name__.strip("_"), error)
+
+    def _handle(self, tracker: str) -> Any:
+        """What is open for this run, which transformers' callback has begun."""
+        if tracker == "tensorboard":
+            callbacks = self.trainer.callback_handler.callbacks
+            return next(c.tb_writer for c in callbacks if isinstance(c, TensorBoardCallback))
+        module = importlib.import_module(tracker)
+        return module.get_running_experiment() if tracker == "comet_ml" else module
+
+
+def _settings(handle: Any, tracker: str, settings: dict[str, Any]) -> None:
+    match tracker:
+        case "wandb":
+            handle.config.update(settings, allow_val_change=True)
+        case "trackio":
+            handle.config.update(settings)
+        case "mlflow":
+            handle.log_params(flatten_dict(settings))
+        case "comet_ml":
+            handle.log_parameters(flatten_dict(settings))
+        case "tensorboard":
+            rows = [{"key": key, "value": value} for key, value in flatten_dict(settings).items()]
+            handle.add_text("amopo", markdown_table(rows))
+            handle.add_custom_scalars(CHARTS)
+
+
+def _table(handle: Any, tracker: str, name: str, rows: list[Row], step: int, markdown: str) -> None:
+    columns, values = list(rows[0]), [list(row.values()) for row in rows]
+    match tracker:
+        case "wandb" | "trackio":
+            table = handle.Table(columns=columns, data=values)
+            handle.log({f"eval/{name}": table, "train/global_step": step})
+        case "mlflow":  # appends to the file
+            handle.log_table({key: [row[key] for row in rows] for key in columns}, f"{name}.json")
+        case "comet_ml":
+            handle.log_table(f"{name}-{step}.csv", tabular_data=values, headers=columns)
+        case "tensorboard":
+            handle.add_text(f"eval/{name}", markdown, step)
+
+
+def markdown_table(rows: list[Row]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join("| " + " | ".join(map(in_line, line)) + " |" for line in lines)
+
+
+def in_line(value: Any) -> str:
+    """A value as one line of Markdown, with nothing that ends a cell or is HTML."""
+    value = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+    return " ".join(html.escape(value).replace("|", "&#124;").split())
