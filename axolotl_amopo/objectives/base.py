@@ -1,0 +1,213 @@
+"""The contract of an objective: what it is given, what it returns, and what several compute.
+
+An example has K prompts, N responses, and comparisons of two of the responses. A comparison is
+judged by C criteria: a preference dimension, or the overall rating. A criterion reads a comparison
+under one of the prompts, and says by a sign which of the two responses is the better one.
+
+Axes: B examples, K prompts, N responses of an example, T tokens of a response, P comparisons of
+the batch, C criteria, R references. Where examples differ in K or N, the rest is padding.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+import torch
+from torch import Tensor
+
+# A log-probability this low is the result of an overflow upstream. Held here, it costs a large
+# but finite loss; as -inf it would turn the margin of two such responses into NaN.
+MIN_LOGP = -1e6
+
+
+class Responses(NamedTuple):
+    """The responses of a batch, as the policy sees them and as people rated them.
+
+    >>> responses = Responses.of_pairs(token_logps, mask)  # both [B, K, 2, T], chosen first
+    >>> SimPO(beta=2.0, gamma=0.5)(responses, None).losses  # [B, K]
+    """
+
+    logps: Tensor  # [B, K, N, T] log pi(y_t | x_k, y_<t) in nats; carries the gradient
+    mask: Tensor  # [B, K, N, T] bool, true at response tokens
+    comparisons: Tensor  # [P, 3] example, and the places of its two responses
+    reads: Tensor  # [P, C] the prompt under which a criterion reads a comparison
+    signs: Tensor  # [P, C] +1 the first response wins, -1 the second, 0 the criterion says nothing
+    ratings: Tensor | None = None  # [B, N, C] on 0 to 1, 1 the better end; NaN where missing
+    points: Tensor | None = None  # [B, C] width of a criterion's scale, in rating points
+    weights: Tensor | None = None  # [B, C] the user's weights of the criteria
+    fit: Tensor | None = None  # [B, K, N] how near a response's rating is to what prompt k asks
+    reference: Tensor | None = None  # [R, B, K, N] log pi_ref(y | x_k), summed over tokens, nats
+    counts: Tensor | None = None  # [B] 0 for an example that only pads an epoch's last pass, else 1
+    ids: Tensor | None = None  # [B] what seeds an example's draws
+
+    @classmethod
+    def of_pairs(
+        cls, token_logps: Tensor, mask: Tensor, signs: Tensor | None = None, **others: Any
+    ) -> Self:
+        """Return responses where every example is one pair, and every prompt its own criterion.
+
+        Args:
+            token_logps: [B, K, 2, T].
+            mask: [B, K, 2, T].
+            signs: [B, K]; by default the first response wins everywhere.
+            others: further fields.
+        """
+        (examples, prompts), device = token_logps.shape[:2], token_logps.device
+        first = torch.zeros(examples, dtype=torch.long, device=device)
+        if signs is None:
+            signs = torch.ones(examples, prompts, dtype=torch.long, device=device)
+        numbers = torch.arange(examples, device=device)
+        reads = torch.arange(prompts, device=device).expand(examples, -1)
+        comparisons = torch.stack([numbers, first, first + 1], dim=-1)
+        return cls(token_logps, mask.bool(), comparisons, reads, signs, **others)
+
+    def winner_first(self, values: Tensor) -> Tensor:
+        """Return each comparison's values by criterion, the winner's first.
+
+        Args:
+            values: [B, K, N, ...] one entry per response under each prompt.
+
+        Returns:
+            [P, C, 2, ...]; where a criterion says nothing, the comparison's first response first.
+        """
+        examples, places = self.comparisons[:, :1], self.comparisons[:, 1:]
+        second_wins = (self.signs < 0).long()  # [P, C]
+        sides = torch.stack([second_wins, 1 - second_wins], dim=-1)  # [P, C, 2]
+        rows = torch.arange(len(places), device=places.device)[:, None, None]
+        return values[examples.unsqueeze(-1), self.reads.unsqueeze(-1), places[rows, sides]]
+
+    def per_comparison(self, values: Tensor) -> Tensor:
+        """Return the values of each comparison's example: [B, ...] -> [P, ...]."""
+        return values[self.comparisons[:, 0]]
+
+    def comparisons_per_example(self) -> Tensor:
+        """Return [B], how many comparisons each example has."""
+        return self.comparisons[:, 0].bincount(minlength=len(self.logps))
+
+
+class Outcome(NamedTuple):
+    """What an objective makes of responses."""
+
+    losses: Tensor  # [P, C]
+    weights: Tensor  # [P, C] how much each loss counts; no gradient
+    rewards: Tensor  # [B, K, N] the implicit reward of each response; for metrics
+    terms: dict[str, Tensor]  # [B] each: what is added to an example's loss, and logged by its name
+
+
+class Objective(Protocol):
+    """A frozen dataclass whose fields are keys of the `amopo:` block.
+
+    `beta` is axolotl's `rl_beta`. Every other field is a key of its own name, made with
+    `hyperparameter`.
+    """
+
+    #: Keys of the `amopo:` block that this objective wants otherwise than AMoPO has them.
+    defaults: ClassVar[Mapping[str, Any]]
+    beta: float
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Return the optional fields of `Responses` that must be there."""
+        ...
+
+    def __call__(self, responses: Responses, draw: "Draw | None") -> Outcome:
+        """Return the losses; `draw` is None at evaluation, which must be deterministic."""
+        ...
+
+
+def hyperparameter(
+    default: Any,
+    description: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """Return the dataclass field of a hyperparameter, with what the YAML's check needs to know."""
+    bounds = {"gt": above, "ge": at_least, "le": at_most}
+    given = {name: bound for name, bound in bounds.items() if bound is not None}
+    return field(default=default, metadata={"description": description, "bounds": given})
+
+
+def example_losses(outcome: Outcome, responses: Responses) -> Tensor:
+    """Return [B], the loss of each example; a batch's loss is their mean.
+
+    The weighted sum over criteria, the mean over an example's comparisons, plus the terms.
+    """
+    per_comparison = (outcome.weights * outcome.losses).sum(-1)  # [P]
+    counts = responses.comparisons_per_example()
+    losses = per_comparison
+    if len(counts) != len(per_comparison) or (counts > 1).any():
+        sums = per_comparison.new_zeros(len(counts))
+        sums = sums.index_add(0, responses.comparisons[:, 0], per_comparison)
+        losses = sums / counts.clamp(min=1)
+    for term in outcome.terms.values():
+        losses = losses + term
+    return losses
+
+
+class ResponseStats(NamedTuple):
+    """What one response looks like to the policy, each [..., ] without the token axis."""
+
+    avg_logp: Tensor  # mean log-probability per token, in nats; carries the gradient
+    prob_mean: Tensor  # mean of the tokens' probabilities, 0 to 1; no gradient
+    prob_std: Tensor  # their standard deviation (n - 1), 0 below two tokens; no gradient
+    tokens: Tensor  # how many there are
+
+
+def response_stats(token_logps: Tensor, mask: Tensor) -> ResponseStats:
+    """Return the average log-probability, and the Gaussian fitted to the token probabilities.
+
+    Args:
+        token_logps: [..., T] log pi(y_t | x, y_<t) in nats. Entries outside `mask` are ignored,
+            whatever they hold.
+        mask: [..., T] true (or non-zero) where a response token stands.
+    """
+    mask = mask.bool()
+    if token_logps.dtype in (torch.float16, torch.bfloat16):
+        token_logps = token_logps.float()
+    logps = token_logps.masked_fill(~mask, 0.0).clamp(min=MIN_LOGP)
+    count = mask.sum(-1)
+    avg_logp = logps.sum(-1) / count.clamp(min=1)
+
+    with torch.no_grad():
+        probs = logps.exp().masked_fill(~mask, 0.0)
+        prob_mean = probs.sum(-1) / count.clamp(min=1)
+        deviation = (probs - prob_mean.unsqueeze(-1)).masked_fill(~mask, 0.0)
+        # One token has no spread; torch.std would give NaN, which the published code raises on.
+        prob_std = (deviation.square().sum(-1) / (count - 1).clamp(min=1)).sqrt()
+    return ResponseStats(avg_logp, prob_mean, prob_std, count)
+
+
+class Draw:
+    """Random numbers of one optimizer step.
+
+    They depend on the run's seed, the step and the example alone. So a resumed run goes on with the
+    same draws, and neither the micro batch size nor the number of processes changes them.
+    """
+
+    def __init__(self, seed: int, step: int):
+        self.seed = seed
+        self.step = step
+
+    def normal(self, ids: Tensor, counts: Tensor, *shape: int) -> Tensor:
+        """Return standard normal numbers, `counts[b]` times `shape` of them for each example.
+
+        Args:
+            ids: [B].
+            counts: [B], e.g. how many comparisons each example has.
+
+        Returns:
+            [sum of counts, *shape] float32 on the device of `ids`.
+        """
+        draws = [
+            torch.randn(count, *shape, generator=self._generator(example))
+            for example, count in zip(ids.tolist(), counts.tolist(), strict=True)
+        ]
+        return torch.cat(draws).to(ids.device)
+
+    def _generator(self, example: int) -> torch.Generator:
+        key = f"{self.seed} {self.step} {example}".encode()
+        digest = hashlib.blake2b(key, digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
