@@ -4,26 +4,15 @@ axolotl knows a closed list of `rl:` values, so `register`, which sees the raw c
 validated, takes `rl: amopo` out and turns the `amopo:` block on. axolotl then builds its causal
 trainer and loads data the way it always does, with our trainer class, collator and dataset
 formats in their places. In a run without `rl: amopo` every hook returns what the base class does.
+
+Imports stand in the hooks: axolotl loads this module in every run on the machine.
 """
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
-from axolotl.utils.logging import get_logger
-
-from axolotl_amopo.config.block import (
-    DEFAULT_BETA,
-    AMoPOConfig,
-    check_axolotl_keys,
-    parse_block,
-    plain,
-)
-from axolotl_amopo.config.overrides import apply_overrides
-
-LOG = get_logger(__name__)
 
 
 class AMoPOPlugin(BasePlugin):
@@ -40,54 +29,22 @@ class AMoPOPlugin(BasePlugin):
             ConfigError: for a key that is unknown, out of bounds, or can't go with the others.
             DataError: for a local data file that can't be read.
         """
-        from axolotl_amopo.config.datasets import prepare_entries
-        from axolotl_amopo.config.devices import check_devices, check_parallel
-        from axolotl_amopo.config.files import check_yaml
-        from axolotl_amopo.data.cache import set_aside_unfinished
-
-        planned_for = cfg.pop("plan", None)  # `axolotl amopo plan`: a device that isn't here
-        asked = cfg.get("rl") == "amopo"
-        # On a Ray worker the config comes back validated, with `rl` already taken out.
-        again = not asked and bool((cfg.get("amopo") or {}).get("enabled"))
-        self.enabled = (asked or again) and self._is_first()
-        if cfg.get("inference") and _has_our_datasets(cfg):
-            _suit_a_cpu(cfg)  # `axolotl inference` takes `rl` away; the model is all it needs
-        if not self.enabled or again:
-            return
-
-        check_yaml(cfg.get("axolotl_config_path"))
-        apply_overrides(cfg)
-        config = parse_block(AMoPOConfig, plain(cfg.get("amopo")), "amopo")
-        without_effect = check_axolotl_keys(cfg)
-        check_parallel(cfg)
-        if not planned_for:
-            check_devices(cfg)
-        config.enabled = True
-        # merge-lora and plan load the config alone; the data may be elsewhere.
-        if not (cfg.get("merge_lora") or planned_for):
-            config.datasets = prepare_entries(cfg, config)
-            set_aside_unfinished(cfg.get("dataset_prepared_path"))
-
-        cfg["rl"] = None
-        cfg["amopo"] = config.model_dump(exclude_none=True)
-        if cfg.get("rl_beta") is None:
-            cfg["rl_beta"] = DEFAULT_BETA
-        if planned_for != "cuda":
-            _suit_a_cpu(cfg)
-        if cfg.get("use_ray"):
-            # Or Ray moves its workers to a folder of its own, where relative paths lead nowhere.
-            os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-        LOG.info(
-            "rl: amopo: prompts %s; weighting %s, winner %s, rl_beta %g, gamma %g. (axolotl logs "
-            "its config with `rl` absent: the plugin has taken over from there.)",
-            ", ".join(config.prompt_names),
-            config.weighting,
-            config.winner,
-            cfg["rl_beta"],
-            config.gamma,
+        from axolotl_amopo.config.take_over import (
+            is_asked_for,
+            is_taken_over,
+            suit_inference,
+            take_over,
         )
-        for key in without_effect:
-            LOG.warning("%s has no effect with rl: amopo, which has its own loss.", key)
+
+        self.enabled = self._is_first() and (is_asked_for(cfg) or is_taken_over(cfg))
+        suit_inference(cfg)
+        if self.enabled and is_asked_for(cfg):
+            with_data = not cfg.get("merge_lora")  # which loads the config alone
+            take_over(cfg, with_data=with_data)
+            if with_data:
+                from axolotl_amopo.data.cache import set_aside_unfinished
+
+                set_aside_unfinished(cfg.get("dataset_prepared_path"))
 
     def _is_first(self) -> bool:
         # Named under `plugins:` by another path than the entry point's, it is there twice.
@@ -162,40 +119,3 @@ class AMoPOPlugin(BasePlugin):
 
     def _runs(self, cfg: Any) -> bool:
         return self.enabled and bool(cfg.amopo and cfg.amopo.enabled)
-
-
-def _has_our_datasets(cfg: dict) -> bool:
-    return any(str(entry.get("type")).startswith("amopo.") for entry in cfg.get("datasets") or [])
-
-
-def _suit_a_cpu(cfg: dict) -> None:
-    """What of axolotl's needs a GPU, where there is none.
-
-    Fused LoRA kernels are switched on by themselves and fail; one flag that is set, whatever its
-    value, keeps them off. `bf16: auto` becomes float16, which is a hundred times slower than
-    float32 on a CPU. Liger's kernels and the streams of activation offloading are asked for in the
-    YAML; they would fail in the first step, with words about drivers.
-    """
-    import torch
-
-    if torch.accelerator.is_available() or cfg.get(
-        "use_ray"
-    ):  # a Ray driver knows no worker's device
-        return
-    flags = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
-    if all(cfg.get(flag) is None for flag in flags):
-        cfg["lora_mlp_kernel"] = False
-    parts = ("rope", "rms_norm", "rms_norm_gated", "layer_norm", "glu_activation", "swiglu")
-    off = [f"liger_{part}" for part in parts if cfg.get(f"liger_{part}")]
-    if cfg.get("activation_offloading") in (True, "disk"):
-        off.append("activation_offloading")
-    for key in off:
-        cfg[key] = False
-    if cfg.get("gradient_checkpointing") in ("offload", "offload_disk"):
-        cfg["gradient_checkpointing"] = True
-        off.append("the offloading of gradient_checkpointing")
-    if off:
-        LOG.warning("No GPU here: training without %s.", ", ".join(off))
-    if cfg.get("bf16") in (None, "auto") and not cfg.get("fp16") and not cfg.get("bfloat16"):
-        LOG.info("No GPU here: training in float32 (bf16: true is there for those who want it).")
-        cfg["bf16"] = False

@@ -206,8 +206,30 @@ CONFIGS = {
         {"amopo": {"dimensions": [{"name": "a", "scale": [5, 1]}]}},
         ["amopo.dimensions.0.scale", "[lowest, highest]"],
     ),
-    "static without weights": ({"amopo": {"weighting": "static"}}, ["weights", "static"]),
-    "weights without static": ({"amopo": {"weights": {"helpfulness": 1}}}, ["static"]),
+    "unknown objective": (
+        {"amopo": {"objective": "simp"}},
+        ["amopo.objective", "'amopo', 'simpo'", "Did you mean 'simpo'?"],
+    ),
+    "key of another objective": (
+        {"amopo": {"objective": "simpo", "weighting": "mean"}},
+        ["amopo.weighting: belongs to objective amopo; objective simpo has gamma."],
+    ),
+    "out of the bounds of another objective": (
+        {"amopo": {"objective": "simpo", "gamma": -1}},
+        ["amopo.gamma", "-1"],
+    ),
+    "static without weights": (
+        {"amopo": {"weighting": "static"}},
+        ["weights: are missing", "with weighting: static needs one per criterion: overall"],
+    ),
+    "weights without static": (
+        {"amopo": {"weights": {"helpfulness": 1}}},
+        ["weights: are not used", "with weighting: gaussian", "write weighting: static"],
+    ),
+    "weights for an objective that uses none": (
+        {"amopo": {"objective": "simpo", "weights": {"helpfulness": 1}}},
+        ["weights: are not used by objective simpo; remove them."],
+    ),
     "weights of other names": (
         {
             "amopo": {
@@ -216,7 +238,7 @@ CONFIGS = {
                 "weights": {"overall": 1, "helpfullness": 1},
             }
         },
-        ["weights must name every prompt", "overall, helpfulness", "helpfullness"],
+        ["weights must name every criterion", "overall, helpfulness", "helpfullness"],
     ),
     "instruction with an unknown variable": (
         {"amopo": {"instruction": "Be {{ dimensoin }}"}},

@@ -7,7 +7,7 @@ import pytest
 import runs
 from axolotl.integrations import base
 
-from axolotl_amopo.config.block import NO_EFFECT, check_axolotl_keys
+from axolotl_amopo.config.axolotl_keys import NO_EFFECT, check_axolotl_keys
 
 SFT = [
     {

@@ -1,29 +1,31 @@
-"""The `amopo:` block of the YAML, and what of axolotl's own keys can't go with it."""
+"""The `amopo:` block of the YAML: the engine's keys, and the hyperparameters of the objective.
 
-import difflib
-import importlib
+The engine's keys are fields of `AMoPOConfig`. The hyperparameters are the fields of the objective's
+own dataclass, so a new objective brings its keys along; `amopo.objective` says which apply.
+"""
+
 import math
-from dataclasses import fields
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from axolotl.cli.args import EvaluateCliArgs, InferenceCliArgs, PreprocessCliArgs, TrainerCliArgs
 from jinja2 import TemplateError, meta
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     ValidationError,
+    create_model,
     field_validator,
     model_validator,
 )
 
 from axolotl_amopo.config.instructions import ENVIRONMENT, dimension_facts, render
 from axolotl_amopo.errors import ConfigError, did_you_mean
-from axolotl_amopo.loss import Weighting
+from axolotl_amopo.objectives import OBJECTIVES, Objective
 
-COMMAND_ARGUMENTS = (TrainerCliArgs, EvaluateCliArgs, PreprocessCliArgs, InferenceCliArgs)
+DEFAULT_OBJECTIVE = "amopo"
 OVERALL = "overall"
-DEFAULT_BETA = 0.8
 # Fields of the block that the plugin fills in.
 INTERNAL = {"enabled", "datasets"}
 
@@ -31,6 +33,17 @@ Scale = Annotated[
     tuple[float, float],
     Field(description="Lowest and highest rating, e.g. [0, 4]"),
 ]
+
+
+def check_scale(scale: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Return the scale.
+
+    Raises:
+        ValueError: where it is not two finite numbers in ascending order.
+    """
+    if scale and not (all(map(math.isfinite, scale)) and scale[0] < scale[1]):
+        raise ValueError("must be [lowest, highest], e.g. [1, 5]")
+    return scale
 
 
 class Dimension(BaseModel):
@@ -52,32 +65,55 @@ class Dimension(BaseModel):
         "higher",
     )
 
-    @field_validator("scale")
-    @classmethod
-    def check_scale(cls, scale):
-        if scale and not (all(map(math.isfinite, scale)) and scale[0] < scale[1]):
-            raise ValueError("must be [lowest, highest], e.g. [1, 5]")
-        return scale
+    check_scale = field_validator("scale")(check_scale)
 
     @field_validator("name")
     @classmethod
-    def check_name(cls, name):
+    def check_name(cls, name: str) -> str:
         # A name becomes part of a metric's name, where a slash separates.
         if "/" in name or name != name.strip():
             raise ValueError("must not contain a slash, or spaces at its ends")
         return name
 
 
+def _hyperparameters(objective: type[Objective]) -> type[BaseModel]:
+    """Return a model of the objective's fields; `beta` is not among them, it is `rl_beta`."""
+    types = get_type_hints(objective)
+    keys = {
+        field.name: (
+            types[field.name],
+            Field(
+                default=field.default,
+                description=field.metadata["description"],
+                **field.metadata["bounds"],
+            ),
+        )
+        for field in fields(objective)
+        if field.name != "beta"
+    }
+    return create_model(objective.__name__, __config__=ConfigDict(extra="forbid"), **keys)
+
+
+#: By an objective's name: its keys of the block.
+HYPERPARAMETERS: dict[str, type[BaseModel]] = {
+    name: _hyperparameters(objective) for name, objective in OBJECTIVES.items()
+}
+
+
 class AMoPOConfig(BaseModel):
-    """The `amopo:` block. Defaults are the paper's (arXiv 2506.07165)."""
+    """The `amopo:` block. Where a key has a published default, it is AMoPO's (arXiv 2506.07165).
 
-    model_config = ConfigDict(extra="forbid")
+    >>> config = AMoPOConfig(objective="simpo", dimensions=["helpfulness"])
+    >>> config.gamma, config.criteria
+    (0.5, ['overall', 'helpfulness'])
+    """
 
-    gamma: float = Field(
-        default=2.0,
-        ge=0.0,
-        le=100.0,
-        description="Target margin between the rewards; absolute, not a ratio to rl_beta",
+    # Beside the fields, an instance holds the hyperparameters of its objective, see
+    # `read_hyperparameters`. So it reads, dumps and copies them as it does the fields.
+    model_config = ConfigDict(extra="allow")
+
+    objective: str = Field(
+        default=DEFAULT_OBJECTIVE, description=f"The loss: {', '.join(OBJECTIVES)}"
     )
     dimensions: list[Dimension] = Field(
         default=["helpfulness", "correctness", "instruction_following"],
@@ -88,16 +124,14 @@ class AMoPOConfig(BaseModel):
     overall: bool = Field(
         default=True, description="Add one prompt that names all the dimensions at once"
     )
-    weighting: Weighting = Field(
-        default="gaussian",
-        description="How prompts are weighed: gaussian (draws), mean (no draws), uniform, static",
-    )
     weights: dict[str, Annotated[float, Field(ge=0.0, allow_inf_nan=False)]] | None = Field(
-        default=None, description="With weighting static: a weight for every prompt, by name"
+        default=None,
+        description="A weight per criterion, by name; for objectives that use them, such as amopo "
+        "with weighting: static",
     )
     winner: Literal["overall", "per_dimension"] = Field(
         default="overall",
-        description="overall: one winner a pair; per_dimension: each dimension's ratings decide",
+        description="overall: one winner per pair; per_dimension: each dimension's ratings decide",
     )
     rating_in_prompt: Literal["chosen", "own", "none"] = Field(
         default="chosen",
@@ -120,8 +154,8 @@ class AMoPOConfig(BaseModel):
     )
     share_prompt: Literal["auto", True, False] = Field(
         default="auto",
-        description="Run a pair's shared prompt once: auto, where the model gives the same "
-        "numbers; true, or stop; false, never",
+        description="Run the prompt that responses share once. auto: where the model gives the "
+        "same numbers; true: always, or stop; false: never",
     )
     pairs: Literal["all", "best_worst"] | Annotated[int, Field(ge=1)] = Field(
         default="all",
@@ -159,7 +193,7 @@ class AMoPOConfig(BaseModel):
     eval_table: int = Field(
         default=0,
         ge=0,
-        description="So many held-out examples are shown one by one at each evaluation, in a file "
+        description="How many held-out examples are shown one by one at each evaluation, in a file "
         "and in the trackers",
     )
 
@@ -169,9 +203,37 @@ class AMoPOConfig(BaseModel):
         default={}, description="Per-dataset options, moved here by the plugin; not for users"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def read_hyperparameters(cls, block: Any) -> Any:
+        """Return the block with its objective's hyperparameters and defaults resolved.
+
+        Raises:
+            ValidationError: for a hyperparameter that is out of bounds, or a key that the block
+                does not have with this objective.
+        """
+        if not isinstance(block, Mapping):
+            return block
+        name = block.get("objective") or DEFAULT_OBJECTIVE
+        if not isinstance(name, str) or name not in OBJECTIVES:
+            return block  # refused by `check_objective`
+        others = {key: value for key, value in block.items() if key not in cls.model_fields}
+        given = HYPERPARAMETERS[name].model_validate(others).model_dump()
+        # A null is a key that is not set: axolotl drops it when it hands the config on.
+        defaults = {k: v for k, v in OBJECTIVES[name].defaults.items() if block.get(k) is None}
+        return {**block, **defaults, **given, "objective": name}
+
+    @field_validator("objective")
+    @classmethod
+    def check_objective(cls, name: str) -> str:
+        if name not in OBJECTIVES:
+            known = ", ".join(map(repr, OBJECTIVES))
+            raise ValueError(f"{name!r} is not one of {known}.{did_you_mean(name, OBJECTIVES)}")
+        return name
+
     @field_validator("dimensions", mode="before")
     @classmethod
-    def names_to_dimensions(cls, value):
+    def names_to_dimensions(cls, value: Any) -> Any:
         if isinstance(value, str):
             value = [value]
         if isinstance(value, list):
@@ -180,7 +242,7 @@ class AMoPOConfig(BaseModel):
 
     @field_validator("instruction", "overall_instruction")
     @classmethod
-    def check_template(cls, text, info):
+    def check_template(cls, text: str | None, info: Any) -> str | None:
         if text is None:
             return text
         facts = dimension_facts("name", None, (1, 5), 3)
@@ -198,8 +260,8 @@ class AMoPOConfig(BaseModel):
         return text
 
     @model_validator(mode="after")
-    def check_together(self):
-        names = self.prompt_names
+    def check_together(self) -> "AMoPOConfig":
+        names = self.criteria
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(
@@ -212,91 +274,105 @@ class AMoPOConfig(BaseModel):
                 f"order_by: '{self.order_by}' is neither mean, dataset nor a dimension."
                 f"{did_you_mean(self.order_by, orders)}"
             )
-        if (self.weighting == "static") != (self.weights is not None):
-            raise ValueError(
-                "weights and weighting: static go together: write both, or neither of them"
-            )
-        if self.weights is not None:
-            if set(self.weights) != set(names):
-                raise ValueError(
-                    f"weights must name every prompt once: {', '.join(names)}; "
-                    f"they name {', '.join(self.weights)}"
-                )
-            if not sum(self.weights.values()) > 0:
-                raise ValueError("weights must not all be 0")
+        self._check_weights()
         return self
+
+    def _check_weights(self) -> None:
+        objective, names = self.make_objective(), self.criteria
+        if "weights" in objective.needs and self.weights is None:
+            raise ValueError(
+                f"weights: are missing; objective {self.objective}{_with(objective)} needs one per "
+                f"criterion: {', '.join(names)}"
+            )
+        if "weights" not in objective.needs and self.weights is not None:
+            used = _choices_that_need(objective, "weights")
+            raise ValueError(
+                f"weights: are not used by objective {self.objective}{_with(objective)}; remove "
+                f"them{''.join(f', or write {choice}' for choice in used)}"
+            )
+        if self.weights is None:
+            return
+        if set(self.weights) != set(names):
+            raise ValueError(
+                f"weights must name every criterion once: {', '.join(names)}; "
+                f"they name {', '.join(self.weights)}"
+            )
+        if not sum(self.weights.values()) > 0:
+            raise ValueError("weights must not all be 0")
 
     @property
     def dimension_names(self) -> list[str]:
+        """Return the names of the dimensions."""
         return [dimension.name for dimension in self.dimensions]
 
     @property
-    def prompt_names(self) -> list[str]:
-        """Names of a pair's K prompts, in order: overall first, as in the paper."""
+    def criteria(self) -> list[str]:
+        """Return what judges a comparison, in order: overall first, as in AMoPO's paper."""
         return ([OVERALL] if self.overall else []) + self.dimension_names
+
+    @property
+    def prompt_names(self) -> list[str]:
+        """Return the names of the criteria's prompts."""
+        return self.criteria
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the objective's fields, `beta` excepted, which is axolotl's `rl_beta`."""
+        return dict(self.model_extra or {})
+
+    def make_objective(self, beta: float | None = None) -> Objective:
+        """Return the objective with its hyperparameters; by default with its own `beta`."""
+        given = {} if beta is None else {"beta": beta}
+        return OBJECTIVES[self.objective](**given, **self.hyperparameters())
 
 
 class AMoPOArgs(BaseModel):
-    """What the plugin adds to axolotl's config schema."""
+    """Keys that the plugin adds to axolotl's config schema."""
 
     amopo: AMoPOConfig | None = Field(
         default=None, description="AMoPO settings, used with `rl: amopo`"
     )
 
 
-class DatasetOptions(BaseModel):
-    """Keys of a `datasets:` entry that axolotl's schema doesn't have."""
+def read_block(cfg: Any) -> AMoPOConfig:
+    """Return the block of axolotl's validated config."""
+    return AMoPOConfig.model_validate(plain(cfg.amopo))
 
-    model_config = ConfigDict(extra="forbid")
 
-    scale: Scale | None = Field(
-        default=None, description="Lowest and highest rating of this dataset's dimensions"
-    )
-    fields: dict[str, str] = Field(
-        default={},
-        description="Our field names (prompt, chosen, ...) to the data's, or to a path: a.b, a.0",
-    )
-    template: str | None = Field(
-        default=None,
-        description="The prompt as a Jinja template of the row's fields (types that say so)",
-    )
-    responses: list[dict[str, str]] | None = Field(
-        default=None,
-        min_length=2,
-        description="amopo.user_defined: for each response the paths of its text and its ratings",
-    )
+def read_beta(cfg: Mapping[str, Any], config: AMoPOConfig) -> float:
+    """Return `rl_beta` of the raw config, by default the objective's own.
 
-    check_scale = field_validator("scale")(Dimension.check_scale.__func__)
+    Raises:
+        ConfigError: where it is not a number above 0.
+    """
+    beta, default = cfg.get("rl_beta"), config.make_objective().beta
+    if beta is None:
+        return default
+    number = isinstance(beta, (int, float)) and not isinstance(beta, bool)
+    if not (number and 0 < beta < math.inf):
+        raise ConfigError(f"rl_beta: must be a number above 0, e.g. {default}; got {beta!r}.")
+    return beta
 
-    @field_validator("template")
-    @classmethod
-    def check_template(cls, text):
-        try:
-            ENVIRONMENT.parse(text or "")
-        except TemplateError as error:
-            raise ValueError(f"is not a Jinja template ({error})") from None
-        return text
 
-    @field_validator("responses")
-    @classmethod
-    def check_responses(cls, responses):
-        if any("text" not in paths for paths in responses or []):
-            raise ValueError("each response needs a path for its text, e.g. {text: answer_a}")
-        return responses
+def known_keys(*objectives: str) -> list[str]:
+    """Return the keys that users may write in the block, with these objectives or with any."""
+    engine = [name for name in AMoPOConfig.model_fields if name not in INTERNAL]
+    own = [key for name in objectives or OBJECTIVES for key in HYPERPARAMETERS[name].model_fields]
+    return list(dict.fromkeys([*engine, *own]))
 
 
 def plain(value: Any) -> Any:
-    """axolotl's DictDefault as the plain dicts and lists it stands for."""
+    """Return axolotl's DictDefault as the plain dicts and lists it stands for."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def parse_block(model: type[BaseModel], block: Any, where: str) -> BaseModel:
-    """Validate a block of the YAML, with errors in one sentence each.
+def parse_block[Model: BaseModel](model: type[Model], block: Any, where: str) -> Model:
+    """Return a validated block of the YAML.
 
     Raises:
-        ConfigError: naming the key, what is wrong with it and what may stand there.
+        ConfigError: naming the key, what is wrong with it and what may stand there, in one sentence
+            per mistake.
     """
     if block is None:
         block = {}
@@ -308,173 +384,77 @@ def parse_block(model: type[BaseModel], block: Any, where: str) -> BaseModel:
         return model.model_validate(block)
     except ValidationError as error:
         raise ConfigError(
-            " ".join(_sentence(model, where, detail) for detail in error.errors())
+            " ".join(_sentence(model, block, where, detail) for detail in error.errors())
         ) from None
 
 
-def _sentence(model: type[BaseModel], where: str, detail: dict) -> str:
+def _sentence(model: type[BaseModel], block: dict, where: str, detail: Mapping[str, Any]) -> str:
     path = [str(part) for part in detail["loc"]]
     key = ".".join([where, *path]) if path else where
     kind, given, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind == "extra_forbidden":
-        owner = Dimension if len(path) > 1 and path[0] == "dimensions" else model
-        known = [name for name in owner.model_fields if name not in INTERNAL]
-        if path[-1] == "beta":
-            return f"{key}: unknown key; beta is axolotl's own key rl_beta, outside this block."
-        return f"{key}: unknown key.{did_you_mean(path[-1], known)} Known: {', '.join(known)}."
+        if len(path) > 1 and path[0] == "dimensions":
+            return _unknown(key, list(Dimension.model_fields))
+        if model is AMoPOConfig:
+            return _not_of_the_objective(key, block.get("objective") or DEFAULT_OBJECTIVE)
+        return _unknown(key, list(model.model_fields))
     if kind == "literal_error":
         hint = did_you_mean(str(given), context["expected"].replace("'", "").split(", "))
         return f"{key}: {given!r} is not one of {context['expected']}.{hint}"
     if kind == "value_error":
-        return f"{key}: {context['error']}."
+        text = str(context["error"])
+        return f"{key}: {text}{'' if text.endswith(('.', '?')) else '.'}"
     return f"{key}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {given!r}."
 
 
-# axolotl's keys that can't work with a preference loss over pairs, and what to do instead.
-INCOMPATIBLE: dict[str, str] = {
-    "sample_packing": "set it to false: a pair's sequences are batched together by the plugin",
-    "eval_sample_packing": "set it to false: a pair's sequences are batched by the plugin",
-    "batch_flattening": "remove it: a pair's sequences are batched together by the plugin",
-    "multipack_real_batches": "remove it: there is no sample packing here",
-    "train_on_inputs": "set it to false: the loss is over the responses only",
-    "reward_model": "remove it: AMoPO trains without a reward model",
-    "process_reward_model": "remove it: AMoPO trains without a reward model",
-    "rl_adapter_ref_model": "remove it: AMoPO trains without a reference model",
-    "pretraining_dataset": "use datasets: with a type of amopo.*",
-    "streaming": "set it to false: pairs are made from the whole dataset",
-    "skip_prepare_dataset": "set it to false: pairs are made while the dataset is prepared",
-    "trainer_cls": "remove it: rl: amopo brings its own trainer",
-    "simpo_gamma": "write amopo.gamma (an absolute margin, as simpo_gamma is)",
-    "dpo_beta": "write rl_beta",
-    "dpo_label_smoothing": "remove it: it belongs to rl: dpo",
-    "dpo_loss_type": "remove it: it belongs to rl: dpo",
-    "dpo_loss_weights": "remove it: it belongs to rl: dpo",
-    "dpo_use_weighting": "remove it: it belongs to rl: dpo",
-    "dpo_ld_alpha": "remove it: it belongs to rl: dpo",
-    "dpo_padding_free": "remove it: it belongs to rl: dpo; amopo.share_prompt saves more",
-    "dpo_use_liger_kernel": "remove it: it belongs to rl: dpo; logits are made in chunks here too",
-    "precompute_ref_log_probs": "remove it: AMoPO trains without a reference model",
-    "center_rewards_coefficient": "remove it: AMoPO trains without a reward model",
-    "rpo_alpha": "remove it: it belongs to rl: dpo",
-    "cpo_alpha": "remove it: it belongs to rl: simpo",
-    "orpo_alpha": "remove it: it belongs to rl: orpo",
-    "kto_desirable_weight": "remove it: it belongs to rl: kto",
-    "kto_undesirable_weight": "remove it: it belongs to rl: kto",
-    "trl": "remove the block: it belongs to axolotl's other rl methods",
-    "ebft": "remove the block: it belongs to rl: ebft",
-    "use_eaft": "remove it: it replaces the loss",
-    "use_dft": "remove it: it replaces the loss",
-    "diffusion_lm": "remove the block: it replaces the loss",
-    "diffusion": "remove the block: it replaces the loss",
-    "diffusion_decision": "remove the block: it replaces the loss",
-    "kd_trainer": "remove it: it brings a trainer and a loss of its own",
-    "hatchery": "remove the block: it brings a trainer of its own",
-    "use_pose": "remove it: it changes the positions of single sequences",
-    # Forward it cuts the sequences, backward the flattened batch.
-    "tiled_mlp": "remove it: its gradients are wrong for several sequences in a batch",
-    "xformers_attention": "write attn_implementation: sdpa: axolotl's xformers takes no padding",
-    "processor_type": "remove it: images are not supported, only text",
-    "do_causal_lm_eval": "remove it: per-dimension metrics are logged at every evaluation",
-    "do_bench_eval": "remove it: per-dimension metrics are logged at every evaluation",
-    "eval_table_size": "remove it: it samples completions of single sequences",
-    "generate_samples": "remove it: it samples completions of single sequences",
-    "balance_labels": "remove it: it counts the labels of single sequences",
-    "remove_unused_columns": "remove it: the columns of a pair are all needed",
-    "push_dataset_to_hub": "remove it: a prepared dataset is bound to this config and version",
-}
-
-# The same for single values of keys.
-INCOMPATIBLE_VALUES: dict[str, dict[str, str]] = {
-    "attn_implementation": {
-        "xformers": "write sdpa or flash_attention_2: axolotl's xformers takes no padding",
-        "fp8": "write sdpa or flash_attention_2: FP8 attention takes no mask, so no padding",
-    },
-    "adapter": {"mixlora": "write lora: a trainer of its own saves MixLoRA's routers"},
-}
-
-# Keys that are harmless but do nothing: the loss never goes through them.
-NO_EFFECT: tuple[str, ...] = (
-    "cut_cross_entropy",
-    "chunked_cross_entropy",
-    "liger_fused_linear_cross_entropy",
-    "liger_cross_entropy",
-    "flash_attn_cross_entropy",
-)
+def _unknown(key: str, known: list[str]) -> str:
+    hint = did_you_mean(key.rpartition(".")[2], known)
+    return f"{key}: unknown key.{hint} Known: {', '.join(known)}."
 
 
-# What axolotl's commands put into the raw config beside the YAML's keys.
-COMMAND_LINE_KEYS = {
-    *(field.name for arguments in COMMAND_ARGUMENTS for field in fields(arguments)),
-    "axolotl_config_path",
-    "is_preprocess",
-    "inference",
-    "merge_lora",
-    "launcher",
-}
+def _not_of_the_objective(key: str, objective: str) -> str:
+    name = key.rpartition(".")[2]
+    if name == "beta":
+        return f"{key}: unknown key; beta is axolotl's own key rl_beta, outside this block."
+    others = [other for other, keys in HYPERPARAMETERS.items() if name in keys.model_fields]
+    if not others:
+        return _unknown(key, known_keys(objective))
+    plural = "s" * (len(others) > 1)
+    own = ", ".join(HYPERPARAMETERS[objective].model_fields) or "no keys of its own"
+    return (
+        f"{key}: belongs to objective{plural} {', '.join(others)}; objective {objective} has {own}."
+    )
 
 
-def check_axolotl_keys(cfg: dict) -> list[str]:
-    """Refuse axolotl options that can't work with `rl: amopo`; return those with no effect.
+def _with(objective: Objective) -> str:
+    """Return the choices among its hyperparameters, e.g. ` with weighting: mean`."""
+    choices = [f"{name}: {getattr(objective, name)}" for name in _choices(objective)]
+    return f" with {', '.join(choices)}" if choices else ""
 
-    Raises:
-        ConfigError: naming the key and what to write instead.
-    """
-    for key, advice in INCOMPATIBLE.items():
-        if cfg.get(key):
-            raise ConfigError(f"{key}: {cfg[key]!r} can't work with rl: amopo; {advice}.")
-    for key, values in INCOMPATIBLE_VALUES.items():
-        if advice := values.get(str(cfg.get(key))):
-            raise ConfigError(f"{key}: {cfg[key]!r} can't work with rl: amopo; {advice}.")
-    ours = set(AMoPOConfig.model_fields) - INTERNAL
-    for key in cfg:
-        if key in ours or (key != "amopo" and str(key).lower().startswith(("amopo", "amop_"))):
-            raise ConfigError(
-                f"{key}: is not a key of axolotl's; the plugin's keys stand in a block, "
-                f"amopo: {{{str(key).lower().removeprefix('amopo').strip('._-') or 'key'}: ...}}."
-            )
-    sizes = {
-        key: cfg.get(key)
-        for key in ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size")
+
+def _choices_that_need(objective: Objective, need: str) -> list[str]:
+    """Return the settings, one changed at a time, with which the objective has a need."""
+    return [
+        f"{name}: {choice}"
+        for name, choices in _choices(objective).items()
+        for choice in choices
+        if need in replace(objective, **{name: choice}).needs
+    ]
+
+
+def _choices(objective: Objective) -> dict[str, tuple]:
+    types = get_type_hints(type(objective))
+    return {
+        field.name: get_args(types[field.name])
+        for field in fields(objective)
+        if get_origin(types[field.name]) is Literal
     }
-    sizes["context_parallel.size"] = (cfg.get("context_parallel") or {}).get("size")
-    for key, size in sizes.items():
-        if (size or 1) > 1:
-            raise ConfigError(
-                f"{key}: {size} can't work with rl: amopo, whose pairs must stay whole on one "
-                "device; shard the model with FSDP2 or DeepSpeed ZeRO-3 instead."
-            )
-    if (cfg.get("accelerator_config") or {}).get("dispatch_batches"):
-        raise ConfigError(
-            "accelerator_config.dispatch_batches: true can't work with rl: amopo, whose batches "
-            "can't be cut into one slice a process; remove it: every process makes its own."
-        )
-    _check_spelling(cfg)
-    beta = cfg.get("rl_beta")
-    number = isinstance(beta, (int, float)) and not isinstance(beta, bool)
-    if beta is not None and not (number and 0 < beta < math.inf):
-        raise ConfigError(f"rl_beta: must be a number above 0, e.g. {DEFAULT_BETA}; got {beta!r}.")
-    without_effect = [key for key in NO_EFFECT if cfg.get(key)]
-    named = any("CutCrossEntropyPlugin" in str(plugin) for plugin in cfg.get("plugins") or [])
-    if named and cfg.get("cut_cross_entropy") is None:  # naming its plugin turns it on
-        without_effect.append("cut_cross_entropy")
-    return without_effect
 
 
-def _check_spelling(cfg: dict) -> None:
-    """axolotl drops keys that it doesn't know; one letter off, that is a mistake.
+def __getattr__(name: str) -> Any:
+    # Until data/format.py imports it from where it stands.
+    if name == "DatasetOptions":
+        from axolotl_amopo.config.datasets import DatasetOptions
 
-    A key that resembles none stays: people keep YAML anchors and notes there.
-    """
-    from axolotl.integrations.base import PluginManager
-    from axolotl.utils.schemas.config import AxolotlInputConfig
-
-    known = {*AxolotlInputConfig.model_fields, "plugins", "amopo"}
-    for name, field in AxolotlInputConfig.model_fields.items():
-        known |= {name, str(field.validation_alias or name), str(field.alias or name)}
-    for schema in PluginManager.get_instance().get_input_args():  # of every plugin in this run
-        module, _, name = schema.rpartition(".")
-        known |= set(getattr(importlib.import_module(module), name).model_fields)
-    for key in cfg:
-        close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.85)
-        if key not in known and key not in COMMAND_LINE_KEYS and close:
-            raise ConfigError(f"{key}: axolotl has no such key. Did you mean '{close[0]}'?")
+        return DatasetOptions
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

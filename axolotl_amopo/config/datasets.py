@@ -1,51 +1,80 @@
-"""The `datasets:` entries of the YAML: our own keys, module paths, and what the cache must know.
+"""The `datasets:` entries of the YAML: our own keys, and the modules that their `type:` names.
 
-axolotl's schema drops keys it doesn't know, and its prepared-dataset hash knows nothing of the
-`amopo:` block. So, before validation, our keys move into the block, and a fingerprint of all that
-shapes the prepared rows goes into the entry's `conversation` field: a field of axolotl's schema
-that is part of that hash and that only its removed ShareGPT formats read.
+axolotl's schema drops keys that it doesn't know, so before validation ours move into the block,
+under the fingerprint of their entry.
 """
 
-import hashlib
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 from axolotl.utils.schemas.datasets import SFTDataset
+from jinja2 import TemplateError
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-import axolotl_amopo
-from axolotl_amopo.config.block import AMoPOConfig, DatasetOptions, parse_block, plain
-from axolotl_amopo.config.files import check_loads, digest, local_files
+from axolotl_amopo.config.block import AMoPOConfig, Scale, check_scale, parse_block, plain
+from axolotl_amopo.config.files import check_loads
+from axolotl_amopo.config.fingerprint import entry_facts, fingerprint, shared_facts
+from axolotl_amopo.config.instructions import ENVIRONMENT
+from axolotl_amopo.config.through_axolotl import mark
 from axolotl_amopo.errors import ConfigError, did_you_mean
 
 FORMATS_PACKAGE = "axolotl_amopo.formats"
 PREFIX = "amopo."
 
-# Settings of the block that change the loss, not the prepared rows.
-NOT_IN_ROWS = {"gamma", "weighting", "weights", "share_prompt", "eval_table", "datasets", "enabled"}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
+
+class DatasetOptions(BaseModel):
+    """Keys of a `datasets:` entry that axolotl's schema doesn't have."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    scale: Scale | None = Field(
+        default=None, description="Lowest and highest rating of this dataset's dimensions"
+    )
+    fields: dict[str, str] = Field(
+        default={},
+        description="Our field names (prompt, chosen, ...) to the data's, or to a path: a.b, a.0",
+    )
+    template: str | None = Field(
+        default=None,
+        description="The prompt as a Jinja template of the row's fields (types that say so)",
+    )
+    responses: list[dict[str, str]] | None = Field(
+        default=None,
+        min_length=2,
+        description="amopo.user_defined: for each response the paths of its text and its ratings",
+    )
+
+    check_scale = field_validator("scale")(check_scale)
+
+    @field_validator("template")
+    @classmethod
+    def check_template(cls, text: str | None) -> str | None:
+        try:
+            ENVIRONMENT.parse(text or "")
+        except TemplateError as error:
+            raise ValueError(f"is not a Jinja template ({error})") from None
+        return text
+
+    @field_validator("responses")
+    @classmethod
+    def check_responses(cls, responses: list[dict[str, str]] | None) -> list[dict[str, str]] | None:
+        if any("text" not in paths for paths in responses or []):
+            raise ValueError("each response needs a path for its text, e.g. {text: answer_a}")
+        return responses
 
 
 def formats() -> list[str]:
-    """The `type:` names that come with this package."""
+    """Return the `type:` names that come with this package."""
     folder = Path(__file__).parent.parent / "formats"
     return sorted(PREFIX + path.stem.rstrip("_") for path in folder.glob("[a-z]*.py"))
 
 
 def prepare_entries(cfg: dict, config: AMoPOConfig) -> dict[str, dict[str, Any]]:
-    """Rewrite `datasets:` and `test_datasets:` in place.
+    """Rewrite `datasets:` and `test_datasets:` in place; return what axolotl would drop of them.
 
     Returns:
-        For every entry's fingerprint: its own options, and whether it is for evaluation.
+        By an entry's fingerprint: its own options, and whether it is for evaluation.
 
     Raises:
         ConfigError: for a type or key that is unknown.
@@ -57,7 +86,7 @@ def prepare_entries(cfg: dict, config: AMoPOConfig) -> dict[str, dict[str, Any]]
             "type: amopo.helpsteer."
         )
     stored: dict[str, dict[str, Any]] = {}
-    shared = _shared_facts(cfg, config)
+    shared = shared_facts(cfg, config)
     for section in ("datasets", "test_datasets"):
         entries = cfg.get(section) or []
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
@@ -65,21 +94,20 @@ def prepare_entries(cfg: dict, config: AMoPOConfig) -> dict[str, dict[str, Any]]
         for i, entry in enumerate(entries):
             where = f"{section}[{i}]"
             options = _take_options(entry, where)
-            entry["type"] = _module_of(entry.get("type"), where)
+            kind = entry.get("type")
+            entry["type"] = _module_of(kind, where)
             if not entry.get("path"):
                 raise ConfigError(f"{where}.path: is missing; name a file, folder or hub dataset.")
             check_loads(entry, where)
-            facts = {
+            facts = entry_facts(entry, kind, ours=kind.startswith(PREFIX))
+            facts |= {
                 "shared": shared,
                 "options": options.model_dump(),
                 "eval": section == "test_datasets",
-                "entry": {k: str(v) for k, v in sorted(entry.items()) if v is not None},
-                "files": [digest(path) for path in local_files(entry)],
-                "template": _template_text(entry),
             }
-            fingerprint = "amopo-" + _hash(facts)
-            entry["conversation"] = fingerprint
-            stored[fingerprint] = {
+            name = fingerprint(facts)
+            mark(entry, name)
+            stored[name] = {
                 "options": options.model_dump(exclude_none=True),
                 "eval_split": section == "test_datasets",
             }
@@ -100,7 +128,7 @@ def _take_options(entry: dict, where: str) -> DatasetOptions:
 
 
 def _module_of(kind: Any, where: str) -> str:
-    """The module that a `type:` names: one of ours, or any package's with a `load`."""
+    """Return the module that a `type:` names: one of ours, or any package's with a `load`."""
     if isinstance(kind, str) and "." in kind:
         module = kind
         if kind.startswith(PREFIX):
@@ -117,35 +145,3 @@ def _module_of(kind: Any, where: str) -> str:
         f"{did_you_mean(str(kind), formats())} Known: {', '.join(formats())}, or the import path "
         "of a module of your own."
     )
-
-
-def _shared_facts(cfg: dict, config: AMoPOConfig) -> dict[str, Any]:
-    """What shapes every dataset's rows, beyond what axolotl's own hash holds."""
-    tokenizer = Path(str(cfg.get("tokenizer_config") or cfg.get("base_model")))
-    package = Path(__file__).parent.parent
-    sources = sorted([*package.glob("data/*.py"), *package.glob("formats/*.py")])
-    return {
-        "version": axolotl_amopo.__version__,
-        "code": [digest(path) for path in sources],
-        "block": config.model_dump(mode="json", exclude=NOT_IN_ROWS),
-        "excess_length_strategy": cfg.get("excess_length_strategy"),
-        "seed": cfg.get("seed") if isinstance(config.pairs, int) else None,  # of the pairs drawn
-        "sequence_len": [cfg.get("sequence_len"), cfg.get("eval_sequence_len")],
-        "template": _template_text(cfg),
-        "tokenizer": [
-            digest(tokenizer / name) for name in TOKENIZER_FILES if (tokenizer / name).is_file()
-        ],
-    }
-
-
-def _template_text(holder: dict) -> str | None:
-    """The chat template's text, also where the key names a file."""
-    text = holder.get("chat_template_jinja")
-    if text and len(str(text)) < 1024 and Path(str(text)).is_file():
-        return Path(text).read_text(encoding="utf-8")
-    return text
-
-
-def _hash(facts: Any) -> str:
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,23 +1,35 @@
-"""`--amopo.gamma 1.5`: from the command line into the raw config."""
+"""Overrides of the `amopo:` block: `--amopo.gamma 1.5`, and the keys of a sweep.
+
+They reach the raw config in one of two spellings:
+
+    amopo.gamma: 1.5                  at its top level: what `axolotl train --sweep FILE` writes
+    amopo: {overrides: {gamma: 1.5}}  what `axolotl amopo train --amopo.gamma 1.5` passes on
+
+The second is axolotl's own way of setting a key of a block (`amopo__overrides=...` among the
+options of its commands), with all overrides in one value. One option per key would not do: axolotl
+turns an option's text into what it takes for the meant type (`none` into null, and any word into
+false where the YAML has true), but passes on what is no text as it is.
+"""
 
 import json
-import os
-import sys
 from collections.abc import Iterable
 from typing import Any
 
 import click
 import yaml
 
-PREFIX = "--amopo."
-# Carries the overrides of `axolotl amopo ...` through the launcher to every process.
-ENVIRONMENT_VARIABLE = "AXOLOTL_AMOPO_OVERRIDES"
+PREFIX = "amopo."
+#: The option that carries the overrides, as a keyword argument of axolotl's commands.
+PASSED_AS = "amopo__overrides"
+KEY = "overrides"
 
 Overrides = dict[str, Any]
 
 
 def split_overrides(arguments: Iterable[str]) -> tuple[Overrides, list[str]]:
-    """Take `--amopo.key value` and `--amopo.key=value` out of command-line arguments.
+    """Return the `--amopo.key value` and `--amopo.key=value` among arguments, and the others.
+
+    Values are YAML, as in the config file.
 
     Raises:
         click.UsageError: for a key without a value.
@@ -26,31 +38,42 @@ def split_overrides(arguments: Iterable[str]) -> tuple[Overrides, list[str]]:
     rest: list[str] = []
     waiting = iter(arguments)
     for argument in waiting:
-        if not argument.startswith(PREFIX):
+        if not argument.startswith(f"--{PREFIX}"):
             rest.append(argument)
             continue
-        name, given, value = argument.removeprefix(PREFIX).partition("=")
+        name, given, value = argument.removeprefix(f"--{PREFIX}").partition("=")
         if not given:
             value = next(waiting, None)
             if value is None:
                 raise click.UsageError(f"{argument} needs a value, e.g. {argument} VALUE")
-        overrides[name.replace("-", "_")] = yaml.safe_load(value)
+        try:
+            overrides[name.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise click.UsageError(f"--{PREFIX}{name}: {value!r} is not YAML: {error}") from None
     return overrides, rest
 
 
-def to_json(overrides: Overrides) -> str:
-    return json.dumps(overrides)
+def passed_on(overrides: Overrides) -> dict[str, Any]:
+    """Return the keyword arguments by which axolotl's commands carry overrides to every process.
+
+    A launcher gets them as text, which must be read as a Python literal again; so values that have
+    none (a date) become text here.
+    """
+    return {PASSED_AS: json.loads(json.dumps(overrides, default=str))} if overrides else {}
 
 
 def apply_overrides(cfg: dict) -> None:
-    """Put the overrides of this process' command line into the raw config's `amopo:` block.
+    """Move overrides from where they stand in the raw config into its `amopo:` block.
 
-    They come through `axolotl amopo ...`, or, where axolotl's command runs in this very process
-    (`--launcher python`, `python -m axolotl.cli.train`), stand in `sys.argv`.
+    Those of the command line win over those of a sweep.
     """
-    overrides = json.loads(os.environ.get(ENVIRONMENT_VARIABLE, "{}"))
-    overrides |= split_overrides(sys.argv[1:])[0]
-    for key in [key for key in cfg if str(key).startswith(PREFIX.removeprefix("--"))]:
-        del cfg[key]  # what axolotl made of the same option
-    if overrides:
-        cfg["amopo"] = dict(cfg.get("amopo") or {}) | overrides
+    found: Overrides = {}
+    for key in [key for key in cfg if str(key).startswith(PREFIX)]:
+        found[key.removeprefix(PREFIX).replace("-", "_")] = cfg.pop(key)
+    block = cfg.get("amopo")
+    if block is not None and not isinstance(block, dict):
+        return  # refused as a whole by whoever reads it
+    block = dict(block or {})
+    found |= block.pop(KEY, None) or {}
+    if found:
+        cfg["amopo"] = block | found

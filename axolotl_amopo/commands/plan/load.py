@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from axolotl.integrations.base import PluginManager, normalize_plugin_name
 from axolotl.utils.config import prepare_plugins, validate_config
 from axolotl.utils.dict import DictDefault
 from pydantic import ValidationError
@@ -12,7 +13,8 @@ from axolotl_amopo.commands.plan.cards import find_card
 from axolotl_amopo.commands.plan.estimate import Plan, advise, estimate
 from axolotl_amopo.commands.plan.models import model_config
 from axolotl_amopo.commands.plan.step import PairShape
-from axolotl_amopo.config.block import AMoPOConfig
+from axolotl_amopo.config.block import AMoPOConfig, read_block
+from axolotl_amopo.config.take_over import take_over
 from axolotl_amopo.errors import AMoPOError, ConfigError
 
 # About what the default instruction has; with `instruction_place: after` the rest is shared.
@@ -31,7 +33,7 @@ def plan_config(
     pairs: int = 10_000,
     utilisation: float = 0.4,
 ) -> tuple[Plan, list[tuple[str, Plan]]]:
-    """The plan of a config file, and changes that would make it fit, see `estimate`.
+    """Return the plan of a config file, and changes that would make it fit, see `estimate`.
 
     Raises:
         AMoPOError: for a config that training would refuse too, an unknown card, or a model whose
@@ -69,7 +71,7 @@ def plan_config(
 
 
 def load(path: str, device: str, gpus: int) -> tuple[DictDefault, AMoPOConfig]:
-    """A config file, validated by the plugin and by axolotl for the devices it is planned for.
+    """Return a config, validated by the plugin and by axolotl for devices, and its block.
 
     Raises:
         AMoPOError: saying what is wrong with it.
@@ -80,7 +82,10 @@ def load(path: str, device: str, gpus: int) -> tuple[DictDefault, AMoPOConfig]:
         raise ConfigError(f"{path}: is not YAML: {error}.") from None
     if not isinstance(values, dict) or values.get("rl") != "amopo":
         raise ConfigError(f"{path}: has no `rl: amopo`; there is nothing to plan.")
-    cfg = DictDefault(values | {"plan": device, "axolotl_config_path": path})
+    cfg = DictDefault(values | {"axolotl_config_path": path})
+    _load_plugins(cfg)
+    # Before the plugin does, which would hold the config against the devices that are here.
+    take_over(cfg, device=device, with_data=False)
     prepare_plugins(cfg)
     try:
         cfg = validate_config(
@@ -100,4 +105,15 @@ def load(path: str, device: str, gpus: int) -> tuple[DictDefault, AMoPOConfig]:
     if cfg.bf16 == "auto":
         cfg.bf16 = device == "cuda"
     cfg.micro_batch_size = cfg.micro_batch_size or 1
-    return cfg, AMoPOConfig.model_validate(cfg.amopo.to_dict())
+    return cfg, read_block(cfg)
+
+
+def _load_plugins(cfg: DictDefault) -> None:
+    """Load the plugins that the config names, as `prepare_plugins` does before it asks them.
+
+    Or their keys would be taken for misspelt ones of axolotl's.
+    """
+    manager = PluginManager.get_instance()
+    for name in map(normalize_plugin_name, cfg.plugins or []):
+        if name not in manager.plugins:
+            manager.register(name, required=True)

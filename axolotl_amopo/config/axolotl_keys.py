@@ -1,0 +1,157 @@
+"""axolotl's own keys that can't go with `rl: amopo`, and keys that are no keys at all."""
+
+import difflib
+import importlib
+from dataclasses import fields
+
+from axolotl.cli.args import EvaluateCliArgs, InferenceCliArgs, PreprocessCliArgs, TrainerCliArgs
+
+from axolotl_amopo.config.block import known_keys
+from axolotl_amopo.errors import ConfigError
+
+COMMAND_ARGUMENTS = (TrainerCliArgs, EvaluateCliArgs, PreprocessCliArgs, InferenceCliArgs)
+
+# axolotl's keys that can't work with a preference loss over pairs, and what to do instead.
+INCOMPATIBLE: dict[str, str] = {
+    "sample_packing": "set it to false: a pair's sequences are batched together by the plugin",
+    "eval_sample_packing": "set it to false: a pair's sequences are batched by the plugin",
+    "batch_flattening": "remove it: a pair's sequences are batched together by the plugin",
+    "multipack_real_batches": "remove it: there is no sample packing here",
+    "train_on_inputs": "set it to false: the loss is over the responses only",
+    "reward_model": "remove it: AMoPO trains without a reward model",
+    "process_reward_model": "remove it: AMoPO trains without a reward model",
+    "rl_adapter_ref_model": "remove it: AMoPO trains without a reference model",
+    "pretraining_dataset": "use datasets: with a type of amopo.*",
+    "streaming": "set it to false: pairs are made from the whole dataset",
+    "skip_prepare_dataset": "set it to false: pairs are made while the dataset is prepared",
+    "trainer_cls": "remove it: rl: amopo brings its own trainer",
+    "simpo_gamma": "write amopo.gamma (an absolute margin, as simpo_gamma is)",
+    "dpo_beta": "write rl_beta",
+    "dpo_label_smoothing": "remove it: it belongs to rl: dpo",
+    "dpo_loss_type": "remove it: it belongs to rl: dpo",
+    "dpo_loss_weights": "remove it: it belongs to rl: dpo",
+    "dpo_use_weighting": "remove it: it belongs to rl: dpo",
+    "dpo_ld_alpha": "remove it: it belongs to rl: dpo",
+    "dpo_padding_free": "remove it: it belongs to rl: dpo; amopo.share_prompt saves more",
+    "dpo_use_liger_kernel": "remove it: it belongs to rl: dpo; logits are made in chunks here too",
+    "precompute_ref_log_probs": "remove it: AMoPO trains without a reference model",
+    "center_rewards_coefficient": "remove it: AMoPO trains without a reward model",
+    "rpo_alpha": "remove it: it belongs to rl: dpo",
+    "cpo_alpha": "remove it: it belongs to rl: simpo",
+    "orpo_alpha": "remove it: it belongs to rl: orpo",
+    "kto_desirable_weight": "remove it: it belongs to rl: kto",
+    "kto_undesirable_weight": "remove it: it belongs to rl: kto",
+    "trl": "remove the block: it belongs to axolotl's other rl methods",
+    "ebft": "remove the block: it belongs to rl: ebft",
+    "use_eaft": "remove it: it replaces the loss",
+    "use_dft": "remove it: it replaces the loss",
+    "diffusion_lm": "remove the block: it replaces the loss",
+    "diffusion": "remove the block: it replaces the loss",
+    "diffusion_decision": "remove the block: it replaces the loss",
+    "kd_trainer": "remove it: it brings a trainer and a loss of its own",
+    "hatchery": "remove the block: it brings a trainer of its own",
+    "use_pose": "remove it: it changes the positions of single sequences",
+    # Forward it cuts the sequences, backward the flattened batch.
+    "tiled_mlp": "remove it: its gradients are wrong for several sequences in a batch",
+    "xformers_attention": "write attn_implementation: sdpa: axolotl's xformers takes no padding",
+    "processor_type": "remove it: images are not supported, only text",
+    "do_causal_lm_eval": "remove it: per-dimension metrics are logged at every evaluation",
+    "do_bench_eval": "remove it: per-dimension metrics are logged at every evaluation",
+    "eval_table_size": "remove it: it samples completions of single sequences",
+    "generate_samples": "remove it: it samples completions of single sequences",
+    "balance_labels": "remove it: it counts the labels of single sequences",
+    "remove_unused_columns": "remove it: the columns of a pair are all needed",
+    "push_dataset_to_hub": "remove it: a prepared dataset is bound to this config and version",
+}
+
+# The same for single values of keys.
+INCOMPATIBLE_VALUES: dict[str, dict[str, str]] = {
+    "attn_implementation": {
+        "xformers": "write sdpa or flash_attention_2: axolotl's xformers takes no padding",
+        "fp8": "write sdpa or flash_attention_2: FP8 attention takes no mask, so no padding",
+    },
+    "adapter": {"mixlora": "write lora: a trainer of its own saves MixLoRA's routers"},
+}
+
+# Keys that are harmless but do nothing: the loss never goes through them.
+NO_EFFECT: tuple[str, ...] = (
+    "cut_cross_entropy",
+    "chunked_cross_entropy",
+    "liger_fused_linear_cross_entropy",
+    "liger_cross_entropy",
+    "flash_attn_cross_entropy",
+)
+
+
+# What axolotl's commands put into the raw config beside the YAML's keys.
+COMMAND_LINE_KEYS = {
+    *(field.name for arguments in COMMAND_ARGUMENTS for field in fields(arguments)),
+    "axolotl_config_path",
+    "is_preprocess",
+    "inference",
+    "merge_lora",
+    "launcher",
+}
+
+
+def check_axolotl_keys(cfg: dict) -> list[str]:
+    """Return the keys of axolotl's that are set and have no effect with `rl: amopo`.
+
+    Raises:
+        ConfigError: for a key that can't work with it, naming what to write instead.
+    """
+    for key, advice in INCOMPATIBLE.items():
+        if cfg.get(key):
+            raise ConfigError(f"{key}: {cfg[key]!r} can't work with rl: amopo; {advice}.")
+    for key, values in INCOMPATIBLE_VALUES.items():
+        if advice := values.get(str(cfg.get(key))):
+            raise ConfigError(f"{key}: {cfg[key]!r} can't work with rl: amopo; {advice}.")
+    ours = set(known_keys())
+    for key in cfg:
+        if key in ours or (key != "amopo" and str(key).lower().startswith(("amopo", "amop_"))):
+            raise ConfigError(
+                f"{key}: is not a key of axolotl's; the plugin's keys stand in a block, "
+                f"amopo: {{{str(key).lower().removeprefix('amopo').strip('._-') or 'key'}: ...}}."
+            )
+    sizes = {
+        key: cfg.get(key)
+        for key in ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size")
+    }
+    sizes["context_parallel.size"] = (cfg.get("context_parallel") or {}).get("size")
+    for key, size in sizes.items():
+        if (size or 1) > 1:
+            raise ConfigError(
+                f"{key}: {size} can't work with rl: amopo, whose pairs must stay whole on one "
+                "device; shard the model with FSDP2 or DeepSpeed ZeRO-3 instead."
+            )
+    if (cfg.get("accelerator_config") or {}).get("dispatch_batches"):
+        raise ConfigError(
+            "accelerator_config.dispatch_batches: true can't work with rl: amopo, whose batches "
+            "can't be cut into one slice per process; remove it: every process makes its own."
+        )
+    _check_spelling(cfg)
+    without_effect = [key for key in NO_EFFECT if cfg.get(key)]
+    named = any("CutCrossEntropyPlugin" in str(plugin) for plugin in cfg.get("plugins") or [])
+    if named and cfg.get("cut_cross_entropy") is None:  # naming its plugin turns it on
+        without_effect.append("cut_cross_entropy")
+    return without_effect
+
+
+def _check_spelling(cfg: dict) -> None:
+    """Refuse a key that is one letter off one of axolotl's, which axolotl would drop in silence.
+
+    A key that resembles none stays: people keep YAML anchors and notes there.
+    """
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    known = {*AxolotlInputConfig.model_fields, "plugins", "amopo"}
+    for name, field in AxolotlInputConfig.model_fields.items():
+        known |= {name, str(field.validation_alias or name), str(field.alias or name)}
+    for schema in PluginManager.get_instance().get_input_args():  # of every plugin in this run
+        module, _, name = schema.rpartition(".")
+        known |= set(getattr(importlib.import_module(module), name).model_fields)
+    for key in cfg:
+        close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.85)
+        if key not in known and key not in COMMAND_LINE_KEYS and close:
+            raise ConfigError(f"{key}: axolotl has no such key. Did you mean '{close[0]}'?")
