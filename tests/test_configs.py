@@ -6,11 +6,14 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
 import yaml
 from click.testing import CliRunner
 from runs import ROOT
 
-from axolotl_amopo.commands.configs import configs
+from axolotl_amopo.commands.configs.command import configs
+from axolotl_amopo.commands.configs.examples import copy_configs, list_configs
+from axolotl_amopo.errors import AMoPOError
 
 ZERO = "qwen2.5-32b-8x80gb-zero3"
 EXAMPLES = sorted((ROOT / "example_configs").glob("*.yml"))
@@ -67,13 +70,25 @@ def test_an_unknown_name():
     assert done.exit_code == 1 and "Did you mean 'qwen2.5-7b-24gb-qlora'?" in done.output
 
 
+def test_from_python(tmp_path):
+    assert [config.path for config in list_configs()] == EXAMPLES
+    [made] = copy_configs(["quickstart"], tmp_path)
+    assert made == tmp_path / "quickstart.yml"
+    with pytest.raises(AMoPOError, match="is there already"):
+        copy_configs(["quickstart"], tmp_path)
+    assert copy_configs(["quickstart"], tmp_path, force=True) == [made]
+
+
 def test_the_wheel_has_them(tmp_path):
     build = ["wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(ROOT)]
     subprocess.run([sys.executable, "-m", "pip", *build], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
-    code = "from axolotl_amopo.commands.configs import configs, PACKAGE; print(PACKAGE); configs()"
+    code = (
+        "from axolotl_amopo.commands.configs.command import configs; "
+        "from axolotl_amopo.commands.configs.examples import PACKAGE; print(PACKAGE); configs()"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -18,8 +18,9 @@ from runs import write_jsonl
 
 from axolotl_amopo.commands import amopo
 from axolotl_amopo.commands.report.findings import findings, interval, outcome
-from axolotl_amopo.commands.report.page import differences
+from axolotl_amopo.commands.report.page import differing_settings
 from axolotl_amopo.commands.report.plots import MOST_POINTS, Board, thin
+from axolotl_amopo.commands.report.report import write_report
 from axolotl_amopo.errors import AMoPOError, DataError
 from axolotl_amopo.training.runs import LOG, read_run, series
 
@@ -524,6 +525,16 @@ def test_the_json_is_strict_and_has_the_numbers(made):
     }
 
 
+def test_from_python(made, tmp_path, two_plots):
+    report = write_report([made.folder], tmp_path / "report")
+    assert report.page == tmp_path / "report" / "index.html" and report.page.is_file()
+    [one] = report.runs
+    assert one.prompts["safety"]["margin"] == one.run.change("amopo/safety/margin")
+    assert [finding.code for finding in one.findings] == ["sacrificed", "length-grows"]
+    assert report.severities == {"warning"}
+    assert report.to_json()["runs"] == json.loads(made.done.stdout.splitlines()[-1])["runs"]
+
+
 def test_training_alone_gives_means_of_its_ends(tmp_path, two_plots):
     lines = healthy(every=0)
     run = read(tmp_path / "run", lines)
@@ -630,7 +641,7 @@ def test_several_runs(tmp_path):
     assert ["learning_rate", "5e-06", "1e-06"] in settings
     assert "rl_beta" not in str(settings)
     runs = {folder.parent.name: read_run(folder) for folder in (a, b)}
-    assert list(differences(runs)) == ["learning_rate", "amopo.gamma", "amopo.winner"]
+    assert list(differing_settings(runs)) == ["learning_rate", "amopo.gamma", "amopo.winner"]
     board = Board(list(runs.values()), list(runs))
     plot = next(plot for plot in board.plots() if plot.name == "margin")
     styles = {line.get_linestyle() for line in plot.figure.axes[0].lines}
@@ -704,7 +715,7 @@ def test_exit_codes(made, tmp_path, two_plots):
 def test_it_starts_without_torch_and_axolotl():
     code = (
         "import sys; import axolotl_amopo.commands, axolotl_amopo.commands.report.command; "
-        "import axolotl_amopo.commands.report.write, axolotl_amopo.commands.report.show; "
+        "import axolotl_amopo.commands.report.report, axolotl_amopo.commands.report.text; "
         "print({'torch', 'axolotl', 'transformers', 'datasets', 'pandas', 'matplotlib.pyplot'}"
         " & set(sys.modules))"
     )

@@ -13,10 +13,12 @@ from jinja2 import TemplateError
 from runs import config, prepare, write_config, write_jsonl
 
 from axolotl_amopo.commands import amopo
-from axolotl_amopo.commands.generate.export import export
-from axolotl_amopo.commands.generate.questions import of_text, read
-from axolotl_amopo.commands.kit.answers import Generator, Sampling, room_for, stop_ids
-from axolotl_amopo.commands.kit.trained import find
+from axolotl_amopo.commands.generate.answers import answer_prompts, generate_answers
+from axolotl_amopo.commands.generate.export import export_answers
+from axolotl_amopo.commands.generate.questions import read_prompts, text_prompt
+from axolotl_amopo.commands.kit.generator import Generator, Sampling, stop_ids, vllm_lora_rank
+from axolotl_amopo.commands.kit.models import find_model
+from axolotl_amopo.commands.template.steered import steered_template
 from axolotl_amopo.config.instructions import DEFAULT_INSTRUCTION, DEFAULT_OVERALL_INSTRUCTION
 from axolotl_amopo.data.tokenizer import ChatTokenizer
 from axolotl_amopo.errors import AMoPOError
@@ -166,7 +168,7 @@ def test_the_tokens_are_those_of_training(tmp_path, tiny_model, place):
     _, datasets = prepare(path)
     overall, helpfulness, honesty = datasets.train_dataset[0]["prompt_ids"]
     shutil.copytree(tiny_model, tmp_path / "out", dirs_exist_ok=True)
-    trained = find(str(path))
+    trained = find_model(str(path))
     assert trained.base == str(tiny_model) and not trained.is_adapter
     generator = Generator(trained, "transformers")
     messages = ROWS[0]["messages"]
@@ -316,7 +318,7 @@ def test_reading_prompts(tmp_path):
         {"messages": TALK, "system": "Be brief."},
         {"question_id": 81, "turns": ["Three?", "And?"]},
     ]
-    one, two, talk, turns = read(write_jsonl(tmp_path / "a.jsonl", rows))
+    one, two, talk, turns = read_prompts(write_jsonl(tmp_path / "a.jsonl", rows))
     assert one.messages == [{"role": "user", "content": "One?"}] and one.row == rows[0]
     assert two.messages[0]["content"] == "Two?"
     assert talk.messages == TOLD
@@ -325,9 +327,9 @@ def test_reading_prompts(tmp_path):
         {"role": "user", "content": "And?"},
     ]
     (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
-    assert len(read(tmp_path / "a.json")) == 4
+    assert len(read_prompts(tmp_path / "a.json")) == 4
     (tmp_path / "a.txt").write_text("One?\n\nTwo?\n", encoding="utf-8")
-    assert [prompt.where[-5:] for prompt in read(tmp_path / "a.txt")] == ["row 1", "row 3"]
+    assert [prompt.where[-5:] for prompt in read_prompts(tmp_path / "a.txt")] == ["row 1", "row 3"]
 
 
 @pytest.mark.parametrize(
@@ -347,7 +349,7 @@ def test_reading_prompts(tmp_path):
 def test_a_bad_prompt_is_named(tmp_path, text, message):
     (tmp_path / "p.jsonl").write_text(text, encoding="utf-8")
     with pytest.raises(AMoPOError, match=message):
-        read(tmp_path / "p.jsonl")
+        read_prompts(tmp_path / "p.jsonl")
 
 
 # Answers
@@ -401,7 +403,7 @@ SHORT = Sampling(max_new_tokens=12, batch_size=2)
 
 @pytest.fixture(scope="module")
 def generator(folder):
-    return Generator(find(str(folder)), "transformers")
+    return Generator(find_model(str(folder)), "transformers")
 
 
 def turns(answers):
@@ -409,16 +411,18 @@ def turns(answers):
 
 
 def test_a_batch_answers_as_one_by_one_would(generator):
-    prompts = [of_text(text) for text in TEXTS]
-    together = turns(generator.answers(prompts, [{"helpfulness": 4}], SHORT))
-    alone = [turns(generator.answers([one], [{"helpfulness": 4}], SHORT))[0] for one in prompts]
+    prompts = [text_prompt(text) for text in TEXTS]
+    together = turns(answer_prompts(generator, prompts, [{"helpfulness": 4}], SHORT))
+    alone = [
+        turns(answer_prompts(generator, [one], [{"helpfulness": 4}], SHORT))[0] for one in prompts
+    ]
     assert together == alone
     assert len(set(alone)) == len(alone)
 
 
 def test_settings_of_a_sweep_stand_beside_each_other(generator):
     each = [{"is_safe": 0}, {"is_safe": 1}, {}]
-    answers = generator.answers([of_text(text) for text in TEXTS], each, SHORT)
+    answers = answer_prompts(generator, [text_prompt(text) for text in TEXTS], each, SHORT)
     assert [answer.settings for answer in answers[:3]] == each
     assert [answer.prompt.row["prompt"] for answer in answers[::3]] == TEXTS
     assert [bool(answer.instruction) for answer in answers[:3]] == [True, True, False]
@@ -427,19 +431,19 @@ def test_settings_of_a_sweep_stand_beside_each_other(generator):
 def test_a_seed_decides_the_draws(generator):
     def drawn(seed):
         sampling = Sampling(max_new_tokens=12, temperature=1.5, top_p=0.9, seed=seed)
-        return turns(generator.answers([of_text("Why?")], [{}], sampling))
+        return turns(answer_prompts(generator, [text_prompt("Why?")], [{}], sampling))
 
     assert drawn(1) == drawn(1) != drawn(2)
 
 
 def test_an_answer_ends_with_its_turn(generator, monkeypatch):
     """A token of the first answer is made the end of a turn; the second goes on without it."""
-    prompts = [of_text(text) for text in TEXTS[:2]]
+    prompts = [text_prompt(text) for text in TEXTS[:2]]
     ids = [generator.ids(prompt.messages, {}) for prompt in prompts]
-    first, second = generator.engine.generate(ids, SHORT, lambda count: None)
+    first, second = generator.engine.generate(ids, SHORT)
     end = next(token for token in first if token not in second)
     monkeypatch.setattr(generator.engine, "stops", [end])
-    ended, cut = generator.answers(prompts, [{}], SHORT)
+    ended, cut = answer_prompts(generator, prompts, [{}], SHORT)
     assert ended.finished and ended.tokens == first.index(end) + 1
     assert not cut.finished and cut.tokens == SHORT.max_new_tokens
 
@@ -455,14 +459,14 @@ def test_the_second_question_follows_the_first_answer(generator, tmp_path, monke
     seen = []
     real = generator.engine.generate
 
-    def spy(prompts, sampling, done):
+    def spy(prompts, sampling, progress):
         seen.append([generator.tokenizer.decode(ids) for ids in prompts])
-        return real(prompts, sampling, done)
+        return real(prompts, sampling, progress)
 
     monkeypatch.setattr(generator.engine, "generate", spy)
     rows = [{"question_id": 81, "turns": ["First?", "Second?"]}, {"prompt": "Only?"}]
-    prompts = read(write_jsonl(tmp_path / "q.jsonl", rows))
-    two, one = generator.answers(prompts, [{"is_safe": 1}], SHORT)
+    prompts = read_prompts(write_jsonl(tmp_path / "q.jsonl", rows))
+    two, one = answer_prompts(generator, prompts, [{"is_safe": 1}], SHORT)
     assert len(two.turns) == 2 and len(one.turns) == 1
     assert [len(batch) for batch in seen] == [2, 1]
     before, after = seen[1][0].split("Second?")[0].split("First?")
@@ -473,19 +477,21 @@ def test_export_layouts(generator, tmp_path):
     rows = [
         {"question_id": 81, "uid": "u", "dataset": "koala", "turns": ["First?", "Second?"]},
     ]
-    answers = generator.answers(read(write_jsonl(tmp_path / "q.jsonl", rows)), [{}], SHORT)
+    answers = answer_prompts(
+        generator, read_prompts(write_jsonl(tmp_path / "q.jsonl", rows)), [{}], SHORT
+    )
     both = answers[0].turns
 
-    (line,) = map(json.loads, export(answers, "jsonl", "m").splitlines())
+    (line,) = map(json.loads, export_answers(answers, "jsonl", "m").splitlines())
     assert line["response"] == both and line["amopo"]["model"] == "m" and line["uid"] == "u"
-    (alpaca,) = json.loads(export(answers, "alpaca_eval", "m"))
+    (alpaca,) = json.loads(export_answers(answers, "alpaca_eval", "m"))
     assert alpaca == {
         "instruction": "First?", "output": both[0], "generator": "m", "dataset": "koala",
     }  # fmt: skip
-    (arena,) = map(json.loads, export(answers, "arena_hard", "m").splitlines())
+    (arena,) = map(json.loads, export_answers(answers, "arena_hard", "m").splitlines())
     assert set(arena) == {"uid", "ans_id", "model", "messages", "tstamp"}
     assert arena["messages"][-1] == {"role": "assistant", "content": {"answer": both[0]}}
-    (bench,) = map(json.loads, export(answers, "mt_bench", "m").splitlines())
+    (bench,) = map(json.loads, export_answers(answers, "mt_bench", "m").splitlines())
     assert set(bench) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
     assert bench["choices"] == [{"index": 0, "turns": both}] and bench["question_id"] == 81
 
@@ -567,12 +573,25 @@ def test_an_adapter_and_its_base(adapter, base):
     assert answer(adapter, "--base") == answer(base) != answer(adapter)
 
 
+def test_answers_from_python(folder):
+    """The function loads the model; unlike the command, it knows nothing of options and files."""
+    each = [{"is_safe": 1}, {}]
+    asked, plain = generate_answers(find_model(str(folder)), [text_prompt("Why?")], each, SHORT)
+    assert asked.instruction and not plain.instruction
+    assert asked.turns != plain.turns and len(asked.turns) == 1
+    with pytest.raises(AMoPOError, match="outside the scale"):
+        generate_answers(find_model(str(folder)), [text_prompt("Why?")], [{"is_safe": 9}])
+
+
 def test_the_template_command(folder, tmp_path):
     from transformers import AutoTokenizer
 
     out = tmp_path / "chat_template.jinja"
     done = run("template", folder, "--output", out, "-d", "is_safe=1")
     assert done.exit_code == 0, done.output
+    assert out.read_text(encoding="utf-8") == steered_template(
+        find_model(str(folder)), {"is_safe": 1}
+    )
     assert "--force" in run("template", folder, "--output", out).output
     steers = tmp_path / "steers"
     shutil.copytree(folder, steers)
@@ -581,9 +600,9 @@ def test_the_template_command(folder, tmp_path):
     assert "is safe is 1 of 1" in tokenizer.apply_chat_template(QUESTION, tokenize=False)
     # Our own commands steer such a folder once, not twice.
     messages = QUESTION
-    assert Generator(find(str(steers))).ids(messages, {}) == Generator(find(str(folder))).ids(
-        messages, {}
-    )
+    assert Generator(find_model(str(steers))).ids(messages, {}) == Generator(
+        find_model(str(folder))
+    ).ids(messages, {})
 
 
 # The page
@@ -591,14 +610,14 @@ def test_the_template_command(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def served(adapter):
-    from axolotl_amopo.commands.chat.app import CSS, Sides, page
+    from axolotl_amopo.commands.chat.app import CSS, ComparedModels, chat_page
 
-    sides = Sides(find(str(adapter)), with_base=True)
-    blocks = page(sides)
+    models = ComparedModels(find_model(str(adapter)), with_base=True)
+    blocks = chat_page(models)
     _, url, _ = blocks.launch(
         server_name="127.0.0.1", quiet=True, prevent_thread_lock=True, css=CSS, footer_links=[]
     )
-    yield sides, url
+    yield models, url
     blocks.close()
 
 
@@ -621,10 +640,10 @@ def test_the_page_answers_with_both_sides(served, adapter, base):
 
     for side, shown, folder in (("base", left, base), ("tuned", right, adapter)):
         assert [message["role"] for message in shown] == ["user", "assistant"]
-        generator = Generator(find(str(folder)), "transformers")
+        generator = Generator(find_model(str(folder)), "transformers")
         asked = steering().messages([{"role": "user", "content": "Why?"}], {"helpfulness": 4})
         sampling = Sampling(max_new_tokens=16)
-        (ids,) = generator.engine.generate([generator.ids(asked, {})], sampling, lambda count: None)
+        (ids,) = generator.engine.generate([generator.ids(asked, {})], sampling)
         assert text(shown[1]).strip() == generator.text(ids), side
     with pytest.raises(Exception, match="Write a question first"):
         client.predict(" ", 16, 0, 1, 0, True, *controls, api_name="/ask")
@@ -692,9 +711,9 @@ def test_the_page_in_a_browser(served):
         assert all(name.startswith((served[1], "data:", "blob:")) for name in fetched)
 
 
-@pytest.mark.parametrize(("rank", "room"), [(1, 8), (8, 8), (12, 16), (16, 16), (33, 64)])
-def test_vllm_is_given_a_rank_that_it_takes(rank, room):
-    assert room_for(rank) == room
+@pytest.mark.parametrize(("rank", "allowed"), [(1, 8), (8, 8), (12, 16), (16, 16), (33, 64)])
+def test_vllm_is_given_a_rank_that_it_takes(rank, allowed):
+    assert vllm_lora_rank(rank) == allowed
 
 
 def test_help_needs_no_model():

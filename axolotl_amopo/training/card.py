@@ -1,7 +1,7 @@
-"""The model card (README.md) beside a trained model: what was trained, on what, what came of it.
+"""The model card (README.md) beside a trained model: what was trained, on what, with what result.
 
-transformers' trainer writes one whose tables have a column a metric. Its front matter stays; the
-rest is told anew, from the run's own log.
+transformers' trainer writes a card whose tables have a column per metric. Its front matter stays;
+the rest is written anew, from the run's own log.
 """
 
 import re
@@ -11,22 +11,27 @@ from typing import Any
 from huggingface_hub import ModelCard
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
-from axolotl_amopo.commands.report.show import COMPARED, basis, number
-from axolotl_amopo.training.runs import Run, read_run
+from axolotl_amopo.training.runs import (
+    COMPARED_METRICS,
+    TrainingRun,
+    explain_change,
+    format_metric,
+    read_run,
+)
 from axolotl_amopo.training.trackers import markdown_table
 
 FILE = "README.md"
 TEMPLATE = Path(__file__).with_suffix(".md.jinja")
 MARK = "Written by axolotl-amopo."
-# Of cards that nobody wrote by hand: ours, transformers', and PEFT's form with nothing filled in.
+# Text in cards that nobody wrote by hand: ours, transformers', and PEFT's unfilled form.
 MARKS = (MARK, "generated automatically according to the information the Trainer", "for Model ID")
-# Of the `amopo:` block, beside what the tables of dimensions and data tell.
+# Keys of the `amopo:` block in the table of settings; the other tables have the rest.
 SETTINGS = ("gamma", "weighting", "weights", "winner", "rating_in_prompt", "pairs", "order_by")
 OURS = re.compile(r"^axolotl_amopo\.formats\.(.+?)_?$")
 
 
 def is_somebodys(folder: Path) -> bool:
-    """Whether a folder has a card that a person wrote or edited."""
+    """Return whether a folder has a card that a person wrote or edited."""
     path = folder / FILE
     return path.is_file() and not any(mark in path.read_text(encoding="utf-8") for mark in MARKS)
 
@@ -41,12 +46,12 @@ def write_card(trainer: Any) -> None:
     run = read_run(folder)
     data = ModelCard.load(folder / FILE).data
     data.tags = list(dict.fromkeys([*(data.tags or ()), *trainer.tag_names]))
-    contents = describe(run, extract_hyperparameters_from_trainer(trainer))
+    contents = card_contents(run, extract_hyperparameters_from_trainer(trainer))
     ModelCard.from_template(data, template_path=str(TEMPLATE), **contents).save(folder / FILE)
 
 
-def describe(run: Run, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What the template is filled with; tables are Markdown.
+def card_contents(run: TrainingRun, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that fill the card's template; tables are Markdown.
 
     Args:
         arguments: the trainer's, as transformers lists them in its own card.
@@ -63,11 +68,11 @@ def describe(run: Run, arguments: dict[str, Any]) -> dict[str, Any]:
         if len(names) == 1
         else f"{len(names)} human preferences at once",
         "first": names[0],
-        "dimensions": markdown_table([of_dimension(one, about) for one in block["dimensions"]]),
-        "results": markdown_table([of_prompt(run, prompt) for prompt in run.prompts]),
-        "basis": basis(run),
+        "dimensions": markdown_table([dimension_row(one, about) for one in block["dimensions"]]),
+        "results": markdown_table([result_row(run, prompt) for prompt in run.prompts]),
+        "basis": explain_change(run),
         "pairs": run.eval_pairs if run.by_evaluation else None,
-        "data": markdown_table([of_data(fact) for fact in about["data"]]),
+        "data": markdown_table([data_row(fact) for fact in about["data"]]),
         "settings": markdown_table(
             [{"key": key, "value": value} for key, value in settings.items() if value is not None]
         ),
@@ -76,7 +81,8 @@ def describe(run: Run, arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def of_dimension(dimension: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+def dimension_row(dimension: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """Return a dimension's row: its meaning, its scales in the data, which end is better."""
     name, facts = dimension["name"], about["data"]
     scales = {tuple(fact["scales"][name]) for fact in facts}
     lower = any(name in fact["lower_is_better"] for fact in facts)
@@ -88,17 +94,19 @@ def of_dimension(dimension: dict[str, Any], about: dict[str, Any]) -> dict[str, 
     }
 
 
-def of_prompt(run: Run, prompt: str) -> dict[str, str]:
+def result_row(run: TrainingRun, prompt: str) -> dict[str, str]:
+    """Return a prompt's row: each compared metric before and after."""
     row = {"prompt": prompt}
-    for metric in COMPARED:
+    for metric in COMPARED_METRICS:
         change = run.change(f"amopo/{prompt}/{metric}")
-        row[f"{metric}, before"] = number(metric, change.before)
-        # Columns are keys: spaces, which Markdown drops, keep those of one name apart.
-        row["after" + " " * len(row)] = number(metric, change.after)
+        row[f"{metric}, before"] = format_metric(metric, change.before)
+        # Columns are keys: spaces, which Markdown drops, keep columns of one name apart.
+        row["after" + " " * len(row)] = format_metric(metric, change.after)
     return row
 
 
-def of_data(fact: dict[str, Any]) -> dict[str, Any]:
+def data_row(fact: dict[str, Any]) -> dict[str, Any]:
+    """Return a dataset's row: where it came from, its sizes, what was left out and why."""
     return {
         "path": fact["name"],
         "split": fact["split"],

@@ -1,6 +1,10 @@
-"""A run's folder -> what was trained and what was logged.
+"""Read the log of a training run: what was trained, and every metric over the steps.
 
-`amopo_log.jsonl` (see `records.py`), or where it is absent the newest `trainer_state.json`.
+The log is `amopo_log.jsonl` (see `run_log.py`), or where it is absent the newest
+`trainer_state.json`.
+
+    run = read_run(Path("outputs/qwen2.5-7b-amopo"))
+    run.change("amopo/helpfulness/margin").difference
 """
 
 import json
@@ -19,13 +23,15 @@ from axolotl_amopo.errors import AMoPOError, DataError
 LOG = "amopo_log.jsonl"
 STATE = "trainer_state.json"
 METRIC = re.compile(r"amopo/(.+)/[^/]+")
+# The metrics of each prompt that people compare before and after training.
+COMPARED_METRICS = ("accuracy", "margin", "weight")
 
-# A run whose last line is younger is taken to go on: so many seconds, or so many times the longest
-# time between two lines (an evaluation can take an hour), whichever is more.
+# A run is taken to go on while its last line is younger than this many seconds, or than this many
+# times the longest time between two lines (an evaluation can take an hour), whichever is more.
 STILL_RUNNING = 600
 LINES_LATE = 2
 
-# Training entries at either end that a mean is taken over: a tenth of them, and at least so many.
+# "Before" and "after" are means over a tenth of the training entries, and over at least this many.
 FEWEST_AT_AN_END = 5
 
 Entry = dict[str, float]
@@ -33,7 +39,7 @@ Entry = dict[str, float]
 
 @dataclass
 class Change:
-    """A metric at the beginning and at the end of a run; None where it was not logged."""
+    """Hold a metric's value at the beginning and at the end of a run; None: not logged."""
 
     before: float | None
     after: float | None
@@ -42,23 +48,27 @@ class Change:
 
     @property
     def difference(self) -> float:
-        """NaN where one of the two is not known."""
+        """Return after minus before, NaN where one of the two is not known."""
         if self.before is None or self.after is None:
             return math.nan
         return self.after - self.before
 
     def rose(self, least: float) -> bool:
-        """By more than `least`, and more than noise alone would do."""
+        """Return whether it rose by more than `least`, and by more than noise explains."""
         return self.difference > max(least, 3 * self.noise)
 
     def fell(self, least: float) -> bool:
+        """Return whether it fell by more than `least`, and by more than noise explains."""
         return -self.difference > max(least, 3 * self.noise)
 
 
 @dataclass
-class Run:
-    """One run. Entries are in the order of their steps; a metric is absent from those in which it
-    was not logged, and NaN where it was no finite number."""
+class TrainingRun:
+    """Hold what one run trained and logged.
+
+    Entries are in the order of their steps. A metric is absent from an entry in which it was not
+    logged, and NaN where it was not a finite number.
+    """
 
     folder: Path
     file: Path
@@ -75,21 +85,23 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Return the run's own name, or the name of its folder."""
         return str(self.about.get("name") or self.folder.resolve().name)
 
     @property
     def by_evaluation(self) -> bool:
-        """Whether "before and after" are the first and the last evaluation."""
+        """Return whether "before" and "after" are the first and the last evaluation."""
         return len(self.evals) > 1
 
     @property
-    def end(self) -> int:
-        """How many training entries make up the beginning, and the end."""
+    def entries_per_end(self) -> int:
+        """Return how many training entries make up the beginning, and how many the end."""
         count = len(self.train)
         return max(count // 10, min(FEWEST_AT_AN_END, count // 2), 1)
 
     @property
     def eval_pairs(self) -> int | None:
+        """Return the number of pairs per evaluation, None where the log does not tell it."""
         if pairs := self.about.get("eval_pairs"):
             return int(pairs)
         last = self.evals[-1] if self.evals else {}
@@ -97,15 +109,18 @@ class Run:
         return round(pairs) if pairs >= 1 else None
 
     def change(self, metric: str) -> Change:
-        """From the first to the last evaluation; without two, from the first to the last tenth of
-        the training log."""
+        """Return a metric's change from the first to the last evaluation.
+
+        Without two evaluations it is the change from the first to the last tenth of the training
+        log.
+        """
         if self.by_evaluation:
             return Change(
                 *(_number(entry.get(metric)) for entry in (self.evals[0], self.evals[-1]))
             )
         ends = [
             values[np.isfinite(values)]
-            for part in (self.train[: self.end], self.train[-self.end :])
+            for part in (self.train[: self.entries_per_end], self.train[-self.entries_per_end :])
             for values in [series(part, metric)[1]]
         ]
         if len(self.train) < 2 or not all(len(values) for values in ends):
@@ -117,13 +132,33 @@ class Run:
 
 
 def series(entries: list[Entry], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """[N] steps and [N] values of a metric, from the entries that have it."""
+    """Return a metric's steps [N] and values [N], from the entries that have it."""
     found = [(entry["step"], entry[metric]) for entry in entries if metric in entry]
     steps, values = np.array(found, dtype=float).reshape(-1, 2).T
     return steps, values
 
 
-def read_run(folder: Path, now: float | None = None) -> Run:
+def format_metric(metric: str, value: float | None) -> str:
+    """Return a compared metric's value as people read it, "-" for None."""
+    if value is None:
+        return "-"
+    return {"accuracy": "{:.1%}", "margin": "{:+.2f}"}.get(metric, "{:.3f}").format(value)
+
+
+def explain_change(run: TrainingRun) -> str:
+    """Return the sentence that says which entries "before" and "after" are."""
+    if run.by_evaluation:
+        first, last = (int(run.evals[i]["step"]) for i in (0, -1))
+        return f"Before and after: the evaluations at step {first} and step {last}."
+    count = "one evaluation" if run.evals else "no evaluation"
+    return (
+        f"Before and after: means of the first and the last {run.entries_per_end} of "
+        f"{len(run.train)} training entries, as there was {count}; noisier, and of pairs that were "
+        "trained on."
+    )
+
+
+def read_run(folder: Path, now: float | None = None) -> TrainingRun:
     """Read what a run has logged so far.
 
     Args:
@@ -160,7 +195,7 @@ def read_run(folder: Path, now: float | None = None) -> Run:
     return run
 
 
-def _from_log(file: Path, now: float) -> Run:
+def _from_log(file: Path, now: float) -> TrainingRun:
     about: dict[str, Any] = {}
     entries: dict[tuple[str, float], Entry] = {}
     begins: list[int] = []  # steps
@@ -198,7 +233,7 @@ def _from_log(file: Path, now: float) -> Run:
     return run
 
 
-def _from_state(folder: Path, now: float) -> Run:
+def _from_state(folder: Path, now: float) -> TrainingRun:
     found = [folder / STATE] if (folder / STATE).is_file() else []
     found += folder.glob(f"checkpoint-*/{STATE}")
     states = [(_state(file), file) for file in found]
@@ -228,12 +263,12 @@ def _run(
     written: float,
     max_steps: Any,
     seconds: float | None,
-) -> Run:
+) -> TrainingRun:
     kinds = {
         kind: [entries[key] for key in sorted(entries) if key[0] == kind]
         for kind in ("train", "eval")
     }
-    return Run(
+    return TrainingRun(
         folder=file.parent,
         file=file,
         about=about,
@@ -249,7 +284,7 @@ def _run(
 
 
 def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON lines file with their line numbers."""
+    """Yield the objects of a JSON lines file with their line numbers."""
     lines = [
         (number, line)
         for number, line in enumerate(file.read_bytes().split(b"\n"), start=1)
@@ -281,7 +316,7 @@ def _state(file: Path) -> dict[str, Any]:
 
 
 def _entry(line: dict[str, Any]) -> dict[tuple[str, float], Entry]:
-    """A line by its kind and step, with its numbers; nothing for a line of another kind."""
+    """Return a line's numbers by its kind and step; empty for a line of another kind."""
     numbers = {
         key: math.nan if (number := _number(value)) is None else number
         for key, value in line.items()
@@ -296,9 +331,9 @@ def _entry(line: dict[str, Any]) -> dict[tuple[str, float], Entry]:
 
 
 def _restore_nan(entry: Entry) -> None:
-    """Say of an entry whose every pair had a NaN loss that it had.
+    """Put NaN into an entry whose every pair had a NaN loss.
 
-    Its log doesn't: transformers writes a training loss of 0 for it, and our means leave NaN out.
+    The log does not say so: transformers writes a training loss of 0, and our means leave NaN out.
     """
     if any(key.startswith("amopo/") and key.endswith("/margin") for key in entry):
         return
@@ -307,5 +342,5 @@ def _restore_nan(entry: Entry) -> None:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None."""
+    """Return a finite number as it is, anything else as None."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

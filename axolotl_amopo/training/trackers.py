@@ -1,7 +1,7 @@
-"""What trackers get beside the metrics, which transformers' own callbacks send to them.
+"""Send trackers the method's settings and tables; transformers' callbacks send the metrics.
 
-That is the method's settings, which those callbacks don't know of, so that runs can be filtered and
-compared by them, and tables. A tracker that fails costs a line in the log, never the run.
+transformers' callbacks do not know the `amopo:` block; with it in the tracker, runs can be filtered
+and compared by their settings. A tracker that fails is logged and never stops the run.
 """
 
 import html
@@ -14,24 +14,24 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils import flatten_dict
 
 from axolotl_amopo.config.block import INTERNAL
-from axolotl_amopo.training.metrics import PER_PROMPT, SPREAD
+from axolotl_amopo.training.metrics import PER_CRITERION, SPREAD
 
 LOG = get_logger(__name__)
 
-Row = dict[str, Any]
+TableRow = dict[str, Any]
 
-# TensorBoard's custom scalars: a chart a metric with all prompts in it, by patterns of tags.
+# TensorBoard's custom scalars: a chart per metric with all prompts in it, by patterns of tags.
 CHARTS = {
     split: {
         metric: ["Multiline", [f"^{split}/amopo/[^/]+/{metric}$"]]
-        for metric in (*PER_PROMPT, f"{SPREAD}_std")
+        for metric in (*PER_CRITERION, f"{SPREAD}_std")
     }
     for split in ("eval", "train")
 }
 
 
 class Trackers(TrainerCallback):
-    """Those that a trainer reports to; used on the main process alone."""
+    """Reach the trackers that a trainer reports to; used on the main process alone."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -41,12 +41,12 @@ class Trackers(TrainerCallback):
             block = self.trainer.amopo.model_dump(mode="json", exclude=INTERNAL, exclude_none=True)
             self._each(_settings, {"rl": "amopo", "rl_beta": self.trainer.beta, "amopo": block})
 
-    def table(self, name: str, rows: list[Row], step: int, markdown: str) -> None:
-        """Show a table, as it is at `step`.
+    def table(self, name: str, rows: list[TableRow], step: int, markdown: str) -> None:
+        """Send a table, as it is at `step`.
 
         Args:
-            rows: all with the same columns.
-            markdown: the same for trackers that have text and no tables.
+            rows: at least one; all with the same columns.
+            markdown: the same table for trackers that have text and no tables.
         """
         self._each(_table, name, rows, step, markdown)
 
@@ -54,11 +54,14 @@ class Trackers(TrainerCallback):
         for tracker in self.trainer.args.report_to:
             try:
                 send(self._handle(tracker), tracker, *what)
-            except Exception as error:  # theirs are of all kinds: networks, files, limits
-                LOG.warning("%s did not take %s: %s", tracker, send.__name__.strip("_"), error)
+            except Exception as error:
+                # Each tracker raises its own kinds of errors (networks, files, limits), and none
+                # of them may end a training run; the traceback shows where the fault is ours.
+                what_failed = send.__name__.strip("_")
+                LOG.warning("%s did not take %s: %s", tracker, what_failed, error, exc_info=True)
 
     def _handle(self, tracker: str) -> Any:
-        """What is open for this run, which transformers' callback has begun."""
+        """Return the tracker's open run, which transformers' callback has begun."""
         if tracker == "tensorboard":
             callbacks = self.trainer.callback_handler.callbacks
             return next(c.tb_writer for c in callbacks if isinstance(c, TensorBoardCallback))
@@ -82,7 +85,9 @@ def _settings(handle: Any, tracker: str, settings: dict[str, Any]) -> None:
             handle.add_custom_scalars(CHARTS)
 
 
-def _table(handle: Any, tracker: str, name: str, rows: list[Row], step: int, markdown: str) -> None:
+def _table(
+    handle: Any, tracker: str, name: str, rows: list[TableRow], step: int, markdown: str
+) -> None:
     columns, values = list(rows[0]), [list(row.values()) for row in rows]
     match tracker:
         case "wandb" | "trackio":
@@ -96,12 +101,13 @@ def _table(handle: Any, tracker: str, name: str, rows: list[Row], step: int, mar
             handle.add_text(f"eval/{name}", markdown, step)
 
 
-def markdown_table(rows: list[Row]) -> str:
+def markdown_table(rows: list[TableRow]) -> str:
+    """Return rows with the same keys, at least one, as a Markdown table."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
     return "\n".join("| " + " | ".join(map(in_line, line)) + " |" for line in lines)
 
 
 def in_line(value: Any) -> str:
-    """A value as one line of Markdown, with nothing that ends a cell or is HTML."""
+    """Return a value as one line of Markdown, with nothing that ends a cell or is HTML."""
     value = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
     return " ".join(html.escape(value).replace("|", "&#124;").split())

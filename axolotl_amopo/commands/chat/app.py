@@ -1,4 +1,4 @@
-"""A page in the browser: the base's and the tuned model's answers side by side, steered by hand."""
+"""Serve a page on which the base's and the tuned model's answers stand side by side."""
 
 import socket
 import threading
@@ -9,8 +9,8 @@ from typing import Any
 import gradio as gr
 from jinja2 import TemplateError
 
-from axolotl_amopo.commands.kit.answers import Generator, Sampling
-from axolotl_amopo.commands.kit.trained import Trained
+from axolotl_amopo.commands.kit.generator import Generator, Sampling
+from axolotl_amopo.commands.kit.models import TrainedModel
 from axolotl_amopo.data.rows import Message
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.steering.steering import OVERALL, Settings
@@ -20,10 +20,16 @@ NOTHING = "Nothing is asked for: the question goes to the model as it is."
 CSS = "h1 {overflow-wrap: anywhere} footer {display: none !important}"
 
 
-class Sides:
-    """The tuned model, and its base where there is one; an adapter is switched off for it."""
+class ComparedModels:
+    """Answer as the tuned model or as its base.
 
-    def __init__(self, trained: Trained, *, with_base: bool):
+    An adapter is switched off for the base's answers; beside a whole model, its base is loaded too.
+
+    Raises:
+        AMoPOError: where a model can't be loaded.
+    """
+
+    def __init__(self, trained: TrainedModel, *, with_base: bool):
         self.steering = trained.steering
         self.name = trained.folder.resolve().name
         self.tuned = Generator(trained, "transformers")
@@ -31,15 +37,18 @@ class Sides:
         self._base = self.tuned
         if with_base and not trained.is_adapter:
             self._base = Generator(trained, "transformers", base=True)
-        self._lock = threading.Lock()  # the adapter is off for everyone
+        self._lock = threading.Lock()  # an adapter that is off is off for all visitors
 
     def answer(
         self, side: str, messages: list[Message], settings: Settings, sampling: Sampling
     ) -> tuple[str, bool]:
-        """The next turn of a conversation, from `base` or `tuned`, and whether it came to its end.
+        """Return the next turn of a conversation, and whether it ended by itself.
+
+        Args:
+            side: `base` or `tuned`.
 
         Raises:
-            AMoPOError: for what can't be asked, or has no room in the model.
+            AMoPOError: for settings or a conversation that the model does not take.
         """
         generator = self.tuned if side == "tuned" else self._base
         try:
@@ -50,13 +59,13 @@ class Sides:
             model = generator.engine.model
             switched = side == "base" and generator is self.tuned
             with model.disable_adapter() if switched else nullcontext():
-                (made,) = generator.engine.generate([ids], sampling, lambda count: None)
-        return generator.text(made), generator.ended(made)
+                (made,) = generator.engine.generate([ids], sampling)
+        return generator.text(made), generator.finished(made)
 
 
-def page(sides: Sides) -> gr.Blocks:
-    """The page; its `/ask` and `/instruction` can be called by programs too."""
-    steering = sides.steering
+def chat_page(models: ComparedModels) -> gr.Blocks:
+    """Return the page; programs can call its `/ask` and `/instruction` too."""
+    steering = models.steering
 
     def settings_of(overall: bool, *controls: Any) -> dict[str, float | None]:
         settings: dict[str, float | None] = {OVERALL: None} if overall else {}
@@ -85,27 +94,27 @@ def page(sides: Sides) -> gr.Blocks:
         if not question.strip():
             raise gr.Error("Write a question first.", print_exception=False)
         sampling = Sampling(int(tokens), temperature, top_p, int(seed))
-        before = {side: history.get(side, []) for side in sides.names}
+        before = {side: history.get(side, []) for side in models.names}
         history = {
             side: [*turns, {"role": "user", "content": question}] for side, turns in before.items()
         }
-        yield "", history, *(history[side] for side in sides.names)
+        yield "", history, *(history[side] for side in models.names)
         try:
             settings = settings_of(*controls)
-            for side in reversed(sides.names):
+            for side in reversed(models.names):
                 chosen = settings if side == "tuned" or steer_base else {}
-                text, finished = sides.answer(side, history[side], chosen, sampling)
+                text, finished = models.answer(side, history[side], chosen, sampling)
                 if not finished:
                     gr.Info(f"{side.capitalize()}: cut off after {sampling.max_new_tokens} tokens")
                 history[side] = [*history[side], {"role": "assistant", "content": text}]
-                yield "", history, *(history[side] for side in sides.names)
+                yield "", history, *(history[side] for side in models.names)
         except AMoPOError as error:
             # An unanswered question would stand before the next one.
-            yield question, before, *(before[side] for side in sides.names)
+            yield question, before, *(before[side] for side in models.names)
             raise gr.Error(str(error), print_exception=False) from None
 
-    with gr.Blocks(title=f"AMoPO: {sides.name}", analytics_enabled=False) as blocks:
-        gr.Markdown(f"# {sides.name}")
+    with gr.Blocks(title=f"AMoPO: {models.name}", analytics_enabled=False) as blocks:
+        gr.Markdown(f"# {models.name}")
         history = gr.State({})
         with gr.Row():
             question = gr.Textbox(
@@ -152,7 +161,7 @@ def page(sides: Sides) -> gr.Blocks:
             steer_base = gr.Checkbox(
                 value=True,
                 label="The base gets the instruction too",
-                visible=len(sides.names) > 1,
+                visible=len(models.names) > 1,
             )
         with gr.Row():
             shown = [
@@ -164,7 +173,7 @@ def page(sides: Sides) -> gr.Blocks:
                     feedback_options=None,
                     autoscroll=False,
                 )
-                for side in sides.names
+                for side in models.names
             ]
 
         controls = [overall, *wanted, *ratings]
@@ -200,10 +209,10 @@ def page(sides: Sides) -> gr.Blocks:
 
 
 def free_port(host: str, port: int) -> int:
-    """The port, or for 0 any that is free; asked for before a model is loaded.
+    """Return the port, or for 0 any that is free; call it before a model is loaded.
 
     Raises:
-        AMoPOError: where it is taken, or the host is none of this machine's.
+        AMoPOError: where the port is taken, or the host is not this machine's.
     """
     try:
         with socket.create_server((host, port)) as server:

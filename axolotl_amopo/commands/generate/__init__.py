@@ -1,1 +1,1 @@
-"""`axolotl amopo generate`: answers of a trained model, asked for ratings."""
+"""`axolotl amopo generate`: answers of a trained model that is asked for ratings."""

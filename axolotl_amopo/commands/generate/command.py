@@ -1,43 +1,38 @@
-"""`axolotl amopo generate`, `template` and `chat`: a trained model, steered."""
+"""The click command `axolotl amopo generate`."""
 
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from axolotl_amopo.commands.kit.options import EXITS, JSON, QUIET, check_free, libraries, told
+from axolotl_amopo.commands.kit.options import (
+    ALL_DIMENSIONS,
+    BASE_MODEL,
+    DIMENSIONS,
+    FORCE,
+    JSON,
+    MODEL,
+    QUIET,
+    check_free,
+    command,
+    library_output,
+    plain_errors,
+    quiet_transformers,
+    steering_settings,
+)
 
 if TYPE_CHECKING:
-    from axolotl_amopo.commands.kit.answers import Answer
+    from axolotl_amopo.steering.steering import Steering
 
-MODEL = click.argument("model", metavar="MODEL_OR_CONFIG")
-BASE_MODEL = click.option(
-    "--base-model", metavar="PATH", help="The base model, where it isn't where training had it."
-)
-DIMENSIONS = click.option(
-    "--dimension",
-    "-d",
-    "dimensions",
-    multiple=True,
-    metavar="NAME[=RATING]",
-    help="Ask for it, at this rating or its best; several times for several.",
-)
-EVERYTHING = click.option("--overall", is_flag=True, help="Ask for all dimensions at their best.")
-FORCE = click.option("--force", is_flag=True, help="Overwrite the output where there is one.")
 FORMATS = ("jsonl", "alpaca_eval", "arena_hard", "mt_bench")
 
 
-def settings_of(dimensions: tuple[str, ...], overall: bool) -> dict[str, float | None]:
-    from axolotl_amopo.steering.steering import OVERALL, parse_settings
-
-    return ({OVERALL: None} if overall else {}) | parse_settings(dimensions)
-
-
-@click.command(context_settings={"max_content_width": 80}, epilog=f"{EXITS}.")
+@command()
 @MODEL
 @click.option("--prompt", metavar="TEXT", help="One question.")
 @click.option(
@@ -48,11 +43,13 @@ def settings_of(dimensions: tuple[str, ...], overall: bool) -> dict[str, float |
     help="Questions: .jsonl, .json or .txt.",
 )
 @DIMENSIONS
-@EVERYTHING
-@click.option("--sweep", metavar="NAME", help="One answer for each rating of a dimension.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Of the answers.")
+@ALL_DIMENSIONS
+@click.option("--sweep", metavar="NAME", help="One answer per rating of a dimension.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the answers."
+)
 @click.option("--format", "style", type=click.Choice(FORMATS), default="jsonl", show_default=True)
-@click.option("--name", metavar="TEXT", help="What the output calls the model; else its folder.")
+@click.option("--name", metavar="TEXT", help="The model's name in the output; else its folder's.")
 @click.option("--base", is_flag=True, help="Answer with the untuned base, to compare.")
 @BASE_MODEL
 @click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True)
@@ -89,7 +86,7 @@ def generate(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Answers of a trained model, asked for ratings.
+    """Answer questions with a trained model that is asked for ratings.
 
     \b
         axolotl amopo generate outputs/adapter --prompt "Is tea healthy?" \\
@@ -106,41 +103,44 @@ def generate(
         raise click.UsageError("Name either --prompt TEXT or --input FILE.")
     if style != "jsonl" and (sweep or not output):
         raise click.UsageError(
-            f"--format {style} is a file with one answer a question: add --output, and no --sweep."
+            f"--format {style} is a file with one answer per question: add --output, and no "
+            "--sweep."
         )
     check_free(output, force)
-    with told(), libraries(quiet=False, as_json=as_json):
-        from axolotl_amopo.commands.generate.export import as_row, check, export
-        from axolotl_amopo.commands.generate.questions import of_text, read
-        from axolotl_amopo.commands.kit.answers import Generator, Sampling
-        from axolotl_amopo.commands.kit.trained import find
-        from axolotl_amopo.errors import AMoPOError
+    with plain_errors(), library_output(quiet=False, as_json=as_json):
+        from axolotl_amopo.commands.generate.answers import generate_answers
+        from axolotl_amopo.commands.generate.export import answer_row, check_style, export_answers
+        from axolotl_amopo.commands.generate.questions import read_prompts, text_prompt
+        from axolotl_amopo.commands.kit.generator import Sampling
+        from axolotl_amopo.commands.kit.models import find_model
 
-        settings = settings_of(dimensions, overall)
-        trained = find(model, base_model)
-        prompts = read(source) if source else [of_text(prompt)]
-        check(prompts, style)
-        each = [settings]
-        if sweep:
-            if sweep in settings:
-                raise AMoPOError(f"--sweep {sweep}: leave --dimension {sweep} out.")
-            if trained.steering.rating_in_prompt == "none":
-                raise AMoPOError("--sweep: the model was trained without ratings in its prompts.")
-            each = [settings | {sweep: r} for r in trained.steering.dimension(sweep).ratings()]
-        for one in filter(None, each):
-            trained.steering.asked(one)  # before the model is loaded
+        settings = steering_settings(dimensions, overall)
+        trained = find_model(model, base_model)
+        prompts = read_prompts(source) if source else [text_prompt(prompt)]
+        check_style(prompts, style)
+        each = _sweep(trained.steering, settings, sweep) if sweep else [settings]
         began = time.monotonic()
-        _hush(quiet)
-        generator = Generator(trained, backend, base=base)
+        if quiet:
+            quiet_transformers()
         count = sum(one.questions for one in prompts) * len(each)
-        with _progress(count, quiet) as done:
-            answers = generator.answers(prompts, each, Sampling(**sampling), done)
-        called = name or trained.folder.resolve().name + ("-base" if base else "")
-        text = export(answers, style, called)
+        with _progress(count, quiet) as progress:
+            answers = generate_answers(
+                trained,
+                prompts,
+                each,
+                Sampling(**sampling),
+                backend=backend,
+                base=base,
+                progress=progress,
+            )
+        model_name = name or trained.folder.resolve().name + ("-base" if base else "")
+        text = export_answers(answers, style, model_name)
     if output:
         output.write_text(text, encoding="utf-8")
     elif not as_json:
-        _show(answers, sys.stdout.isatty())
+        from axolotl_amopo.commands.generate.text import print_answers
+
+        print_answers(answers, colours=sys.stdout.isatty())
     facts = {
         "output": output and str(output),
         "answers": len(answers),
@@ -149,125 +149,37 @@ def generate(
         "seconds": round(time.monotonic() - began, 3),
     }
     if as_json:
-        rows = {} if output else {"rows": [as_row(one, called) for one in answers]}
+        rows = {} if output else {"rows": [answer_row(one, model_name) for one in answers]}
         click.echo(json.dumps(facts | rows))
     elif output and not quiet:
         cut = f", {facts['unfinished']} cut off" if facts["unfinished"] else ""
         click.echo(f"Written: {output} ({len(answers)} answers{cut})")
 
 
-@click.command(context_settings={"max_content_width": 80}, epilog=f"{EXITS}.")
-@MODEL
-@click.option("--output", type=click.Path(path_type=Path), required=True, metavar="FILE")
-@DIMENSIONS
-@EVERYTHING
-@FORCE
-@QUIET
-def template(
-    model: str, output: Path, dimensions: tuple[str, ...], overall: bool, force: bool, quiet: bool
-) -> None:
-    """A chat template that steers by a line of the system message.
+def _sweep(
+    steering: "Steering", settings: dict[str, float | None], name: str
+) -> list[dict[str, float | None]]:
+    """Return the settings of --sweep: one per rating of the dimension.
 
-    \b
-        axolotl amopo template outputs/adapter --output steered.jinja
-        vllm serve outputs/merged --chat-template steered.jinja
-
-    The system message's first line then says what to ask for, and is taken out:
-
-    \b
-        {"role": "system", "content": "amopo: helpfulness=4, honesty=5"}
-
-    It may say overall or none too. With --dimension or --overall, that is what
-    conversations without such a line ask for. The template is held against what
-    training rendered before it is written. Over a folder's chat_template.jinja
-    (with --force), everything that loads the folder steers.
+    Raises:
+        AMoPOError: for a dimension that can't be swept.
     """
-    check_free(output, force)
-    with told():
-        from axolotl_amopo.commands.kit.trained import chat_template, find, load_tokenizer
-        from axolotl_amopo.steering.template import check, steered
+    from axolotl_amopo.errors import AMoPOError
 
-        trained = find(model)
-        tokenizer = load_tokenizer(trained)
-        settings = settings_of(dimensions, overall)
-        own = chat_template(tokenizer, trained.folder)
-        made = steered(own, trained.steering, settings)
-        check(tokenizer, made, trained.steering)
-    output.write_text(made, encoding="utf-8")
-    if not quiet:
-        click.echo(f"Written: {output}")
-
-
-@click.command(context_settings={"max_content_width": 80}, epilog=f"{EXITS}.")
-@MODEL
-@BASE_MODEL
-@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 for all networks.")
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0 for any."
-)
-@click.option("--share", is_flag=True, help="A public link through Gradio's servers.")
-@click.option("--quiet", is_flag=True, help="No words but the address.")
-def chat(
-    model: str, base_model: str | None, host: str, port: int, share: bool, quiet: bool
-) -> None:
-    """A page in the browser: base and tuned answers, and a slider a dimension.
-
-    \b
-        axolotl amopo chat outputs/adapter
-
-    An adapter is switched off for the base's answers, so one model is in memory;
-    beside a whole model, the base is loaded too where --base-model names it.
-    Prints the address and opens no browser; Ctrl-C ends it.
-    """
-    with told():
-        from axolotl_amopo.commands.chat.app import Sides, free_port, page, serve
-        from axolotl_amopo.commands.kit.trained import find
-
-        trained = find(model, base_model)
-        trained.steering  # noqa: B018, a folder that can't be steered, before the model is loaded
-        port = free_port(host, port)
-        _hush(quiet)
-        sides = Sides(trained, with_base=trained.is_adapter or base_model is not None)
-        serve(page(sides), host=host, port=port, share=share)
-
-
-def _hush(quiet: bool) -> None:
-    from transformers.utils import logging
-
-    if quiet:
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+    if name in settings:
+        raise AMoPOError(f"--sweep {name}: leave --dimension {name} out.")
+    if steering.rating_in_prompt == "none":
+        raise AMoPOError("--sweep: the model was trained without ratings in its prompts.")
+    return [settings | {name: rating} for rating in steering.dimension(name).ratings()]
 
 
 @contextmanager
-def _progress(count: int, quiet: bool):
-    from rich.console import Console
+def _progress(count: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    from axolotl_amopo.commands.kit.text import bars_console
+
     columns = TextColumn("answers"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+    with Progress(*columns, console=bars_console(), disable=quiet) as progress:
         task = progress.add_task("answers", total=count)
         yield lambda made: progress.advance(task, made)
-
-
-def _show(answers: list["Answer"], colours: bool) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    from axolotl_amopo.steering.steering import written
-
-    console = Console(width=80, highlight=False, force_terminal=colours)
-    for answer in answers:
-        console.rule(Text(written(answer.settings)), align="left", style="dim")
-        if answer.instruction:
-            console.print(Text(answer.instruction, style="cyan"))
-            console.print()
-        for question, text in zip(
-            [answer.prompt.messages[-1]["content"], *answer.prompt.later], answer.turns, strict=True
-        ):
-            if answer.prompt.where != "--prompt":
-                console.print(Text(question, style="dim"))
-            console.print(Text(text))
-        if not answer.finished:
-            console.print("[dim](cut off at --max-new-tokens)[/]")
-        console.print()

@@ -1,17 +1,17 @@
-"""Answers as a file: our own rows, or what a benchmark's judge reads.
+"""Write answers as a file: our own rows, or the layout that a benchmark's judge reads.
 
 jsonl        each row as it was, with `response` (a list where there were several questions) and
              `amopo`: model, settings, instruction, and whether the answer came to its end
 alpaca_eval  a JSON list of instruction, output, generator and the row's dataset
              (https://github.com/tatsu-lab/alpaca_eval, example/outputs.json)
-arena_hard   uid, ans_id, model, messages, tstamp, by line; the lengths and markdown counts for
-             its style control come from its own utils/add_markdown_info.py
+arena_hard   uid, ans_id, model, messages, tstamp, one row per line; the lengths and markdown
+             counts for its style control come from its own utils/add_markdown_info.py
              (https://github.com/lmarena/arena-hard-auto, gen_answer.py)
-mt_bench     question_id, answer_id, model_id, choices, tstamp, by line
+mt_bench     question_id, answer_id, model_id, choices, tstamp, one row per line
              (https://github.com/lm-sys/FastChat, fastchat/llm_judge/gen_model_answer.py)
 
-The benchmarks get the question as it stood, without the instruction: the judge is to see the
-answer to it.
+Benchmarks get the question as it stood, without the instruction, for a judge compares answers to
+the question alone.
 """
 
 import json
@@ -20,15 +20,15 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
+from axolotl_amopo.commands.generate.answers import Answer
 from axolotl_amopo.commands.generate.questions import Prompt
-from axolotl_amopo.commands.kit.answers import Answer
 from axolotl_amopo.errors import DataError
 
-# What a benchmark knows its questions by.
+# The key by which a benchmark finds its questions.
 KEYS = {"arena_hard": "uid", "mt_bench": "question_id"}
 
 
-def check(prompts: Iterable[Prompt], style: str) -> None:
+def check_style(prompts: Iterable[Prompt], style: str) -> None:
     """Refuse prompts that are not the benchmark's own, before they are answered.
 
     Raises:
@@ -43,12 +43,12 @@ def check(prompts: Iterable[Prompt], style: str) -> None:
             )
 
 
-def export(answers: Iterable[Answer], style: str, model: str) -> str:
-    """The text of a file of answers.
+def export_answers(answers: Iterable[Answer], style: str, model: str) -> str:
+    """Return the text of a file of answers.
 
     Args:
         style: jsonl, alpaca_eval, arena_hard or mt_bench.
-        model: what the file calls the model.
+        model: the model's name in the file.
     """
     rows = [ROWS[style](answer, model) for answer in answers]
     if style == "alpaca_eval":
@@ -56,7 +56,8 @@ def export(answers: Iterable[Answer], style: str, model: str) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def as_row(answer: Answer, model: str) -> dict[str, Any]:
+def answer_row(answer: Answer, model: str) -> dict[str, Any]:
+    """Return the prompt's own row with `response` and `amopo` in it."""
     response = answer.turns if answer.prompt.later else answer.turns[0]
     about = {
         "model": model,
@@ -101,7 +102,7 @@ def _mt_bench(answer: Answer, model: str) -> dict[str, Any]:
 
 
 ROWS = {
-    "jsonl": as_row,
+    "jsonl": answer_row,
     "alpaca_eval": _alpaca_eval,
     "arena_hard": _arena_hard,
     "mt_bench": _mt_bench,

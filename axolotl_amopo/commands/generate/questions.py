@@ -1,4 +1,4 @@
-"""The file of questions that a model is to answer."""
+"""Read the file of questions that a model is to answer."""
 
 import json
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ ROLES = {"human": "user", "gpt": "assistant"}
 
 @dataclass
 class Prompt:
-    """What is to be answered."""
+    """Hold one conversation to answer, and the questions that follow its first answer."""
 
-    where: str
+    where: str  # file and row, for error messages
     messages: list[Message]  # up to the first question
     later: list[str] = field(default_factory=list)  # questions after the first answer
     row: dict[str, Any] = field(default_factory=dict)  # as it stands in the file
@@ -25,10 +25,11 @@ class Prompt:
 
     @property
     def questions(self) -> int:
+        """Return the number of questions."""
         return 1 + len(self.later)
 
     def conversation(self, answers: list[str]) -> list[Message]:
-        """What the next answer follows."""
+        """Return the messages before the next answer, the earlier answers among them."""
         messages = list(self.messages)
         for answer, question in zip(answers, self.later, strict=False):
             messages += [
@@ -38,13 +39,14 @@ class Prompt:
         return messages
 
 
-def of_text(text: str) -> Prompt:
+def text_prompt(text: str) -> Prompt:
+    """Return the prompt of a single question."""
     messages = [{"role": "user", "content": text}]
     return Prompt("--prompt", messages, row={"prompt": text})
 
 
-def read(path: Path) -> list[Prompt]:
-    """The prompts of a file: lines of text, JSON lines, or a JSON list.
+def read_prompts(path: Path) -> list[Prompt]:
+    """Return the prompts of a file: lines of text, JSON lines, or a JSON list.
 
     A row has `messages`, `prompt` or `instruction` (text, or messages), or `turns`, a list of
     questions.

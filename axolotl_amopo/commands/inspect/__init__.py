@@ -1,1 +1,1 @@
-"""A look at the data of a config before anything is trained."""
+"""`axolotl amopo inspect`: the data of a config, before anything is trained."""

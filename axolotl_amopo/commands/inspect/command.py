@@ -1,14 +1,21 @@
-"""`axolotl amopo inspect CONFIG`: what the data is, before anything is trained."""
+"""The click command `axolotl amopo inspect`."""
 
 import json
 from pathlib import Path
 
 import click
 
-from axolotl_amopo.commands.kit.options import EXITS, JSON, QUIET, check_free, libraries, told
+from axolotl_amopo.commands.kit.options import (
+    JSON,
+    QUIET,
+    check_free,
+    command,
+    library_output,
+    plain_errors,
+)
 
 
-@click.command(context_settings={"max_content_width": 80}, epilog=f"{EXITS}.")
+@command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Pairs to show.")
 @click.option("--find", metavar="TEXT", help="Show pairs with this text in them.")
@@ -25,7 +32,7 @@ def inspect(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Rows, pairs, ratings, lengths, and the pairs as the model sees them.
+    """Show rows, pairs, ratings, lengths, and the pairs as the model sees them.
 
     \b
         axolotl amopo inspect config.yml --rows 2 --html data.html
@@ -35,20 +42,18 @@ def inspect(
     the instruction cyan, what bears the loss green.
     """
     check_free(html, force)
-    with told(), libraries(quiet=quiet, as_json=as_json):
+    with plain_errors(), library_output(quiet=quiet, as_json=as_json):
         from axolotl_amopo.commands.inspect.gather import gather
-        from axolotl_amopo.commands.inspect.page import page
+        from axolotl_amopo.commands.inspect.page import inspection_page
 
         report = gather(config, rows, find)
         if html:
-            html.write_text(page(report), encoding="utf-8")
+            html.write_text(inspection_page(report), encoding="utf-8")
     if as_json:
         click.echo(json.dumps(report.to_json()))
     elif html and not quiet:
         click.echo(f"Written: {html}")
     elif not quiet:
-        from rich.console import Console
+        from axolotl_amopo.commands.inspect.text import print_inspection
 
-        from axolotl_amopo.commands.inspect.show import show
-
-        show(report, Console(width=80, highlight=False))
+        print_inspection(report)

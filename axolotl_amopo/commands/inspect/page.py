@@ -1,16 +1,14 @@
-"""A report as one HTML page that needs nothing else, for a desk and for a phone."""
+"""Write what `gather` found as an HTML page."""
 
 from pathlib import Path
 
-from jinja2 import Environment
-
 from axolotl_amopo.commands.inspect.gather import Report
-from axolotl_amopo.commands.inspect.show import percent
+from axolotl_amopo.commands.kit.page import render_page
+from axolotl_amopo.commands.kit.text import percent
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def page(report: Report) -> str:
-    """The page's HTML. What the data says is escaped."""
-    template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(report=report, percent=percent).strip() + "\n"
+def inspection_page(report: Report) -> str:
+    """Return the page's HTML; texts of the data are escaped."""
+    return render_page(TEMPLATE, report=report, percent=percent)

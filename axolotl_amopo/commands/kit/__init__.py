@@ -1,1 +1,1 @@
-"""What commands share."""
+"""What several commands share; a command imports from here and never from another command."""

@@ -1,27 +1,49 @@
-"""What our commands have in common: options, errors, exit codes, and who reads what they print."""
+"""Click options, errors, exit codes and output streams that several commands share."""
 
 import contextlib
 import io
 import logging
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import click
 
-# What was asked for was found, e.g. by `report --fail-on`.
-FOUND = 3
+# The exit code where a command found what it was asked to look for, e.g. by `report --fail-on`.
+EXIT_FOUND = 3
 EXITS = "Exits with 0 when done, 1 on an error, 2 on wrong use"
+
+# A command whose help fits 80 columns and ends with its exit codes.
+command = partial(click.command, context_settings={"max_content_width": 80}, epilog=f"{EXITS}.")
 
 QUIET = click.option("--quiet", is_flag=True, help="Print nothing but errors (and --json).")
 JSON = click.option(
     "--json", "as_json", is_flag=True, help="For programs: the last line of stdout."
 )
 
+# Of the commands that use a trained model.
+MODEL = click.argument("model", metavar="MODEL_OR_CONFIG")
+BASE_MODEL = click.option(
+    "--base-model", metavar="PATH", help="The base model, where it isn't where training had it."
+)
+DIMENSIONS = click.option(
+    "--dimension",
+    "-d",
+    "dimensions",
+    multiple=True,
+    metavar="NAME[=RATING]",
+    help="Ask for it, at this rating or its best; several times for several.",
+)
+ALL_DIMENSIONS = click.option(
+    "--overall", is_flag=True, help="Ask for all dimensions at their best."
+)
+FORCE = click.option("--force", is_flag=True, help="Overwrite the output where there is one.")
+
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
-    """What people can mend, as a sentence."""
+def plain_errors() -> Iterator[None]:
+    """Print an error of ours as a sentence, without a traceback, and exit with 1."""
     from axolotl_amopo.errors import AMoPOError
 
     try:
@@ -31,9 +53,11 @@ def told() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def libraries(*, quiet: bool, as_json: bool) -> Iterator[None]:
-    """axolotl's banner, log and bars: nowhere with --quiet, on stderr with --json. What libraries
-    are imported for is imported inside, for loggers keep the stream they found."""
+def library_output(*, quiet: bool, as_json: bool) -> Iterator[None]:
+    """Send axolotl's banner, log and progress bars nowhere (`quiet`) or to stderr (`as_json`).
+
+    Import the libraries inside: their loggers keep the stream that they found when imported.
+    """
     with contextlib.ExitStack() as stack:
         if quiet:
             # Never closed: loggers that are made meanwhile keep it.
@@ -44,8 +68,8 @@ def libraries(*, quiet: bool, as_json: bool) -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         elif as_json:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        # It shows the whole validated config, 150 lines, which only training is about. Its level
-        # is set when it is imported.
+        # This logger prints the whole validated config, 150 lines that matter to training alone.
+        # axolotl sets its level when it is imported, so a filter and not a level silences it.
         config = logging.getLogger("axolotl.cli.config")
         config.addFilter(_is_warning)
         stack.callback(config.removeFilter, _is_warning)
@@ -56,8 +80,16 @@ def _is_warning(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING
 
 
+def quiet_transformers() -> None:
+    """Switch off transformers' progress bars and its log below errors."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def check_free(output: Path | None, force: bool) -> None:
-    """Refuse, before the work, a file that can't be written or is somebody's.
+    """Refuse, before the work, an output file that can't be written or is there already.
 
     Raises:
         click.ClickException: saying what is in the way.
@@ -70,3 +102,14 @@ def check_free(output: Path | None, force: bool) -> None:
         raise click.ClickException(f"{output} is there already; name another, or add --force.")
     if not output.parent.is_dir():
         raise click.ClickException(f"{output.parent}: there is no such folder.")
+
+
+def steering_settings(dimensions: tuple[str, ...], overall: bool) -> dict[str, float | None]:
+    """Return the settings that --dimension and --overall name.
+
+    Raises:
+        AMoPOError: for a rating that is not a number, or a dimension that is named twice.
+    """
+    from axolotl_amopo.steering.steering import OVERALL, parse_settings
+
+    return ({OVERALL: None} if overall else {}) | parse_settings(dimensions)

@@ -1,1 +1,1 @@
-"""What a run needs, before anything is loaded: `axolotl amopo plan`."""
+"""`axolotl amopo plan`: the memory and time that a run needs, before anything is loaded."""

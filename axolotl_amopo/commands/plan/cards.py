@@ -1,4 +1,4 @@
-"""Graphics cards by name: memory, and the speed of dense bf16 products."""
+"""Know graphics cards by name: their memory, and their speed at dense bf16 products."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Card:
-    """A device that holds one process."""
+    """Describe a device that holds one process."""
 
     name: str
-    bytes: int  # what a process can have, which is less than the name says
+    bytes: int  # memory that a process can have, less than the name says
     tflops: float  # dense bf16 with float32 accumulation, from the vendor's data sheet
 
 
@@ -37,7 +37,7 @@ CARDS: dict[str, Card] = {
 
 
 def find_card(name: str, gib: float | None = None, tflops: float | None = None) -> Card:
-    """A card of the table, with its memory (GiB) or speed (TFLOP/s) replaced where given.
+    """Return a card of the table, with its memory (GiB) or speed (TFLOP/s) replaced where given.
 
     Raises:
         AMoPOError: for a name that isn't in the table, unless both numbers are given.

@@ -1,35 +1,23 @@
-"""`axolotl amopo plan CONFIG`: what a run needs, before anything is downloaded."""
+"""The click command `axolotl amopo plan`."""
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from axolotl_amopo.commands.kit.options import EXITS, FOUND, JSON, QUIET, libraries, told
-from axolotl_amopo.commands.plan.cards import GIB
-
-if TYPE_CHECKING:
-    from axolotl_amopo.commands.plan.estimate import Plan
-
-WHAT = {
-    "weights": "weights of the model",
-    "adapters": "adapters",
-    "optimizer": "optimizer states",
-    "gradients": "gradients",
-    "gathered": "gathered weights",
-    "unpacked": "an unpacked 4- or 8-bit weight",
-    "activations": "activations",
-    "logits": "logits, a chunk at a time",
-    "working": "recomputation and the like",
-    "reserve": "CUDA context, fragmentation",
-}
-
-
-@click.command(
-    context_settings={"max_content_width": 80},
-    epilog=f"{EXITS}, {FOUND} where it does not fit.",
+from axolotl_amopo.commands.kit.options import (
+    EXIT_FOUND,
+    EXITS,
+    JSON,
+    QUIET,
+    command,
+    library_output,
+    plain_errors,
 )
+
+
+@command(epilog=f"{EXITS}, {EXIT_FOUND} where it does not fit.")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @click.option("--gpu", metavar="NAME", help="A card, e.g. h100-80gb; cpu for this machine.")
 @click.option("--gpu-memory", type=float, metavar="GIB", help="Memory of a card by hand.")
@@ -48,7 +36,7 @@ WHAT = {
 @QUIET
 @JSON
 def plan(config: str, gpus: int, quiet: bool, as_json: bool, **options: Any) -> None:
-    """What a run needs: tokens, memory, time, and what would make it fit.
+    """Estimate a run's tokens, memory and time, and what would make it fit.
 
     \b
         axolotl amopo plan config.yml --gpu h100-80gb --gpus 8
@@ -59,7 +47,7 @@ def plan(config: str, gpus: int, quiet: bool, as_json: bool, **options: Any) -> 
     default HelpSteer's means; memory is that of the largest pair that
     sequence_len lets through.
     """
-    with told(), libraries(quiet=quiet, as_json=as_json):
+    with plain_errors(), library_output(quiet=quiet, as_json=as_json):
         from axolotl_amopo.commands.plan.load import plan_config
 
         made, advice = plan_config(config, gpus=gpus, **options)
@@ -67,57 +55,8 @@ def plan(config: str, gpus: int, quiet: bool, as_json: bool, **options: Any) -> 
         changes = [{"change": text} | other.to_json() for text, other in advice]
         click.echo(json.dumps(made.to_json() | {"changes": changes}))
     elif not quiet:
-        show(made, advice)
+        from axolotl_amopo.commands.plan.text import print_plan
+
+        print_plan(made, advice)
     if made.fits is False:
-        sys.exit(FOUND)
-
-
-def show(made: "Plan", advice: list[tuple[str, "Plan"]]) -> None:
-    """Print a plan for people, 80 columns wide."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=80, highlight=False)
-    card, devices = made.card, made.sharding.devices
-    where = f", {devices} x {card.name}" if card else (f", {devices} GPUs" if devices > 1 else "")
-    how = f" ({made.sharding.name})" if made.sharding.name not in ("none", "ddp") else ""
-    console.print(f"[bold]{made.model}[/]: {made.training}{where}{how}")
-    facts = Table.grid(padding=(0, 2))
-    share = made.trainable / made.parameters
-    facts.add_row("parameters", f"{made.parameters:,}, {made.trainable:,} trained ({share:.2%})")
-    ratio = made.tokens_per_step_unshared / made.tokens_per_step
-    facts.add_row(
-        "a step",
-        f"{made.pairs_per_step} pairs under {made.prompts} prompts, {made.flops_per_step:.3g} FLOP",
-    )
-    facts.add_row(
-        "tokens",
-        f"{made.tokens_per_step:,} ({made.layout} layout); "
-        f"{made.tokens_per_step_unshared:,} if prompts were not shared ({ratio:.2f} x)",
-    )
-    if made.seconds_per_epoch is not None:
-        hours = made.seconds_per_epoch / 3600
-        facts.add_row(
-            "an epoch",
-            f"{made.epoch_pairs:,} pairs, {made.steps_per_epoch:,} steps, {hours:.3g} hours at "
-            f"{made.utilisation:.0%} of {card.tflops:g} TFLOP/s",
-        )
-    console.print(facts)
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for name, size in made.memory.items():
-        if size:
-            table.add_row(WHAT[name], f"{size / GIB:.2f}")
-    table.add_row("[bold]all[/]", f"[bold]{made.total / GIB:.2f}[/]")
-    console.print(f"\nGiB on each device with pairs that fill sequence_len ({made.sequence_len}):")
-    console.print(table)
-    if made.fits is None:
-        return
-    verdict = "[green]It fits[/]" if made.fits else "[red]It does not fit[/]"
-    console.print(f"\n{verdict}: {made.summary()}", soft_wrap=True)
-    for text, other in advice:
-        outcome = "it would fit" if other.fits else "it still would not fit"
-        console.print(f"  with {text} {outcome}: {other.total / GIB:.1f} GiB", soft_wrap=True)
-    if not made.fits and not advice:
-        console.print("  nothing that the plan knows makes it fit")
+        sys.exit(EXIT_FOUND)

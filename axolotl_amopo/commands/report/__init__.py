@@ -1,1 +1,1 @@
-"""What a training run did, from its log. Nothing here imports torch or axolotl: it must be fast."""
+"""`axolotl amopo report`: what a training run did to each dimension, and what looks wrong."""

@@ -1,18 +1,28 @@
-"""`axolotl amopo report RUN_DIR`: what a training run did, while it goes on or afterwards."""
+"""The click command `axolotl amopo report`."""
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from axolotl_amopo.commands.kit.options import EXITS, FOUND, JSON, QUIET, told
-
-
-@click.command(
-    context_settings={"max_content_width": 80},
-    epilog=f"{EXITS}, {FOUND} where --fail-on found something.",
+from axolotl_amopo.commands.kit.options import (
+    EXIT_FOUND,
+    EXITS,
+    JSON,
+    QUIET,
+    command,
+    plain_errors,
 )
+
+if TYPE_CHECKING:
+    from axolotl_amopo.commands.report.plots import Plot
+
+
+@command(epilog=f"{EXITS}, {EXIT_FOUND} where --fail-on found something.")
 @click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path())
 @click.option(
     "--output",
@@ -26,7 +36,7 @@ from axolotl_amopo.commands.kit.options import EXITS, FOUND, JSON, QUIET, told
 @click.option(
     "--fail-on",
     type=click.Choice(["problem", "warning"]),
-    help=f"Exit with {FOUND} where there is one (or a worse one).",
+    help=f"Exit with {EXIT_FOUND} where there is one (or a worse one).",
 )
 def report(
     run_dirs: tuple[str, ...],
@@ -36,7 +46,7 @@ def report(
     as_json: bool,
     fail_on: str | None,
 ) -> None:
-    """Which dimensions improved, which paid for it, and what looks wrong.
+    """Say which dimensions improved, which got worse, and what looks wrong.
 
     \b
         axolotl amopo report outputs/qwen2.5-7b-amopo
@@ -48,26 +58,32 @@ def report(
     Called again for the same runs it writes the page anew; anything else that is
     there already is only overwritten with --force.
     """
-    from axolotl_amopo.commands.report.findings import SEVERITIES, findings
-    from axolotl_amopo.commands.report.show import show, to_json
-    from axolotl_amopo.commands.report.write import names, write
-    from axolotl_amopo.training.runs import read_run
+    from axolotl_amopo.commands.report.findings import SEVERITIES
+    from axolotl_amopo.commands.report.report import write_report
 
-    folders = [Path(folder) for folder in run_dirs]
-    if output is None:
-        output = (folders[0] if len(folders) == 1 else Path()) / "amopo_report"
-    with told():
-        runs = names([read_run(folder) for folder in folders])
-        page = write(runs, output, force=force, quiet=quiet)
-    if not (quiet or as_json):
-        from rich.console import Console
-
-        show(runs, Console(width=80, highlight=False))
-        click.echo(f"Written: {page}")
+    with plain_errors():
+        made = write_report(
+            [Path(folder) for folder in run_dirs],
+            output,
+            force=force,
+            progress=partial(_track, quiet=quiet),
+        )
     if as_json:
-        made = [{"name": name} | to_json(run) for name, run in runs.items()]
-        click.echo(json.dumps({"page": str(page), "runs": made}))
-    if fail_on:
-        found = {finding.severity for run in runs.values() for finding in findings(run)}
-        if found & set(SEVERITIES[: SEVERITIES.index(fail_on) + 1]):
-            sys.exit(FOUND)
+        click.echo(json.dumps(made.to_json()))
+    elif not quiet:
+        from axolotl_amopo.commands.report.text import print_report
+
+        print_report(made.runs)
+        click.echo(f"Written: {made.page}")
+    if fail_on and made.severities & set(SEVERITIES[: SEVERITIES.index(fail_on) + 1]):
+        sys.exit(EXIT_FOUND)
+
+
+def _track(plots: Sequence["Plot"], *, quiet: bool) -> Iterable["Plot"]:
+    from rich.progress import track
+
+    from axolotl_amopo.commands.kit.text import bars_console
+
+    console = bars_console()
+    hidden = quiet or not console.is_terminal
+    return track(plots, description="Drawing", console=console, disable=hidden, transient=True)

@@ -1,4 +1,4 @@
-"""What a run's log says, in words: what improved, what paid for it, and what looks wrong.
+"""Say in words what a run's log shows: what improved, what got worse, and what looks wrong.
 
 Every check stays silent where the log can't tell: too few entries, noise, masked dimensions.
 """
@@ -6,23 +6,24 @@ Every check stays silent where the log can't tell: too few entries, noise, maske
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from axolotl_amopo.training.runs import FEWEST_AT_AN_END, Change, Run, series
+from axolotl_amopo.training.runs import FEWEST_AT_AN_END, Change, TrainingRun, series
 
 Severity = Literal["problem", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("problem", "warning", "note")
-OURS = ("loss", "grad_norm", "amopo/", "rewards/", "logps/")
+CHECKED_FOR_NAN = ("loss", "grad_norm", "amopo/", "rewards/", "logps/")
 
-# A spike stands so many robust standard deviations above the entries before it, and at so many
-# times their median: losses of small batches have long tails.
+# A spike is this many robust standard deviations above the entries before it, and this many times
+# their median: losses of small batches have long tails.
 SPIKE_DEVIATIONS, SPIKE_RATIO = 10, 2.0
 SPIKE_WINDOW = 25
 FEWEST_FOR_SPIKES = 20
-# Shares of gamma, the margin that the loss aims at (2.0 where the log doesn't tell it).
+# Shares of gamma, the margin that the loss aims at; GAMMA is used where the log has none.
 MOVED, CLEAR_MARGIN = 0.01, 0.025
 GAMMA = 2.0
 # Weights closer to 1/K than this share of it are uniform.
@@ -39,20 +40,22 @@ TOO_WIDE = 0.1
 
 @dataclass(frozen=True)
 class Finding:
+    """Name one thing that looks wrong, with its numbers and what to try."""
+
     code: str  # stable, for programs
     severity: Severity
-    text: str  # what, with its numbers
-    advice: str  # what to try
+    text: str
+    advice: str
 
 
-def findings(run: Run) -> list[Finding]:
-    """The worst first."""
+def findings(run: TrainingRun) -> list[Finding]:
+    """Return what every check found, the worst first."""
     found = [finding for check in CHECKS for finding in check(run)]
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
-def outcome(run: Run) -> list[str]:
-    """Which prompts improved, which fell, and what the weights did: a sentence each."""
+def outcome(run: TrainingRun) -> list[str]:
+    """Return sentences: which prompts improved, which fell, and what the weights did."""
     margins = {name: run.change(f"amopo/{name}/margin") for name in run.prompts}
     accuracies = {name: run.change(f"amopo/{name}/accuracy") for name in run.prompts}
     parts: dict[str, list[str]] = {"Improved": [], "Fell": [], "No clear change": []}
@@ -87,12 +90,38 @@ def outcome(run: Run) -> list[str]:
     return sentences
 
 
-def not_finite(run: Run) -> Iterator[Finding]:
+def headline(run: TrainingRun) -> str:
+    """Return what was trained, how far and for how long, in a line."""
+    about = run.about
+    what = str(about.get("model") or "")
+    if about.get("adapter"):
+        what += f" with {about['adapter']}"
+    parts = [what] if what else []
+    parts += [
+        f"{about[key]} pairs to {purpose}"
+        for key, purpose in (("train_pairs", "train on"), ("eval_pairs", "evaluate with"))
+        if about.get(key)
+    ]
+    dimensions = sum(name != "overall" for name in run.prompts)
+    parts.append(f"{dimensions} dimension{'' if dimensions == 1 else 's'}")
+    parts.append(f"step {run.step}" + (f" of {run.max_steps}" if run.max_steps else ""))
+    if run.seconds is not None:
+        parts.append(f"in {format_duration(run.seconds)}")
+    return ", ".join([*parts, run.status])
+
+
+def format_duration(seconds: float) -> str:
+    """Return a time as 1:02:03, or below a minute as 45 s."""
+    return f"{seconds:.0f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+
+
+def not_finite(run: TrainingRun) -> Iterator[Finding]:
+    """Find NaN and infinite losses, norms, margins and rewards."""
     where: dict[str, list[float]] = {}
     for prefix, entries in (("", run.train), ("eval_", run.evals)):
         for entry in entries:
             for name, value in entry.items():
-                if math.isnan(value) and name.startswith(OURS):
+                if math.isnan(value) and name.startswith(CHECKED_FOR_NAN):
                     where.setdefault(prefix + name, []).append(entry["step"])
     if not where:
         return
@@ -113,7 +142,8 @@ def not_finite(run: Run) -> Iterator[Finding]:
     )
 
 
-def loss_spikes(run: Run) -> Iterator[Finding]:
+def loss_spikes(run: TrainingRun) -> Iterator[Finding]:
+    """Find training losses far above those before them."""
     steps, values = _finite(*series(run.train, "loss"))
     if len(values) < FEWEST_FOR_SPIKES:
         return
@@ -135,7 +165,8 @@ def loss_spikes(run: Run) -> Iterator[Finding]:
         )
 
 
-def loss_rose(run: Run) -> Iterator[Finding]:
+def loss_rose(run: TrainingRun) -> Iterator[Finding]:
+    """Find a loss that is higher at the end than at the beginning."""
     change = run.change("loss")
     if change.before is not None and change.rose(LOSS_RISES * abs(change.before)):
         where = "evaluation" if run.by_evaluation else "training"
@@ -148,7 +179,8 @@ def loss_rose(run: Run) -> Iterator[Finding]:
             )
 
 
-def overfitting(run: Run) -> Iterator[Finding]:
+def overfitting(run: TrainingRun) -> Iterator[Finding]:
+    """Find an evaluation loss that rises while the training loss falls."""
     steps, values = _finite(*series(run.evals, "loss"))
     if len(values) < 2:
         return
@@ -164,7 +196,8 @@ def overfitting(run: Run) -> Iterator[Finding]:
         )
 
 
-def chosen_falls(run: Run) -> Iterator[Finding]:
+def chosen_falls(run: TrainingRun) -> Iterator[Finding]:
+    """Find chosen rewards that fall while margins rise."""
     margin, chosen = run.change("rewards/margins"), run.change("rewards/chosen")
     if not (margin.rose(_clear(run)) and chosen.fell(_clear(run))):
         return
@@ -183,7 +216,8 @@ def chosen_falls(run: Run) -> Iterator[Finding]:
     )
 
 
-def weights_uniform(run: Run) -> Iterator[Finding]:
+def weights_uniform(run: TrainingRun) -> Iterator[Finding]:
+    """Find adaptive weights that stayed the same for all prompts."""
     # Masked dimensions have means over other pairs, which need not be 1/K where all are the same.
     if len(run.prompts) < 2 or _weighting(run) in ("uniform", "static") or _masked(run):
         return
@@ -219,7 +253,8 @@ def weights_uniform(run: Run) -> Iterator[Finding]:
         )
 
 
-def weights_masked(run: Run) -> Iterator[Finding]:
+def weights_masked(run: TrainingRun) -> Iterator[Finding]:
+    """Say that mean weights can't be compared where dimensions are masked."""
     if _masked(run) and _weighting(run) not in ("uniform", "static"):
         yield Finding(
             "weights-masked",
@@ -230,12 +265,13 @@ def weights_masked(run: Run) -> Iterator[Finding]:
         )
 
 
-def chance(run: Run) -> Iterator[Finding]:
+def chance(run: TrainingRun) -> Iterator[Finding]:
+    """Find accuracies at or below chance at the end."""
     where, pairs = "evaluation", run.eval_pairs
     if run.evals:
         last = run.evals[-1]
         ends = {name: last.get(f"amopo/{name}/accuracy", math.nan) for name in run.prompts}
-    elif run.end < FEWEST_AT_AN_END:
+    elif run.entries_per_end < FEWEST_AT_AN_END:
         return
     else:
         where, pairs = "training", None
@@ -280,7 +316,8 @@ def chance(run: Run) -> Iterator[Finding]:
         )
 
 
-def sacrificed(run: Run) -> Iterator[Finding]:
+def sacrificed(run: TrainingRun) -> Iterator[Finding]:
+    """Find prompts that fell while the others gained."""
     margins = {name: run.change(f"amopo/{name}/margin") for name in run.prompts}
     accuracies = {name: run.change(f"amopo/{name}/accuracy") for name in run.prompts}
     least = max(SHARE_FALLS, _share_noise(run))
@@ -303,7 +340,8 @@ def sacrificed(run: Run) -> Iterator[Finding]:
             )
 
 
-def length_grows(run: Run) -> Iterator[Finding]:
+def length_grows(run: TrainingRun) -> Iterator[Finding]:
+    """Find a growing preference for the longer response."""
     change = run.change("rewards/longer_wins")
     least = max(LENGTH_RISES, _share_noise(run))
     if change.rose(least) and change.after > 0.5:
@@ -317,7 +355,8 @@ def length_grows(run: Run) -> Iterator[Finding]:
         )
 
 
-def nothing_moved(run: Run) -> Iterator[Finding]:
+def nothing_moved(run: TrainingRun) -> Iterator[Finding]:
+    """Find a run in which no reward and no margin moved."""
     early = run.status == "in progress" and run.max_steps and run.step < run.max_steps / 4
     if early or run.step == 0:
         return
@@ -342,7 +381,8 @@ def nothing_moved(run: Run) -> Iterator[Finding]:
         )
 
 
-def ending(run: Run) -> Iterator[Finding]:
+def ending(run: TrainingRun) -> Iterator[Finding]:
+    """Say that a run is still in progress, or ended before its last step."""
     of = f"step {run.step}" + (f" of {run.max_steps}" if run.max_steps else "")
     short = run.max_steps is not None and run.step < run.max_steps
     if run.status == "in progress":
@@ -369,8 +409,9 @@ def ending(run: Run) -> Iterator[Finding]:
         )
 
 
-def few_entries(run: Run) -> Iterator[Finding]:
-    if not run.by_evaluation and run.end < FEWEST_AT_AN_END:
+def few_entries(run: TrainingRun) -> Iterator[Finding]:
+    """Say that the log is too short to tell a change from noise."""
+    if not run.by_evaluation and run.entries_per_end < FEWEST_AT_AN_END:
         yield Finding(
             "few-entries",
             "note",
@@ -382,7 +423,7 @@ def few_entries(run: Run) -> Iterator[Finding]:
         )
 
 
-CHECKS: tuple[Callable[[Run], Iterator[Finding]], ...] = (
+CHECKS: tuple[Callable[[TrainingRun], Iterator[Finding]], ...] = (
     not_finite,
     nothing_moved,
     loss_rose,
@@ -400,30 +441,30 @@ CHECKS: tuple[Callable[[Run], Iterator[Finding]], ...] = (
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share of `count` pairs."""
+    """Return Wilson's 95% interval of a share of `count` pairs."""
     z = 1.96
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     return middle - half / (1 + z * z / count), middle + half / (1 + z * z / count)
 
 
-def _share_noise(run: Run) -> float:
-    """Three standard errors of a share of the evaluation's pairs; 0 where it is not known.
+def _share_noise(run: TrainingRun) -> float:
+    """Return three standard errors of a share of the evaluation's pairs; 0 where unknown.
 
-    Two of a difference, if the two evaluations had nothing in common.
+    That is two of a difference, if the two evaluations had nothing in common.
     """
     pairs = run.eval_pairs if run.by_evaluation else None
     return 1.5 / math.sqrt(pairs) if pairs else 0.0
 
 
-def _training_fell(run: Run, step: float) -> bool:
-    """Whether the training loss is lower at the end than around a step, beyond its noise."""
+def _training_fell(run: TrainingRun, step: float) -> bool:
+    """Return whether the training loss is lower at the end than around a step, beyond noise."""
     steps, values = _finite(*series(run.train, "loss"))
     later, earlier = values[steps > step], values[steps <= step]
     half = len(later) // 2
     if half < 2:
         return False
-    # Where the best evaluation was the first, the beginning of what came after it.
+    # Where the best evaluation was the first, compare with the beginning of what came after it.
     start, end = earlier[-half:] if len(earlier) >= half else later[:half], later[-half:]
     noise = math.sqrt(sum(part.var(ddof=1) / len(part) for part in (start, end)))
     return float(start.mean() - end.mean()) > noise
@@ -433,8 +474,8 @@ def _finite(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return steps[np.isfinite(values)], values[np.isfinite(values)]
 
 
-def _masked(run: Run) -> bool:
-    """Whether the prompts' mean weights don't add up to 1: dimensions are masked for some pairs."""
+def _masked(run: TrainingRun) -> bool:
+    """Return whether dimensions are masked for some pairs: mean weights don't add up to 1."""
     keys = [f"amopo/{name}/weight" for name in run.prompts]
     sums = [
         sum(entry[key] for key in keys if key in entry)
@@ -444,16 +485,16 @@ def _masked(run: Run) -> bool:
     return any(abs(total - 1) > 0.01 for total in sums)  # false for NaN
 
 
-def _weighting(run: Run) -> str:
+def _weighting(run: TrainingRun) -> str:
     return str((run.about.get("amopo") or {}).get("weighting"))
 
 
-def _gamma(run: Run) -> float:
+def _gamma(run: TrainingRun) -> float:
     return float((run.about.get("amopo") or {}).get("gamma") or GAMMA)
 
 
-def _clear(run: Run) -> float:
-    """A change of a margin or reward that is worth a word."""
+def _clear(run: TrainingRun) -> float:
+    """Return the smallest change of a margin or reward that is worth a word."""
     return CLEAR_MARGIN * _gamma(run)
 
 
@@ -461,7 +502,7 @@ def _ends(change: Change) -> str:
     return f"{change.before:+.2f} to {change.after:+.2f}"
 
 
-def _names(names: list[str], run: Run) -> str:
+def _names(names: list[str], run: TrainingRun) -> str:
     return "under every prompt" if len(names) == len(run.prompts) else ", ".join(names)
 
 

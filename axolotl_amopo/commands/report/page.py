@@ -1,70 +1,79 @@
-"""Runs as one HTML page that needs nothing else, for a desk and for a phone."""
+"""Write runs as an HTML page."""
 
 import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from jinja2 import Environment
 from markupsafe import Markup
 
-from axolotl_amopo.commands.report import show
-from axolotl_amopo.commands.report.findings import findings, outcome
+from axolotl_amopo.commands.kit.page import render_page
+from axolotl_amopo.commands.report.findings import headline
 from axolotl_amopo.commands.report.plots import Plot
-from axolotl_amopo.training.runs import Run
+from axolotl_amopo.training.runs import (
+    COMPARED_METRICS,
+    TrainingRun,
+    explain_change,
+    format_metric,
+)
+
+if TYPE_CHECKING:
+    from axolotl_amopo.commands.report.report import ReportedRun
 
 TEMPLATE = Path(__file__).with_name("page.html")
-# Where every run differs, and which says nothing about it.
+# Keys in which every run differs, and that say nothing about the training.
 NOT_COMPARED = {"output_dir", "dataset_prepared_path"}
 
 
-def page(runs: dict[str, Run], plots: list[tuple[Plot, str]], marker: str) -> str:
-    """The page's HTML. What the log says is escaped.
+def report_page(runs: list["ReportedRun"], plots: list[tuple[Plot, str]], marker: str) -> str:
+    """Return the page's HTML; what logs say is escaped.
 
     Args:
         plots: each with its SVG.
-        marker: see `marker`.
+        marker: from `page_marker`.
     """
-    template = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    prompts = dict.fromkeys(name for run in runs.values() for name in run.prompts)
-    html = template.render(
+    return render_page(
+        TEMPLATE,
         runs=runs,
-        prompts=list(prompts),
+        prompts=list(dict.fromkeys(name for one in runs for name in one.prompts)),
         plots=[(plot, Markup(svg)) for plot, svg in plots],
-        marker=marker,
-        differences=differences(runs),
-        findings=findings,
-        outcome=outcome,
-        show=show,
+        marker=Markup(marker),
+        differences=differing_settings({one.name: one.run for one in runs}),
+        metrics=COMPARED_METRICS,
+        headline=headline,
+        explain_change=explain_change,
+        format_metric=format_metric,
     )
-    return html.strip() + "\n"
 
 
-def marker(runs: list[Run], folder: Path) -> str:
-    """Tells whether a page in a folder is one of these runs; the same where all are moved."""
+def page_marker(runs: list[TrainingRun], folder: Path) -> str:
+    """Return the <meta> element by which a folder's page is known as a report of these runs.
+
+    It stays the same where the runs and the folder are moved together.
+    """
     places = [os.path.relpath(run.folder.resolve(), folder.resolve()) for run in runs]
     digest = hashlib.sha256(json.dumps(places).encode()).hexdigest()[:16]
     return f'<meta name="amopo-report" content="{digest}">'
 
 
-def differences(runs: dict[str, Run]) -> dict[str, list[str]]:
-    """Settings that are not the same in all runs, and their value in each."""
+def differing_settings(runs: dict[str, TrainingRun]) -> dict[str, list[str]]:
+    """Return the settings that are not the same in all runs, with their value in each."""
     settings = [_settings(run) for run in runs.values()]
     keys = dict.fromkeys(key for each in settings for key in each)
     table = {key: [each.get(key, "-") for each in settings] for key in keys}
     return {key: values for key, values in table.items() if len(set(values)) > 1}
 
 
-def _settings(run: Run) -> dict[str, str]:
+def _settings(run: TrainingRun) -> dict[str, str]:
     about = dict(run.about)
     try:
         config = yaml.safe_load(about.pop("config", None) or "")
     except yaml.YAMLError:
         config = None
     config = config if isinstance(config, dict) else {}
-    # What the run was told on its command line is in `about` alone.
+    # Options of the command line are in `about` and not in the config.
     about = {key: value for key, value in about.items() if key not in ("name", "data", "prompts")}
     return {
         key: value

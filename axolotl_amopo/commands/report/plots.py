@@ -1,4 +1,4 @@
-"""matplotlib figures of one run or several, as SVG for the page and SVG and PNG beside it."""
+"""Draw one run or several, as SVG for the page, and as SVG and PNG for files beside it."""
 
 import io
 import re
@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from axolotl_amopo.training.runs import Run, series
+from axolotl_amopo.commands.kit import plots as kit
+from axolotl_amopo.training.runs import TrainingRun, series
 
 # Paul Tol's "muted" colours, which stay apart for the colour-blind, with grey; black is `overall`.
 COLOURS = (
@@ -37,44 +38,39 @@ WIDTH, PANEL, LEGEND_ROW = 4.8, 2.4, 0.19  # inches
 LEGEND_WIDTH = 58  # characters beside each other in a legend
 MOST_POINTS = 400  # of a line
 MOST_RAW_LINES = 5
-STYLE = {
+STYLE = kit.STYLE | {
     "font.size": 8.5,
     "axes.titlesize": 8.5,
     "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": "#e4e7ea",
     "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.fontsize": 8,
-    "svg.fonttype": "none",  # text that can be found and read aloud
     "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"],
 }
 
 
 @dataclass
 class Plot:
+    """Hold a figure with its title and caption."""
+
     name: str  # of its files
     title: str
     caption: str
     figure: Figure
 
     def svg(self) -> str:
-        """An <svg> element with names of its own, so that a page can hold many."""
-        text = io.StringIO()
+        """Return an <svg> element whose ids begin with its name, so that a page can hold many."""
         with _drawing(self.name):
-            self.figure.savefig(
-                text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            )
-        svg = text.getvalue()
-        svg = svg[svg.index("<svg") :]
+            svg = kit.svg_element(self.figure)
         svg = re.sub(r'\bid="', f'id="{self.name}-', svg)
         svg = re.sub(r"url\(#", f"url(#{self.name}-", svg)
         svg = re.sub(r'href="#', f'href="#{self.name}-', svg)
         return svg.replace("<svg ", f'<svg role="img" aria-label="{self.title}" ', 1)
 
     def png(self) -> bytes:
+        """Return the figure as a PNG file of 160 dots per inch."""
         data = io.BytesIO()
         with _drawing():
             self.figure.savefig(data, format="png", dpi=160)
@@ -83,7 +79,7 @@ class Plot:
 
 @contextmanager
 def _drawing(salt: str = "") -> Iterator[None]:
-    # A name in letters that no font here has is drawn as boxes in the PNG, and said nothing of.
+    # A name in letters that no font here has is drawn as boxes in the PNG; the warning is dropped.
     with (
         matplotlib.rc_context(STYLE | {"svg.hashsalt": salt or None}),
         warnings.catch_warnings(action="ignore"),
@@ -92,7 +88,7 @@ def _drawing(salt: str = "") -> Iterator[None]:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """[N] centred means over about a twentieth of the log; NaN stays NaN."""
+    """Return centred means [N] over about a twentieth of the log; NaN stays NaN."""
     half = len(values) // 40
     if not half:
         return values
@@ -104,8 +100,10 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most MOST_POINTS of a line's points: of each stretch the lowest and the highest, so that
-    no spike gets lost."""
+    """Return at most MOST_POINTS of a line's points: the lowest and highest of each stretch.
+
+    No spike gets lost.
+    """
     if len(values) <= MOST_POINTS:
         return steps, values
     kept: set[int] = set()
@@ -118,14 +116,14 @@ def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 class Board:
-    """What all figures of a report share: the runs, and each prompt's colour and marker.
+    """Draw the figures of a report; all share the runs, and each prompt's colour and marker.
 
     Args:
         runs: drawn over each other, each with its own line style.
         names: what to call them, in the same order.
     """
 
-    def __init__(self, runs: list[Run], names: list[str]):
+    def __init__(self, runs: list[TrainingRun], names: list[str]):
         self.runs, self.names = runs, names
         prompts = dict.fromkeys(name for run in runs for name in run.prompts)
         self.prompts = list(prompts)
@@ -136,7 +134,7 @@ class Board:
         self.markers[""] = "o"
 
     def plots(self) -> Iterator[Plot]:
-        """All figures for which something was logged."""
+        """Yield all figures for which something was logged."""
         for name, title, caption, draw in (
             ("change", "Before and after", CHANGE, self._change),
             ("loss", "Loss", "", self._total("loss")),
@@ -193,11 +191,11 @@ class Board:
         )
 
     def _lines(self, panels: list[tuple[str, str]], prompts: list[str]) -> Figure | None:
-        """Metrics over the steps, one panel below the other; None where none was logged.
+        """Draw metrics over the steps, one panel below the other; None where none was logged.
 
         Args:
             panels: title and metric of each.
-            prompts: those the metrics are of; empty for metrics of the whole run.
+            prompts: draw the metrics of these prompts; empty for metrics of the whole run.
         """
         keys = {
             metric: {name: f"amopo/{name}/{metric}" for name in prompts} or {"": metric}
@@ -216,13 +214,13 @@ class Board:
         for axis, (title, metric) in zip(axes, panels, strict=True):
             axis.set_title(title)
             axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            for run, dashes in zip(self.runs, _cycle(len(self.runs)), strict=True):
+            for run, dashes in zip(self.runs, _line_styles(len(self.runs)), strict=True):
                 for name, key in keys[metric].items():
                     self._line(axis, run, name, key, dashes)
         axes[-1].set_xlabel("step")
         return figure
 
-    def _line(self, axis: Axes, run: Run, name: str, key: str, dashes: object) -> None:
+    def _line(self, axis: Axes, run: TrainingRun, name: str, key: str, dashes: object) -> None:
         colour = self.colours[name]
         steps, values = series(run.train, key)
         if len(steps) and not np.all(np.isnan(values)):
@@ -254,7 +252,7 @@ class Board:
             )
 
     def _change(self) -> Figure | None:
-        """A row a prompt and run: a hollow dot before, a full one after."""
+        """Draw a row per prompt and run: a hollow dot before, a full one after."""
         metrics = [
             metric
             for metric in ("margin", "accuracy")
@@ -273,7 +271,7 @@ class Board:
             axis.set_title(metric)
             for p, name in enumerate(self.prompts):
                 for r, (run, dashes) in enumerate(
-                    zip(self.runs, _cycle(len(self.runs)), strict=True)
+                    zip(self.runs, _line_styles(len(self.runs)), strict=True)
                 ):
                     y = p + (r - (len(self.runs) - 1) / 2) * 0.7 / len(self.runs)
                     change = run.change(f"amopo/{name}/{metric}")
@@ -299,7 +297,7 @@ class Board:
     def _figure(
         self, panels: int, prompts: list[str], height: float = PANEL, evaluated: bool = False
     ) -> tuple[Figure, list[Axes]]:
-        """An empty figure with a legend of prompts and runs below it."""
+        """Make an empty figure with a legend of prompts and runs below it."""
         handles = [
             Line2D(
                 [],
@@ -320,7 +318,7 @@ class Board:
         if len(self.runs) > 1:
             handles += [
                 Line2D([], [], linestyle=dashes, label=_short(name), **grey)
-                for name, dashes in zip(self.names, _cycle(len(self.runs)), strict=True)
+                for name, dashes in zip(self.names, _line_styles(len(self.runs)), strict=True)
             ]
         longest = max((len(handle.get_label()) for handle in handles), default=1) + 7
         columns = max(1, min(len(handles), LEGEND_WIDTH // longest))
@@ -339,14 +337,12 @@ WEIGHT = "Dotted: all prompts the same."
 LENGTH = "A line that climbs says that the model learns to prefer length."
 
 
-def _cycle(count: int) -> list[object]:
+def _line_styles(count: int) -> list[object]:
     return [DASHES[i % len(DASHES)] for i in range(count)]
 
 
 def _short(name: str) -> str:
-    """Names are taken as they are: `$` would start a formula, and `_` hide a legend's entry."""
-    name = name if len(name) <= 24 else f"{name[:23]}…"
-    return name.replace("$", r"\$").replace("_", " ", name.startswith("_"))
+    return kit.plain_label(name, longest=24)
 
 
 def _spread(axis: Axes) -> float:

@@ -1,1 +1,1 @@
-"""`axolotl amopo score`: what training did to each dimension, on rated pairs."""
+"""`axolotl amopo score`: how often models order rated pairs as the ratings do."""

@@ -1,4 +1,4 @@
-"""`axolotl amopo score CONFIG`: what training did to each dimension."""
+"""The click command `axolotl amopo score`."""
 
 import contextlib
 import json
@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from axolotl_amopo.commands.kit.options import EXITS, JSON, QUIET, check_free, libraries, told
+from axolotl_amopo.commands.kit.options import (
+    JSON,
+    QUIET,
+    check_free,
+    command,
+    library_output,
+    plain_errors,
+)
 
 if TYPE_CHECKING:
     from axolotl_amopo.commands.score.logps import ModelPath
@@ -16,7 +23,7 @@ if TYPE_CHECKING:
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-@click.command(context_settings={"max_content_width": 80}, epilog=f"{EXITS}.")
+@command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 @click.option(
     "--model",
@@ -25,7 +32,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     metavar="[NAME=]PATH",
     help="An adapter or a whole model; as often as you like. Default: what is in output_dir.",
 )
-@click.option("--base", metavar="PATH", help="What they are held against. Default: base_model.")
+@click.option("--base", metavar="PATH", help="The model to compare with. Default: base_model.")
 @click.option("--no-base", is_flag=True, help="Score the models alone.")
 @click.option(
     "--split",
@@ -41,7 +48,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     type=click.Choice(["average", "sum", "reference"]),
     default="average",
     show_default=True,
-    help="Mean log-probability a token; its sum; or the sum less the base's, as in DPO.",
+    help="Mean log-probability per token; its sum; or the sum less the base's, as in DPO.",
 )
 @click.option(
     "--prompts",
@@ -69,15 +76,15 @@ def score(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """How often models order rated pairs as the ratings do, by dimension.
+    """Count how often models order rated pairs as the ratings do, per dimension.
 
     \b
         axolotl amopo score config.yml --html score.html
         axolotl amopo score config.yml --model amopo=out/a --model dpo=out/b
 
-    Holds the model that training left in output_dir against base_model, on the
+    Compares the model that training left in output_dir with base_model, on the
     pairs that training holds out, under the prompts of training and without any
-    instruction (what is fair to models trained by other methods). Models are
+    instruction (which is fair to models trained by other methods). Models are
     compared on the same pairs, with 95 % intervals and p-values by prompt.
     """
     targets = {"html": html, "markdown": markdown, "pairs": pairs}
@@ -87,19 +94,18 @@ def score(
         raise click.UsageError("--base and --no-base can't go together.")
     named = parse_models(models)
 
-    with told(), libraries(quiet=quiet, as_json=as_json):
-        from axolotl_amopo.commands.score.report import score as run
-        from axolotl_amopo.commands.score.show import markdown as to_markdown
-        from axolotl_amopo.commands.score.show import show
+    with plain_errors(), library_output(quiet=quiet, as_json=as_json):
+        from axolotl_amopo.commands.score import report as scoring
+        from axolotl_amopo.commands.score.text import print_scores, to_markdown
 
         with _progress(quiet) as progress:
-            report, scored = run(
+            report, scored = scoring.score(
                 config, models=named, with_base=not no_base, progress=progress, **options
             )
         if html:
-            from axolotl_amopo.commands.score.page import page
+            from axolotl_amopo.commands.score.page import score_page
 
-            html.write_text(page(report, scored), encoding="utf-8")
+            html.write_text(score_page(report, scored), encoding="utf-8")
     if markdown:
         markdown.write_text(to_markdown(report), encoding="utf-8")
     if pairs:
@@ -107,9 +113,7 @@ def score(
         pairs.write_text("".join(lines), encoding="utf-8")
     if not quiet:
         if not as_json:
-            from rich.console import Console
-
-            show(report, Console(width=80, highlight=False))
+            print_scores(report)
         for path in filter(None, targets.values()):
             click.echo(f"Written: {path}", err=as_json)
     if as_json:
@@ -117,7 +121,7 @@ def score(
 
 
 def parse_models(values: tuple[str, ...]) -> "list[ModelPath] | None":
-    """`--model NAME=PATH` or `--model PATH`, whose name is the path's last part.
+    """Return the models of `--model NAME=PATH` and `--model PATH`, named as the path ends.
 
     Raises:
         click.UsageError: for a name that is there twice.
@@ -143,10 +147,11 @@ def parse_models(values: tuple[str, ...]) -> "list[ModelPath] | None":
 
 @contextlib.contextmanager
 def _progress(quiet: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), disable=quiet) as bars:
+    from axolotl_amopo.commands.kit.text import bars_console
+
+    with Progress(console=bars_console(), disable=quiet) as bars:
 
         def begin(name: str, total: int) -> Callable[[int], None]:
             task = bars.add_task(f"Scoring {name}", total=total)

@@ -1,10 +1,10 @@
-"""Statistics of reward margins, as pure functions on arrays.
+"""Compute statistics of reward margins, in pure functions on arrays.
 
 A margin is the reward of the response that the ratings call the better one, less the other's: above
-0 the model orders the pair as the ratings do. Pairs without such an order are left out before.
+0 the model orders the pair as the ratings do. The caller leaves out pairs without such an order.
 
-Pairs of one prompt share its text and often a response, so they are no independent observations.
-Whatever claims a certainty here (`intervals`, `sign_test`) takes prompts as its units.
+Pairs of one prompt share its text and often a response, so they are not independent observations.
+What claims a certainty here (`intervals`, `sign_test`) counts prompts, not pairs.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from scipy import stats
 
 RESAMPLES = 2000
 LEVEL = 0.95
-# Responses count as similarly long if neither has more than a quarter more tokens.
+# Two responses are similarly long if neither has a quarter more tokens than the other.
 SIMILAR_RATIO = 1.25
 QUANTILES = (5, 25, 50, 75, 95)
 MOST_BINS = 5
@@ -24,7 +24,7 @@ FEW_PROMPTS = 30
 
 @dataclass
 class GapBin:
-    """Pairs whose ratings differ by about as much."""
+    """Describe pairs whose ratings differ by about as much."""
 
     low: float
     high: float
@@ -35,7 +35,7 @@ class GapBin:
 
 @dataclass
 class Measures:
-    """What one model's margins say of the pairs that one rating orders. Shares are of 0 to 1."""
+    """Describe one model's margins on the pairs that one rating orders; shares are 0 to 1."""
 
     n: int
     prompts: int
@@ -53,8 +53,8 @@ class Measures:
 
 
 @dataclass
-class Change:
-    """One model against another on the same pairs."""
+class AccuracyChange:
+    """Compare one model's accuracy with another's on the same pairs."""
 
     difference: float  # of the accuracies
     interval: tuple[float, float]
@@ -65,7 +65,7 @@ class Change:
 
 
 def correct(margins: np.ndarray) -> np.ndarray:
-    """[N] 1 where a pair is ordered as the ratings say, 0 where not, a half for equal rewards."""
+    """Return [N]: 1 where a pair is ordered as rated, 0 where not, a half for equal rewards."""
     return (np.sign(margins) + 1) / 2
 
 
@@ -76,10 +76,10 @@ def measure(
     prompts: np.ndarray,
     interval: tuple[float, float] | None = None,
 ) -> Measures:
-    """All that is told of one model and one rating.
+    """Return all measures of one model and one rating.
 
     Args:
-        margins: [N], see above.
+        margins: [N], see the module's docstring.
         gaps: [N] by how much the ratings differ, on 0 to 1; NaN where that isn't known.
         lengths: [N, 2] tokens of the better response and of the other.
         prompts: [N] which prompt a pair belongs to.
@@ -106,19 +106,20 @@ def measure(
 
 
 def mean(values: np.ndarray) -> float | None:
+    """Return the mean, None of no values."""
     return float(values.mean()) if len(values) else None
 
 
 def without_length(margins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """[N] what of the margins the responses' lengths don't explain.
+    """Return the part [N] of the margins that the responses' lengths don't explain.
 
-    The residual of the least-squares fit of the margin on the difference of the two lengths in
-    tokens and on that of their logarithms. Which response comes first is arbitrary and flips all
+    It is the residual of the least-squares fit of the margin on the difference of the two lengths
+    in tokens and on that of their logarithms. Which response comes first is arbitrary and flips all
     three signs, so the fit has no intercept. By the theorem of Frisch, Waugh and Lovell this is the
-    part of the margin that a linear regression of the winner on margin and lengths would go by. A
-    reward that is a function a * length + b * log(length) leaves nothing, and so an accuracy of one
-    half; of a reward that goes with quality, what goes with length as well is taken away too, so
-    where better answers are longer, this errs on the strict side.
+    part of the margin that a linear regression of the winner on margin and lengths would use. A
+    reward of the form a * length + b * log(length) leaves nothing, and so an accuracy of one half.
+    Of a reward that measures quality, the part that grows with length is taken away too: where
+    better answers are longer, this errs on the strict side.
 
     Args:
         margins: [N].
@@ -131,12 +132,16 @@ def without_length(margins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     scale = np.abs(differences).max(0)
     differences = differences / np.where(scale > 0, scale, 1)
     rest = margins - differences @ np.linalg.lstsq(differences, margins, rcond=None)[0]
-    # What rounding leaves of an exact fit is no opinion.
+    # What rounding leaves of an exact fit is not a preference.
     return np.where(np.abs(rest) <= 1e-9 * np.abs(margins).max(), 0.0, rest)
 
 
 def by_gap(margins: np.ndarray, gaps: np.ndarray) -> list[GapBin]:
-    """Accuracy and mean margin by how far apart the ratings are: by value, or by fifths of many."""
+    """Return accuracy and mean margin by rating gap: per gap, or of many gaps per fifth.
+
+    Args:
+        margins, gaps: [N].
+    """
     gaps = gaps.round(6)
     edges = np.unique(gaps)
     if len(edges) > MOST_BINS:
@@ -156,7 +161,7 @@ def by_gap(margins: np.ndarray, gaps: np.ndarray) -> list[GapBin]:
 
 
 def resampled_means(values: np.ndarray, prompts: np.ndarray, seed: int) -> np.ndarray:
-    """[R, V] means of R bootstrap samples, the same ones for every column.
+    """Return the means [R, V] of R bootstrap samples, the same samples for every column.
 
     Prompts are drawn with replacement, each with all its pairs (the cluster bootstrap: Davison and
     Hinkley, Bootstrap Methods and their Application, 1997, section 3.8).
@@ -177,18 +182,19 @@ def resampled_means(values: np.ndarray, prompts: np.ndarray, seed: int) -> np.nd
 
 
 def percentiles(values: np.ndarray) -> tuple[float, float]:
+    """Return the two ends of the middle LEVEL of the values."""
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def intervals(right: np.ndarray, prompts: np.ndarray, seed: int) -> list[tuple[float, float]]:
-    """A 95 % interval of each column's mean: percentiles of the bootstrap.
+    """Return a 95 % interval of each column's mean: percentiles of the bootstrap.
 
     Where all pairs are right, or all wrong, every resample is the same, and the interval is that
     of Clopper and Pearson for as many observations as there are prompts.
 
     Args:
-        right: [N, V] of 0, a half and 1, N above 0; a column a model.
+        right: [N, V] of 0, a half and 1, N above 0; one column per model.
         prompts: [N].
     """
     means = resampled_means(right, prompts, seed)
@@ -203,8 +209,10 @@ def intervals(right: np.ndarray, prompts: np.ndarray, seed: int) -> list[tuple[f
     return made
 
 
-def change(before: np.ndarray, after: np.ndarray, prompts: np.ndarray, seed: int) -> Change:
-    """Of two models' accuracies on the same pairs; its interval pairs them in every resample.
+def change(before: np.ndarray, after: np.ndarray, prompts: np.ndarray, seed: int) -> AccuracyChange:
+    """Return the change between two models' accuracies on the same pairs.
+
+    Its interval resamples both models together.
 
     Args:
         before, after: [N] of 0, a half and 1, N above 0.
@@ -212,7 +220,7 @@ def change(before: np.ndarray, after: np.ndarray, prompts: np.ndarray, seed: int
     """
     means = resampled_means(np.column_stack([before, after]), prompts, seed)
     gained, lost, p = sign_test(after - before, prompts)
-    return Change(
+    return AccuracyChange(
         difference=float(after.mean() - before.mean()),
         interval=percentiles(means[:, 1] - means[:, 0]),
         gained=gained,
@@ -222,11 +230,11 @@ def change(before: np.ndarray, after: np.ndarray, prompts: np.ndarray, seed: int
 
 
 def sign_test(differences: np.ndarray, prompts: np.ndarray) -> tuple[int, int, float]:
-    """How many prompts gained, how many lost, and the exact two-sided p of that balance.
+    """Return how many prompts gained, how many lost, and the exact two-sided p of that balance.
 
-    With one pair a prompt this is the exact form of McNemar's test (Psychometrika 12, 1947): of the
-    pairs that only one of two models orders right, each is as likely to be either's. Where a prompt
-    has several pairs, it counts once, by what its pairs gained less what they lost.
+    With one pair per prompt this is the exact form of McNemar's test (Psychometrika 12, 1947):
+    under chance, a pair that only one of two models orders right is as likely to be either model's.
+    A prompt with several pairs counts once, by what its pairs gained less what they lost.
     """
     _, group = np.unique(prompts, return_inverse=True)
     balance = np.bincount(group, weights=differences)
@@ -236,7 +244,7 @@ def sign_test(differences: np.ndarray, prompts: np.ndarray) -> tuple[int, int, f
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """p-values corrected for how many there are (Holm, Scand. J. Statist. 6, 1979)."""
+    """Return p-values corrected for their number (Holm, Scand. J. Statist. 6, 1979)."""
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p)
     steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
@@ -246,11 +254,13 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def agreement(values: np.ndarray) -> np.ndarray:
-    """[K, K] share of the pairs that two columns order alike, of those that both order.
+    """Return the share [K, K] of the pairs that two columns order alike, of those both order.
 
     Args:
-        values: [N, K], whose signs say which response is the better one; 0 or NaN: neither. NaN
-            comes back where no pair has both.
+        values: [N, K], whose signs say which response is the better one; 0 or NaN: neither.
+
+    Returns:
+        NaN where there is no pair that both order.
     """
     signs = np.sign(np.nan_to_num(values.astype(float)))  # [N, K]
     both = np.abs(signs).T @ np.abs(signs)

@@ -1,4 +1,10 @@
-"""Margins of models on rated pairs -> what is said of them."""
+"""Score models on rated pairs: how often each orders them as the ratings do.
+
+Example:
+
+    report, scored = score("config.yml")
+    report.summary
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,11 +15,12 @@ import numpy as np
 from axolotl.cli.config import load_cfg
 from axolotl.loaders import load_tokenizer
 
+from axolotl_amopo.commands.kit import text
 from axolotl_amopo.commands.score.data import RatedPairs, Split, rated_pairs
 from axolotl_amopo.commands.score.logps import ModelPath, default_models, model_logps
 from axolotl_amopo.commands.score.measure import (
     FEW_PROMPTS,
-    Change,
+    AccuracyChange,
     Measures,
     agreement,
     change,
@@ -41,26 +48,31 @@ FORMULAS: dict[Reward, str] = {
 
 
 @dataclass
-class Row:
-    """The pairs that one rating orders, under its own prompt or the plain one."""
+class ScoreRow:
+    """Hold the measures of the pairs that one rating orders, under one kind of prompt."""
 
     prompting: Prompting
     name: str  # overall, or a dimension
     models: dict[str, Measures]
-    changes: dict[str, Change] = field(default_factory=dict)  # of the others against the base
+    changes: dict[str, AccuracyChange] = field(
+        default_factory=dict
+    )  # of the other models against the base
 
 
 @dataclass
 class Agreement:
-    """Shares of pairs that two of K ratings, or of K prompts, order alike; None: no such pair."""
+    """Hold the shares [K, K] of pairs that two ratings, or two prompts, order alike.
+
+    None where no pair has both.
+    """
 
     ratings: list[list[float | None]]
     models: dict[str, list[list[float | None]]]
 
 
 @dataclass
-class Report:
-    """What `axolotl amopo score` shows."""
+class ScoreReport:
+    """Hold what `axolotl amopo score` says of a config's models."""
 
     config: str
     source: str
@@ -69,35 +81,37 @@ class Report:
     total_pairs: int
     reward: Reward
     beta: float
-    base: str | None  # the name of the one that the others are held against
+    base: str | None  # the name of the model that the others are compared with
     paths: dict[str, str]  # of the models that were scored, by name
-    rows: list[Row]
+    rows: list[ScoreRow]
     agreement: Agreement | None  # with more than one prompt that has an instruction of its own
     summary: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
+        """Return what programs read."""
         return asdict(self)
 
-    def block(self, prompting: Prompting) -> list[Row]:
+    def block(self, prompting: Prompting) -> list[ScoreRow]:
+        """Return the rows of one kind of prompt."""
         return [row for row in self.rows if row.prompting == prompting]
 
 
 @dataclass
-class Scored:
-    """What a report is made of: the pairs, and every model's margins."""
+class ScoredPairs:
+    """Hold the pairs of a report, and every model's margins on them."""
 
     pairs: RatedPairs
     margins: dict[str, np.ndarray]  # by model: [N, P] reward of the first response less the other's
 
     def oriented(self, model: str, prompting: Prompting, k: int) -> np.ndarray:
-        """Margins [n] of the pairs that rating k orders, above 0 where the model agrees."""
+        """Return margins [n] of the pairs that rating k orders, above 0 where the model agrees."""
         label = self.pairs.labels[:, k]
         column = k if prompting == "own" else -1
         return (label * self.margins[model][:, column])[label != 0]
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """A pair after the other, for programs."""
+        """Yield one object per pair, for programs."""
         pairs = self.pairs
         prompts = [*pairs.names, "plain"]
         for n, where in enumerate(pairs.where):
@@ -127,16 +141,19 @@ def score(
     prompts: Literal["both", "own", "plain"] = "both",
     batch_pairs: int = 2,
     progress: Callable[[str, int], Callable[[int], None]] = lambda name, total: lambda done: None,
-) -> tuple[Report, Scored]:
+) -> tuple[ScoreReport, ScoredPairs]:
     """Score a config's models on its rated pairs.
 
     Args:
-        models: to hold against the base; by default what is in the config's `output_dir`.
+        models: compared with the base; by default the model in the config's `output_dir`.
         base: any model; by default the config's `base_model`.
-        with_base: false to score the models alone.
+        with_base: false scores the models alone.
         split, limit, seed: see `rated_pairs`; the seed is the bootstrap's too.
-        progress: told of a model's name and how many pairs there are; what it returns, of pairs
-            done.
+        reward: how log-probabilities become rewards, see `FORMULAS`.
+        prompts: `own` with the instructions of training, `plain` without any, or `both`.
+        batch_pairs: pairs per forward pass.
+        progress: called with a model's name and the number of pairs; what it returns is called
+            with the number of pairs that were just scored.
 
     Raises:
         AMoPOError: for a config, data or model that can't be used.
@@ -192,10 +209,10 @@ def score(
     }
     order = ([against] if against else []) + models
     margins = margins_of({m.name: logps[m.name][1] for m in order}, pairs, reward, cfg.rl_beta)
-    scored = Scored(pairs, margins)
+    scored = ScoredPairs(pairs, margins)
     kinds: list[Prompting] = ["own", "plain"] if prompts == "both" else [prompts]
     base_name = against.name if against and against.name in margins else None
-    report = Report(
+    report = ScoreReport(
         config=path,
         source=pairs.source,
         pairs=count,
@@ -217,7 +234,7 @@ def score(
 def margins_of(
     logps: dict[str, np.ndarray], pairs: RatedPairs, reward: Reward, beta: float
 ) -> dict[str, np.ndarray]:
-    """[N, P] reward of the first response less the other's, by model.
+    """Return margins [N, P] by model: the reward of the first response less the other's.
 
     Args:
         logps: [N, P, 2] means over tokens; with `reference`, the first is the reference's, which
@@ -235,8 +252,10 @@ def margins_of(
     return {name: values[..., 0] - values[..., 1] for name, values in rewards.items()}
 
 
-def rows_of(scored: Scored, kinds: list[Prompting], base: str | None, seed: int) -> list[Row]:
-    """A row a rating and kind of prompt, those without any pair included."""
+def rows_of(
+    scored: ScoredPairs, kinds: list[Prompting], base: str | None, seed: int
+) -> list[ScoreRow]:
+    """Return a row per rating and kind of prompt, those without any pair included."""
     pairs, rows = scored.pairs, []
     for prompting in kinds:
         for k, name in enumerate(pairs.names):
@@ -246,7 +265,7 @@ def rows_of(scored: Scored, kinds: list[Prompting], base: str | None, seed: int)
             gaps, prompts = (label * pairs.gaps[:, k])[ordered], pairs.prompts[ordered]
             margins = {model: scored.oriented(model, prompting, k) for model in scored.margins}
             right = {model: correct(values) for model, values in margins.items()}
-            row = Row(prompting, name, {})
+            row = ScoreRow(prompting, name, {})
             ranges = (
                 intervals(np.column_stack([*right.values()]), prompts, seed)
                 if ordered.any()
@@ -264,8 +283,8 @@ def rows_of(scored: Scored, kinds: list[Prompting], base: str | None, seed: int)
     return rows
 
 
-def agreements(scored: Scored) -> Agreement:
-    """Of the ratings, and of the prompts with their instructions, on the pairs that both order."""
+def agreements(scored: ScoredPairs) -> Agreement:
+    """Return how often two ratings, and two prompts with instructions, order a pair alike."""
     labels = scored.pairs.labels
     return Agreement(
         ratings=[none_for_nan(row) for row in agreement(labels)],
@@ -279,36 +298,41 @@ def agreements(scored: Scored) -> Agreement:
 
 
 def none_for_nan(values: np.ndarray) -> list[float | None]:
+    """Return values [N] as a list, None for NaN, which JSON does not have."""
     return [None if math.isnan(value) else float(value) for value in values]
 
 
 def percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
+    """Return a share of 0 to 1 in percent, without the sign."""
+    return text.percent(share, decimals=1, sign="")
 
 
 def signed(share: float) -> str:
+    """Return a difference of shares in percent, with plus or minus."""
     return f"{100 * share + 0.0:+.1f}"
 
 
 def p_value(p: float) -> str:
+    """Return a p-value as tables have it."""
     return "<.001" if p < 0.001 else f"{p:.3f}"
 
 
-def summary(report: Report) -> Iterator[str]:
-    """What the numbers say, a sentence a rating and model."""
+def summary(report: ScoreReport) -> Iterator[str]:
+    """Yield a sentence per rating and model."""
     blocks = {row.prompting: report.block(row.prompting) for row in report.rows}
     for model in report.paths:
         if model == report.base and len(report.paths) > 1:
             continue
         for prompting, rows in blocks.items():
-            # Of the plain prompt, what it says overall is enough in words.
+            # One sentence is enough for the plain prompt: its overall rating.
             short = prompting == "plain" and "own" in blocks
             for row in rows[:1] if short else rows:
                 if row.models[model].n:
                     yield sentence(report, row, model, short)
 
 
-def sentence(report: Report, row: Row, model: str, name_prompt: bool) -> str:
+def sentence(report: ScoreReport, row: ScoreRow, model: str, name_prompt: bool) -> str:
+    """Return what a rating's numbers say of a model, against the base or against chance."""
     after = row.models[model]
     several = len(report.paths) - (report.base is not None) > 1
     subject = f"{model}, {row.name}" if several else row.name
@@ -346,8 +370,8 @@ def sentence(report: Report, row: Row, model: str, name_prompt: bool) -> str:
     )
 
 
-def observations(report: Report, overall_winner: bool, pairs_split: bool) -> Iterator[str]:
-    """What people should know before they quote a number."""
+def observations(report: ScoreReport, overall_winner: bool, pairs_split: bool) -> Iterator[str]:
+    """Yield what people should know before they quote a number."""
     if report.pairs < report.total_pairs:
         yield f"{report.pairs} of {report.total_pairs} pairs were drawn (--limit)."
     if "training set" in report.source:

@@ -1,4 +1,10 @@
-"""A model's folder, or its YAML -> what is to be loaded, and how it steers."""
+"""Find a trained model by its folder or its YAML, and load its tokenizer and its weights.
+
+Example:
+
+    trained = find_model("outputs/adapter")
+    trained.steering.instruction({"helpfulness": 5})
+"""
 
 import importlib
 import json
@@ -13,27 +19,27 @@ from axolotl_amopo.steering.template import unsteered
 
 
 @dataclass(frozen=True)
-class Trained:
-    """Where a trained model lies."""
+class TrainedModel:
+    """Say where a trained model is, and how it steers."""
 
     folder: Path
-    base: str | None  # the model that an adapter was trained on; of a whole model, its untuned self
+    base: str | None  # the model that an adapter, or a whole model, was trained from
     is_adapter: bool
     yaml_steering: Steering | None = None
 
     @property
     def steering(self) -> Steering:
-        """Its steering: the folder's own, else the YAML's.
+        """Return the folder's steering, else the YAML's.
 
         Raises:
-            AMoPOError: where there is none.
+            AMoPOError: where neither has one.
         """
         if self.yaml_steering and not (self.folder / FILE).exists():
             return self.yaml_steering
         return Steering.load(self.folder)
 
     def base_folder(self) -> str:
-        """The base model's folder or name.
+        """Return the base model's folder or hub name.
 
         Raises:
             AMoPOError: where none is known, or it isn't there.
@@ -64,11 +70,11 @@ class Trained:
         )
 
 
-def find(model_or_config: str, base_model: str | None = None) -> Trained:
-    """What a model's folder, or the YAML of its training, stands for.
+def find_model(model_or_config: str, base_model: str | None = None) -> TrainedModel:
+    """Return the model of a folder, or of the YAML of its training; nothing is loaded.
 
     Args:
-        base_model: in place of what the folder or the YAML names.
+        base_model: replaces the base model that the folder or the YAML names.
 
     Raises:
         AMoPOError: where there is no model, or no `rl: amopo` in the YAML.
@@ -86,23 +92,23 @@ def find(model_or_config: str, base_model: str | None = None) -> Trained:
 
 def _of_folder(
     folder: Path, base_model: str | None, yaml_steering: Steering | None = None
-) -> Trained:
+) -> TrainedModel:
     if (folder / "adapter_config.json").is_file():
         try:
             config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             named = config["base_model_name_or_path"]
         except (ValueError, KeyError, TypeError) as error:
             raise AMoPOError(f"{folder}/adapter_config.json: is broken ({error!r}).") from None
-        return Trained(folder, base_model or named, True, yaml_steering)
+        return TrainedModel(folder, base_model or named, True, yaml_steering)
     if (folder / "config.json").is_file():
-        return Trained(folder, base_model, False, yaml_steering)
+        return TrainedModel(folder, base_model, False, yaml_steering)
     raise AMoPOError(
         f"{folder}: holds no model: neither adapter_config.json nor config.json is there; name "
         "the output_dir of a training run, or a checkpoint in it."
     )
 
 
-def _of_yaml(path: Path, base_model: str | None) -> Trained:
+def _of_yaml(path: Path, base_model: str | None) -> TrainedModel:
     from axolotl.cli.config import load_cfg
 
     cfg = load_cfg(str(path), is_preprocess=True)
@@ -116,10 +122,10 @@ def _of_yaml(path: Path, base_model: str | None) -> Trained:
 
 
 def steering_of(cfg: Any, path: Path) -> Steering:
-    """The steering of axolotl's config, with the scales of its first dataset.
+    """Return the steering of axolotl's config, with the scales of its first dataset.
 
     Raises:
-        ConfigError: where a scale stands in the data alone.
+        ConfigError: where only the data tells a scale.
     """
     entry = cfg.datasets[0]
     strategy = importlib.import_module(entry.type).load(None, cfg, entry)
@@ -134,8 +140,8 @@ def steering_of(cfg: Any, path: Path) -> Steering:
     )
 
 
-def load_tokenizer(trained: Trained) -> Any:
-    """A model's tokenizer, the base's where an adapter's folder has none.
+def load_tokenizer(trained: TrainedModel) -> Any:
+    """Return a model's tokenizer, the base model's where an adapter's folder has none.
 
     Raises:
         AMoPOError: where there is none.
@@ -152,7 +158,7 @@ def load_tokenizer(trained: Trained) -> Any:
 
 
 def chat_template(tokenizer: Any, where: Path) -> str:
-    """The model's own chat template.
+    """Return the model's own chat template.
 
     Raises:
         AMoPOError: where there is none.
@@ -168,19 +174,23 @@ def chat_template(tokenizer: Any, where: Path) -> str:
     return unsteered(template)
 
 
-def chat_tokenizer(trained: Trained, tokenizer: Any) -> ChatTokenizer:
-    """Renders and tokenises as training did."""
+def chat_tokenizer(trained: TrainedModel, tokenizer: Any) -> ChatTokenizer:
+    """Return what renders and tokenises conversations as training did.
+
+    Raises:
+        AMoPOError: where there is no chat template, or the folder's steering is broken.
+    """
     kwargs: dict[str, Any] = {}
     if trained.yaml_steering or (trained.folder / FILE).exists():
         kwargs = trained.steering.chat_template_kwargs
     return ChatTokenizer(tokenizer, chat_template(tokenizer, trained.folder), kwargs)
 
 
-def load_model(trained: Trained, *, base: bool = False) -> Any:
-    """The model in evaluation mode, on the accelerator where there is one.
+def load_model(trained: TrainedModel, *, base: bool = False) -> Any:
+    """Return the model in evaluation mode, on the accelerator where there is one.
 
     Args:
-        base: the untuned one, in place of the trained one.
+        base: load the untuned model instead of the trained one.
 
     Raises:
         AMoPOError: where it can't be loaded.
@@ -199,13 +209,13 @@ def load_model(trained: Trained, *, base: bool = False) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         line = str(error).strip().partition("\n")[0]
         raise AMoPOError(f"{trained.folder}: the model can't be loaded: {line}") from None
-    # What a folder says of sampling must not mix with what the command asks for.
+    # A folder's own sampling settings must not mix with those that the caller asks for.
     ends = model.generation_config.eos_token_id
     model.generation_config = GenerationConfig(eos_token_id=ends)
     return model.eval()
 
 
-def _with_adapter(model: Any, trained: Trained) -> Any:
+def _with_adapter(model: Any, trained: TrainedModel) -> Any:
     from peft import PeftModel
 
     tokens = len(load_tokenizer(trained))

@@ -1,14 +1,16 @@
-"""Prompts under settings -> answers, in batches."""
+"""Generate with a trained model that is asked for ratings: conversations in, token ids out."""
 
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from jinja2 import TemplateError
-
-from axolotl_amopo.commands.generate.questions import Prompt
-from axolotl_amopo.commands.kit.trained import Trained, chat_tokenizer, load_model, load_tokenizer
+from axolotl_amopo.commands.kit.models import (
+    TrainedModel,
+    chat_tokenizer,
+    load_model,
+    load_tokenizer,
+)
 from axolotl_amopo.data.rows import Message
 from axolotl_amopo.data.tokenizer import ChatTokenizer
 from axolotl_amopo.errors import AMoPOError, DataError
@@ -17,7 +19,7 @@ from axolotl_amopo.steering.steering import Settings
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; with a temperature of 0, the likeliest."""
+    """Say how tokens are chosen; with a temperature of 0, the likeliest."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -26,34 +28,36 @@ class Sampling:
     batch_size: int = 8
 
 
-@dataclass
-class Answer:
-    """One prompt answered under one setting."""
-
-    prompt: Prompt
-    settings: Settings
-    instruction: str
-    turns: list[str] = field(default_factory=list)  # one a question
-    tokens: int = 0
-    finished: bool = True  # false where max_new_tokens cut an answer off
+def ignore_progress(count: int) -> None:
+    """Take a count of prompts that were answered, and show nothing."""
 
 
 class Engine(Protocol):
-    """What makes tokens of tokens."""
+    """Continue token ids with a model."""
+
+    stops: list[int]  # the token ids that end an answer
 
     def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, done: Callable[[int], None]
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        progress: Callable[[int], None] = ignore_progress,
     ) -> list[list[int]]:
-        """What follows each prompt, its end of turn included where it came to one.
+        """Return the continuation of each prompt, with the stop token that ended it.
 
-        `done` is told how many prompts were answered.
+        Args:
+            progress: called with the number of prompts that were just answered.
         """
 
 
-class Transformers:
-    """transformers' own generation, prompts of a length together and padded on their left."""
+class TransformersEngine:
+    """Generate with transformers, in batches of prompts padded on their left.
 
-    def __init__(self, trained: Trained, chat: ChatTokenizer, *, base: bool = False):
+    Raises:
+        AMoPOError: where the model can't be loaded.
+    """
+
+    def __init__(self, trained: TrainedModel, chat: ChatTokenizer, *, base: bool = False):
         self.model = load_model(trained, base=base)
         own = self.model.generation_config.eos_token_id
         own = own if isinstance(own, list) else [own]
@@ -61,25 +65,36 @@ class Transformers:
         self.longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, done: Callable[[int], None]
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        progress: Callable[[int], None] = ignore_progress,
     ) -> list[list[int]]:
+        """Return the continuation of each prompt, see `Engine`.
+
+        Raises:
+            DataError: for a prompt that leaves no room for an answer.
+        """
         import torch
         from transformers import GenerationConfig
 
         pad = self.stops[0]
-        how: dict[str, Any] = {"do_sample": False}
+        drawing: dict[str, Any] = {"do_sample": False}
         if sampling.temperature:
-            how = {
+            drawing = {
                 "do_sample": True,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "top_k": 0,
             }
         config = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens, eos_token_id=self.stops, pad_token_id=pad, **how
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=self.stops,
+            pad_token_id=pad,
+            **drawing,
         )
         torch.manual_seed(sampling.seed)
-        # Longest first: what doesn't fit into memory shows at once.
+        # Longest first: a batch that does not fit into memory fails at once.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         answers: list[list[int]] = [[] for _ in prompts]
         for start in range(0, len(order), sampling.batch_size):
@@ -100,15 +115,15 @@ class Transformers:
                     generation_config=config,
                 )
             for i, row in zip(batch, made[:, width:].tolist(), strict=True):
-                answers[i] = until(row, self.stops)
-            done(len(batch))
+                answers[i] = until_stop(row, self.stops)
+            progress(len(batch))
         return answers
 
 
-class VLLM:
-    """vLLM's generation, where it is installed. Not run by this package's tests."""
+class VLLMEngine:
+    """Generate with vLLM, where it is installed. This package's tests do not run it."""
 
-    def __init__(self, trained: Trained, chat: ChatTokenizer, *, base: bool = False):
+    def __init__(self, trained: TrainedModel, chat: ChatTokenizer, *, base: bool = False):
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 
@@ -121,13 +136,17 @@ class VLLM:
 
             config = PeftConfig.from_pretrained(str(trained.folder))
             rank = max(config.r, *config.rank_pattern.values(), 0)
-            options = {"enable_lora": True, "max_lora_rank": room_for(rank)}
+            options = {"enable_lora": True, "max_lora_rank": vllm_lora_rank(rank)}
         self.model = LLM(model=whole, **options)
         self.adapter = LoRARequest("amopo", 1, str(trained.folder.resolve())) if adapted else None
 
     def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, done: Callable[[int], None]
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        progress: Callable[[int], None] = ignore_progress,
     ) -> list[list[int]]:
+        """Return the continuation of each prompt, see `Engine`."""
         from vllm import SamplingParams
 
         made = self.model.generate(
@@ -142,21 +161,24 @@ class VLLM:
             lora_request=self.adapter,
             use_tqdm=False,
         )
-        done(len(prompts))
-        return [until(list(one.outputs[0].token_ids), self.stops) for one in made]
+        progress(len(prompts))
+        return [until_stop(list(one.outputs[0].token_ids), self.stops) for one in made]
 
 
-def room_for(rank: int) -> int:
-    """The `max_lora_rank` for adapters of a rank: vLLM takes few others than 8, 16, 32, ... 512
+def vllm_lora_rank(rank: int) -> int:
+    """Return vLLM's `max_lora_rank` for adapters of a rank.
+
+    vLLM takes few others than 8, 16, 32, ... 512
     (https://github.com/vllm-project/vllm/blob/main/vllm/config/lora.py).
     """
     return max(8, 1 << (rank - 1).bit_length())
 
 
 class Generator:
-    """A trained model, or its base, that answers under settings.
+    """Turn conversations and settings into prompts, and continue them with a model.
 
     Args:
+        trained: from `find_model`.
         backend: `transformers`, `vllm`, or `auto`: vLLM on a GPU where it is installed.
         base: answer with the untuned model.
 
@@ -164,93 +186,65 @@ class Generator:
         AMoPOError: where the model or its tokenizer can't be loaded.
     """
 
-    def __init__(self, trained: Trained, backend: str = "auto", *, base: bool = False):
+    def __init__(self, trained: TrainedModel, backend: str = "auto", *, base: bool = False):
         self.trained = trained
         self.tokenizer = load_tokenizer(trained)
         self.chat = chat_tokenizer(trained, self.tokenizer)
-        self.engine: Engine = choose(backend)(trained, self.chat, base=base)
+        self.engine: Engine = choose_engine(backend)(trained, self.chat, base=base)
 
-    def answers(
-        self,
-        prompts: Iterable[Prompt],
-        each: Sequence[Settings],
-        sampling: Sampling,
-        done: Callable[[int], None] = lambda count: None,
-    ) -> list[Answer]:
-        """Every prompt's answer under each of the settings, prompt by prompt.
-
-        A prompt's later questions are asked after the answers to those before them.
+    def instruction(self, settings: Settings) -> str:
+        """Return the instruction of some settings, empty where they are.
 
         Raises:
             AMoPOError: for settings that the model can't be asked for.
-            DataError: for a prompt that the chat template refuses or the model has no room for.
         """
-        asked = [self.instruction(settings) for settings in each]
-        answers = [
-            Answer(prompt, settings, text)
-            for prompt in prompts
-            for settings, text in zip(each, asked, strict=True)
-        ]
-        waiting = answers
-        while waiting:
-            made = self.engine.generate([self._ids(one) for one in waiting], sampling, done)
-            for answer, ids in zip(waiting, made, strict=True):
-                answer.turns.append(self.text(ids))
-                answer.tokens += len(ids)
-                answer.finished &= self.ended(ids)
-            waiting = [one for one in waiting if len(one.turns) < one.prompt.questions]
-        return answers
-
-    def instruction(self, settings: Settings) -> str:
         return self.trained.steering.instruction(settings) if settings else ""
 
-    def text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-    def ended(self, ids: list[int]) -> bool:
-        return bool(ids) and ids[-1] in self.engine.stops
-
     def ids(self, messages: list[Message], settings: Settings, tools: Any = None) -> list[int]:
-        """A conversation's token ids, exactly those of training for the same instruction."""
+        """Return a conversation's token ids, those of training for the same instruction.
+
+        Raises:
+            AMoPOError: for settings that the model can't be asked for.
+            TemplateError: for a conversation that the chat template refuses.
+        """
         if settings:
             messages = self.trained.steering.messages(messages, settings)
         return self.chat.prompt_ids(messages, tools)
 
-    def _ids(self, answer: Answer) -> list[int]:
-        prompt = answer.prompt
-        try:
-            return self.ids(prompt.conversation(answer.turns), answer.settings, prompt.tools)
-        except TemplateError as error:
-            raise DataError(
-                f"{prompt.where}: the chat template refuses this conversation ({error})."
-            ) from None
+    def text(self, ids: list[int]) -> str:
+        """Return token ids as text, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def finished(self, ids: list[int]) -> bool:
+        """Return whether an answer ended by itself, not at `max_new_tokens`."""
+        return bool(ids) and ids[-1] in self.engine.stops
 
 
-def choose(backend: str) -> type[Transformers] | type[VLLM]:
-    """The engine of that name.
+def choose_engine(backend: str) -> type[TransformersEngine] | type[VLLMEngine]:
+    """Return the engine of a backend's name, see `Generator`.
 
     Raises:
         AMoPOError: for vLLM where it is not installed.
     """
-    there = importlib.util.find_spec("vllm") is not None
-    if backend == "vllm" and not there:
+    installed = importlib.util.find_spec("vllm") is not None
+    if backend == "vllm" and not installed:
         raise AMoPOError("vLLM is not installed here; install it, or leave --backend out.")
-    if backend == "auto" and there:
+    if backend == "auto" and installed:
         import torch
 
         backend = "vllm" if torch.accelerator.is_available() else "transformers"
-    return VLLM if backend == "vllm" else Transformers
+    return VLLMEngine if backend == "vllm" else TransformersEngine
 
 
 def stop_ids(chat: ChatTokenizer) -> set[int]:
-    """The tokens that end an answer: EOS, and what the template closes a turn with."""
+    """Return the tokens that end an answer: EOS, and those with which the template ends a turn."""
     tokenizer = chat.tokenizer
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     turn = chat.response_ids([{"role": "user", "content": "a"}], "a")
     return {tokenizer.eos_token_id} | (special & set(turn))
 
 
-def until(ids: list[int], stops: Sequence[int]) -> list[int]:
-    """Up to the first of the stops, that one included."""
+def until_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
+    """Return ids up to the first of the stop tokens, that one included."""
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     return ids[: end + 1]

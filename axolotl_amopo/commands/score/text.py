@@ -1,19 +1,18 @@
-"""A report for people: at a terminal of 80 columns, and as Markdown."""
+"""Write scores for people: at a terminal, and as Markdown."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
-from rich.table import Table as Printed
 
+from axolotl_amopo.commands.kit.text import plain_table, terminal
 from axolotl_amopo.commands.score.measure import SIMILAR_RATIO
 from axolotl_amopo.commands.score.report import (
     FORMULAS,
     TITLES,
-    Report,
-    Row,
+    ScoreReport,
+    ScoreRow,
     p_value,
     percent,
     signed,
@@ -27,30 +26,31 @@ ABOUT_LENGTH = (
 )
 
 
-class Table(NamedTuple):
-    """A table before it is drawn; its first column is a name, the others are numbers."""
+class ScoreTable(NamedTuple):
+    """Hold a table before it is drawn; its first column has names, the others numbers."""
 
     title: str
     headings: list[str]
     rows: list[list[str]]
 
 
-def tables(report: Report) -> Iterator[Table]:
-    """All tables of a report, in order."""
+def tables(report: ScoreReport) -> Iterator[ScoreTable]:
+    """Yield all tables of a report, in order."""
     others = [name for name in report.paths if name != report.base]
     for prompting in dict.fromkeys(row.prompting for row in report.rows):
         rows = report.block(prompting)
         title = TITLES[prompting]
         if report.base is None or not others:
             for model in report.paths:
-                yield alone(f"{title}: accuracy of {model}, %", rows, model)
+                yield accuracy_table(f"{title}: accuracy of {model}, %", rows, model)
         else:
             for model in others:
-                yield compared(f"{title}: accuracy, %", rows, report.base, model)
-        yield length(f"{title}: length and accuracy, %", rows, list(report.paths))
+                yield change_table(f"{title}: accuracy, %", rows, report.base, model)
+        yield length_table(f"{title}: length and accuracy, %", rows, list(report.paths))
 
 
-def compared(title: str, rows: list[Row], base: str, model: str) -> Table:
+def change_table(title: str, rows: list[ScoreRow], base: str, model: str) -> ScoreTable:
+    """Return a model's accuracy against the base's, a row per rating."""
     made = []
     for row in rows:
         before, after, change = row.models[base], row.models[model], row.changes.get(model)
@@ -67,20 +67,22 @@ def compared(title: str, rows: list[Row], base: str, model: str) -> Table:
             ]
         made.append(cells)
     headings = ["", "pairs", base, model, "change", "95 % CI", "p", "Holm"]
-    return Table(title, headings, made)
+    return ScoreTable(title, headings, made)
 
 
-def alone(title: str, rows: list[Row], model: str) -> Table:
+def accuracy_table(title: str, rows: list[ScoreRow], model: str) -> ScoreTable:
+    """Return a model's accuracy alone, a row per rating."""
     made = []
     for row in rows:
         one = row.models[model]
         low, high = one.interval or (None, None)
         between = f"{percent(low)} to {percent(high)}" if one.n else "-"
         made.append([row.name, str(one.n), percent(one.accuracy), between])
-    return Table(title, ["", "pairs", "accuracy", "95 % CI"], made)
+    return ScoreTable(title, ["", "pairs", "accuracy", "95 % CI"], made)
 
 
-def length(title: str, rows: list[Row], models: list[str]) -> Table:
+def length_table(title: str, rows: list[ScoreRow], models: list[str]) -> ScoreTable:
+    """Return how length and accuracy go together, a row per rating and model."""
     headings = ["", "model", "better is longer", "prefers longer", "similar (n)", "adjusted"]
     made = []
     for row in rows:
@@ -97,11 +99,11 @@ def length(title: str, rows: list[Row], models: list[str]) -> Table:
                     percent(one.adjusted_accuracy),
                 ]
             )
-    return Table(title, headings, made)
+    return ScoreTable(title, headings, made)
 
 
-def head(report: Report) -> list[str]:
-    """What was scored, and how."""
+def headlines(report: ScoreReport) -> list[str]:
+    """Return lines that say what was scored, and how."""
     of = f" of {report.prompts} prompts" if report.prompts < report.pairs else ""
     return [
         f"{report.pairs} pairs{of} from {report.source}",
@@ -111,13 +113,15 @@ def head(report: Report) -> list[str]:
     ]
 
 
-def show(report: Report, console: Console) -> None:
-    for line in head(report):
+def print_scores(report: ScoreReport) -> None:
+    """Print the tables, the summary and the notes."""
+    console = terminal()
+    for line in headlines(report):
         console.print(escape(line))
     for table in tables(report):
         console.print()
         console.print(f"[bold]{escape(table.title)}[/]")
-        drawn = Printed(box=None, pad_edge=False)
+        drawn = plain_table()
         for i, heading in enumerate(table.headings):
             if i == 0:
                 drawn.add_column(heading, overflow="ellipsis", no_wrap=True)
@@ -134,10 +138,10 @@ def show(report: Report, console: Console) -> None:
         console.print(f"[yellow]![/] {escape(text)}")
 
 
-def markdown(report: Report) -> str:
-    """The same as a Markdown document."""
+def to_markdown(report: ScoreReport) -> str:
+    """Return the tables, the summary and the notes as a Markdown document."""
     lines = [f"# Scores of {cell(report.config)}", ""]
-    lines += [f"- {cell(line)}" for line in head(report)]
+    lines += [f"- {cell(line)}" for line in headlines(report)]
     for title, headings, rows in tables(report):
         lines += ["", f"## {cell(title)}", ""]
         lines += ["| " + " | ".join(map(cell, headings)) + " |"]
@@ -151,7 +155,7 @@ def markdown(report: Report) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that Markdown takes as it is, in a table too."""
+    """Return text that Markdown shows as it is, also in a table."""
     for mark in ("\\", "|", "*", "_", "`", "<", "["):
         text = text.replace(mark, "\\" + mark)
     return text

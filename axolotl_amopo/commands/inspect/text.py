@@ -1,19 +1,21 @@
-"""A report for people at a terminal, 80 columns wide."""
+"""Print what `gather` found at a terminal."""
 
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text as Styled
 
-from axolotl_amopo.commands.inspect.gather import Entry, Example, Report, Text
+from axolotl_amopo.commands.inspect.gather import Entry, Report, ShownExample, Text
+from axolotl_amopo.commands.kit.text import percent, plain_table, terminal
 
 BARS = " ▁▂▃▄▅▆▇█"
 STYLES = {"special": "dim", "text": "", "instruction": "cyan", "response": "green"}
-LONGEST = 900  # characters of a text that are shown
+LONGEST_TEXT = 900  # characters of a text that are printed
 
 
-def show(report: Report, console: Console) -> None:
+def print_inspection(report: Report) -> None:
+    """Print each dataset's counts, ratings, lengths and examples, and the warnings."""
+    console = terminal()
     for entry in report.entries:
         console.rule(escape(f"{entry.name} ({entry.split})"), align="left")
         _counts(entry, console)
@@ -40,7 +42,7 @@ def _counts(entry: Entry, console: Console) -> None:
 
 
 def _ratings(entry: Entry, console: Console) -> None:
-    table = Table(box=None, pad_edge=False)
+    table = plain_table()
     for heading in ("dimension", "scale", "better", "ratings"):
         table.add_column(heading)
     table.add_column("missing", justify="right")
@@ -66,7 +68,7 @@ def _between(entry: Entry, console: Console) -> None:
     if len(entry.ratings) < 2:
         return
     console.print("How often two dimensions name different winners (and how they correlate):")
-    table = Table(box=None, pad_edge=False)
+    table = plain_table()
     table.add_column("")
     names = list(entry.ratings)
     for number, _ in enumerate(names[:-1], start=1):
@@ -95,7 +97,7 @@ def _tokens(entry: Entry, report: Report, console: Console) -> None:
     console.print()
 
 
-def _example(example: Example, console: Console) -> None:
+def _example(example: ShownExample, console: Console) -> None:
     console.rule(escape(example.where), align="left", style="dim")
     for title, ratings in zip(("winner", "loser"), example.ratings, strict=True):
         text = ", ".join(
@@ -119,16 +121,12 @@ def _example(example: Example, console: Console) -> None:
 
 
 def styled(pieces: list[Text]) -> Styled:
-    """Pieces of text in their colours, the middle of long ones left out."""
+    """Return pieces of text in their colours, the middle of long ones left out."""
     made = Styled()
     for piece in pieces:
         text = piece.text
-        if len(text) > LONGEST:
-            half = LONGEST // 2
-            text = f"{text[:half]} [... {len(text) - LONGEST} characters ...] {text[-half:]}"
+        if len(text) > LONGEST_TEXT:
+            half = LONGEST_TEXT // 2
+            text = f"{text[:half]} [... {len(text) - LONGEST_TEXT} characters ...] {text[-half:]}"
         made.append(text, style=STYLES[piece.kind])
     return made
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"

@@ -1,0 +1,28 @@
+"""Text for people at a terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+
+def percent(share: float | None, decimals: int = 0, sign: str = "%") -> str:
+    """Return a share of 0 to 1 in percent, "-" for None."""
+    return "-" if share is None else f"{100 * share:.{decimals}f}{sign}"
+
+
+def terminal(*, colours: bool | None = None) -> Console:
+    """Return a console of 80 columns on stdout.
+
+    Args:
+        colours: whether to use them; None leaves that to rich.
+    """
+    return Console(width=80, highlight=False, force_terminal=colours)
+
+
+def bars_console() -> Console:
+    """Return the console of progress bars: stderr, so that stdout holds results alone."""
+    return Console(stderr=True)
+
+
+def plain_table(*, headings: bool = True) -> Table:
+    """Return a table without lines between its cells."""
+    return Table(box=None, pad_edge=False, show_header=headings)

@@ -1,0 +1,68 @@
+"""Print a plan at a terminal."""
+
+from rich.table import Table
+
+from axolotl_amopo.commands.kit.text import plain_table, terminal
+from axolotl_amopo.commands.plan.cards import GIB
+from axolotl_amopo.commands.plan.estimate import Plan
+
+MEMORY_NAMES = {
+    "weights": "weights of the model",
+    "adapters": "adapters",
+    "optimizer": "optimizer states",
+    "gradients": "gradients",
+    "gathered": "gathered weights",
+    "unpacked": "an unpacked 4- or 8-bit weight",
+    "activations": "activations",
+    "logits": "logits, a chunk at a time",
+    "working": "recomputation and the like",
+    "reserve": "CUDA context, fragmentation",
+}
+
+
+def print_plan(made: Plan, advice: list[tuple[str, Plan]]) -> None:
+    """Print a plan, and each change that would make it fit with its own plan."""
+    console = terminal()
+    card, devices = made.card, made.sharding.devices
+    where = f", {devices} x {card.name}" if card else (f", {devices} GPUs" if devices > 1 else "")
+    how = f" ({made.sharding.name})" if made.sharding.name not in ("none", "ddp") else ""
+    console.print(f"[bold]{made.model}[/]: {made.training}{where}{how}")
+    facts = Table.grid(padding=(0, 2))
+    share = made.trainable / made.parameters
+    facts.add_row("parameters", f"{made.parameters:,}, {made.trainable:,} trained ({share:.2%})")
+    ratio = made.tokens_per_step_unshared / made.tokens_per_step
+    facts.add_row(
+        "a step",
+        f"{made.pairs_per_step} pairs under {made.prompts} prompts, {made.flops_per_step:.3g} FLOP",
+    )
+    facts.add_row(
+        "tokens",
+        f"{made.tokens_per_step:,} ({made.layout} layout); "
+        f"{made.tokens_per_step_unshared:,} if prompts were not shared ({ratio:.2f} x)",
+    )
+    if made.seconds_per_epoch is not None:
+        hours = made.seconds_per_epoch / 3600
+        facts.add_row(
+            "an epoch",
+            f"{made.epoch_pairs:,} pairs, {made.steps_per_epoch:,} steps, {hours:.3g} hours at "
+            f"{made.utilisation:.0%} of {card.tflops:g} TFLOP/s",
+        )
+    console.print(facts)
+    table = plain_table(headings=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, size in made.memory.items():
+        if size:
+            table.add_row(MEMORY_NAMES[name], f"{size / GIB:.2f}")
+    table.add_row("[bold]all[/]", f"[bold]{made.total / GIB:.2f}[/]")
+    console.print(f"\nGiB on each device with pairs that fill sequence_len ({made.sequence_len}):")
+    console.print(table)
+    if made.fits is None:
+        return
+    verdict = "[green]It fits[/]" if made.fits else "[red]It does not fit[/]"
+    console.print(f"\n{verdict}: {made.summary()}", soft_wrap=True)
+    for text, other in advice:
+        outcome = "it would fit" if other.fits else "it still would not fit"
+        console.print(f"  with {text} {outcome}: {other.total / GIB:.1f} GiB", soft_wrap=True)
+    if not made.fits and not advice:
+        console.print("  nothing that the plan knows makes it fit")
