@@ -14,7 +14,12 @@ from dataclasses import dataclass, field
 from jinja2 import TemplateError
 
 from axolotl_amopo.commands.generate.questions import Prompt
-from axolotl_amopo.commands.kit.generator import Generator, Sampling, ignore_progress
+from axolotl_amopo.commands.kit.generator import (
+    Generator,
+    Progress,
+    Sampling,
+    ignore_progress,
+)
 from axolotl_amopo.commands.kit.models import TrainedModel
 from axolotl_amopo.errors import DataError
 from axolotl_amopo.steering.steering import Settings
@@ -42,7 +47,7 @@ def generate_answers(
     *,
     backend: str = "auto",
     base: bool = False,
-    progress: Callable[[int], None] = ignore_progress,
+    progress: Callable[[int], Progress] = lambda count: ignore_progress,
 ) -> list[Answer]:
     """Load a model and return its answers, see `answer_prompts`.
 
@@ -50,6 +55,8 @@ def generate_answers(
         trained: from `find_model`.
         backend: `transformers`, `vllm`, or `auto`: vLLM on a GPU where it is installed.
         base: answer with the untuned model.
+        progress: called with the number of questions when the model is loaded; what it returns is
+            called with the number of those that were just answered.
 
     Raises:
         AMoPOError: for a model that can't be loaded, or settings that it can't be asked for.
@@ -58,7 +65,9 @@ def generate_answers(
     for settings in filter(None, each):
         trained.steering.asked(settings)  # fails before the model is loaded
     generator = Generator(trained, backend, base=base)
-    return answer_prompts(generator, prompts, each, sampling, progress)
+    prompts = list(prompts)
+    count = sum(prompt.questions for prompt in prompts) * len(each)
+    return answer_prompts(generator, prompts, each, sampling, progress(count))
 
 
 def answer_prompts(
@@ -66,7 +75,7 @@ def answer_prompts(
     prompts: Iterable[Prompt],
     each: Sequence[Settings],
     sampling: Sampling,
-    progress: Callable[[int], None] = ignore_progress,
+    progress: Progress = ignore_progress,
 ) -> list[Answer]:
     """Return every prompt's answer under each of the settings: all of the first prompt first.
 

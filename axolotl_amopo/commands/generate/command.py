@@ -1,10 +1,10 @@
 """The click command `axolotl amopo generate`."""
 
+import contextlib
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,8 +122,7 @@ def generate(
         began = time.monotonic()
         if quiet:
             quiet_transformers()
-        count = sum(one.questions for one in prompts) * len(each)
-        with _progress(count, quiet) as progress:
+        with _progress(quiet) as progress:
             answers = generate_answers(
                 trained,
                 prompts,
@@ -173,13 +172,20 @@ def _sweep(
     return [settings | {name: rating} for rating in steering.dimension(name).ratings()]
 
 
-@contextmanager
-def _progress(count: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[int], Callable[[int], None]]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from axolotl_amopo.commands.kit.text import bars_console
 
     columns = TextColumn("answers"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, console=bars_console(), disable=quiet) as progress:
-        task = progress.add_task("answers", total=count)
-        yield lambda made: progress.advance(task, made)
+    with contextlib.ExitStack() as stack:
+
+        def begin(count: int) -> Callable[[int], None]:
+            # The bar opens here, so that an error before the first answer stands alone.
+            bars = Progress(*columns, console=bars_console(), disable=quiet)
+            stack.enter_context(bars)
+            task = bars.add_task("answers", total=count)
+            return lambda made: bars.advance(task, made)
+
+        yield begin

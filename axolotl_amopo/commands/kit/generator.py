@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from axolotl_amopo.commands.kit.models import (
     TrainedModel,
@@ -15,6 +15,9 @@ from axolotl_amopo.data.rows import Message
 from axolotl_amopo.data.tokenizer import ChatTokenizer
 from axolotl_amopo.errors import AMoPOError, DataError
 from axolotl_amopo.steering.steering import Settings
+
+# Called with the number of prompts that were just answered.
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -32,24 +35,6 @@ def ignore_progress(count: int) -> None:
     """Take a count of prompts that were answered, and show nothing."""
 
 
-class Engine(Protocol):
-    """Continue token ids with a model."""
-
-    stops: list[int]  # the token ids that end an answer
-
-    def generate(
-        self,
-        prompts: Sequence[list[int]],
-        sampling: Sampling,
-        progress: Callable[[int], None] = ignore_progress,
-    ) -> list[list[int]]:
-        """Return the continuation of each prompt, with the stop token that ended it.
-
-        Args:
-            progress: called with the number of prompts that were just answered.
-        """
-
-
 class TransformersEngine:
     """Generate with transformers, in batches of prompts padded on their left.
 
@@ -65,12 +50,13 @@ class TransformersEngine:
         self.longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def generate(
-        self,
-        prompts: Sequence[list[int]],
-        sampling: Sampling,
-        progress: Callable[[int], None] = ignore_progress,
+        self, prompts: Sequence[list[int]], sampling: Sampling, progress: Progress = ignore_progress
     ) -> list[list[int]]:
-        """Return the continuation of each prompt, see `Engine`.
+        """Return the continuation of each prompt, with the stop token that ended it.
+
+        Args:
+            prompts: token ids.
+            progress: called with the number of prompts that were just answered.
 
         Raises:
             DataError: for a prompt that leaves no room for an answer.
@@ -141,12 +127,9 @@ class VLLMEngine:
         self.adapter = LoRARequest("amopo", 1, str(trained.folder.resolve())) if adapted else None
 
     def generate(
-        self,
-        prompts: Sequence[list[int]],
-        sampling: Sampling,
-        progress: Callable[[int], None] = ignore_progress,
+        self, prompts: Sequence[list[int]], sampling: Sampling, progress: Progress = ignore_progress
     ) -> list[list[int]]:
-        """Return the continuation of each prompt, see `Engine`."""
+        """Return the continuation of each prompt, see `TransformersEngine.generate`."""
         from vllm import SamplingParams
 
         made = self.model.generate(
@@ -190,7 +173,7 @@ class Generator:
         self.trained = trained
         self.tokenizer = load_tokenizer(trained)
         self.chat = chat_tokenizer(trained, self.tokenizer)
-        self.engine: Engine = choose_engine(backend)(trained, self.chat, base=base)
+        self.engine = choose_engine(backend)(trained, self.chat, base=base)
 
     def instruction(self, settings: Settings) -> str:
         """Return the instruction of some settings, empty where they are.
