@@ -10,7 +10,7 @@ from runs import config, prepare, write_config, write_jsonl
 
 from axolotl_amopo.commands import amopo
 from axolotl_amopo.commands.inspect.gather import gather
-from axolotl_amopo.commands.inspect.page import page
+from axolotl_amopo.commands.inspect.page import inspection_page
 from axolotl_amopo.data.format import AMoPOStrategy
 
 
@@ -116,7 +116,7 @@ class Words(HTMLParser):
 
 
 def test_the_page_has_the_numbers_and_runs_nothing(report):
-    text = page(report)
+    text = inspection_page(report)
     parsed = Words()
     parsed.feed(text)
     assert "script" not in parsed.tags and "b>answer" in parsed.words
