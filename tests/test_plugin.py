@@ -8,6 +8,15 @@ import runs
 from axolotl.integrations import base
 
 from axolotl_amopo.config.axolotl_keys import NO_EFFECT, check_axolotl_keys
+from axolotl_amopo.config.block import (
+    HYPERPARAMETERS,
+    AMoPOConfig,
+    known_keys,
+    read_block,
+)
+from axolotl_amopo.config.overrides import passed_on
+from axolotl_amopo.errors import ConfigError
+from axolotl_amopo.objectives import OBJECTIVES, SimPO
 
 SFT = [
     {
@@ -182,3 +191,60 @@ def test_validated_config_registers_again_as_on_a_ray_worker(tmp_path, tiny_mode
     again = validate_config(worker)
     assert again.amopo.to_dict() == cfg.amopo.to_dict()
     assert again.datasets[0].conversation == cfg.datasets[0].conversation
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_block_of_an_objective(name):
+    """It reads what it dumps, as every process of a run does, and leaves the engine its keys."""
+    config = AMoPOConfig(objective=name)
+    assert AMoPOConfig.model_validate(config.model_dump(exclude_none=True)) == config
+    assert config.make_objective() == OBJECTIVES[name]()
+    own = HYPERPARAMETERS[name].model_fields
+    assert set(config.hyperparameters()) == set(own)
+    assert not set(own) & set(AMoPOConfig.model_fields)
+    assert set(OBJECTIVES[name].defaults) <= set(AMoPOConfig.model_fields)
+    assert set(known_keys(name)) == set(AMoPOConfig.model_fields) - {"enabled", "datasets"} | set(
+        own
+    )
+    assert all(field.description for field in own.values())
+
+
+def test_an_objective_brings_its_defaults(tmp_path, tiny_model, installed):
+    installed(True)
+    block = {"objective": "simpo", "dimensions": ["helpfulness"], "overall_instruction": "Hi."}
+    values = runs.config(tmp_path, tiny_model, runs.ROOT / "quickstart" / "train.jsonl")
+    cfg = runs.load(runs.write_config(tmp_path, values | {"amopo": block}))
+    assert cfg.rl_beta == SimPO().beta
+    config = read_block(cfg)
+    assert (config.instruction, config.overall_instruction) == ("", "Hi.")
+    assert config.gamma == SimPO().gamma
+    assert config.make_objective(3.0) == SimPO(beta=3.0)
+
+
+def test_overrides_of_a_sweep_and_of_the_command_line(tmp_path, tiny_model, installed):
+    """The command line's win, as axolotl's own options do over a sweep's keys."""
+    from axolotl.cli.utils.train import generate_config_files
+
+    installed(True)
+    values = runs.config(tmp_path, tiny_model, runs.ROOT / "quickstart" / "train.jsonl")
+    values["amopo"] |= {"share_prompt": True, "instruction": "Be {{ dimension }}."}
+    sweep = {"amopo.gamma": [0.5, 3.0], "amopo.rating-in-prompt": ["none"], "amopo.pairs": [2]}
+    base = runs.write_config(tmp_path, values)
+    swept = generate_config_files(str(base), str(runs.write_config(tmp_path, sweep, "sweep.yml")))
+    told = {
+        "pairs": "best_worst",
+        "share_prompt": "auto",
+        "instruction": 'It\'s "{{ dimension }}".',
+    }
+    gammas = set()
+    for path, _ in swept:
+        config = read_block(runs.load(path, **passed_on(told)))
+        gammas.add(config.gamma)
+        assert config.rating_in_prompt == "none"
+        assert {key: getattr(config, key) for key in told} == told
+        assert config.dimension_names == values["amopo"]["dimensions"]
+    assert gammas == {0.5, 3.0}
+
+    swept = runs.write_config(tmp_path, values | {"amopo.gama": 1.0}, "swept.yml")
+    with pytest.raises(ConfigError, match=r"amopo.gama: unknown key. Did you mean 'gamma'\?"):
+        runs.load(swept)

@@ -65,7 +65,7 @@ def passed_on(overrides: Overrides) -> dict[str, Any]:
 def apply_overrides(cfg: dict) -> None:
     """Move overrides from where they stand in the raw config into its `amopo:` block.
 
-    Those of the command line win over those of a sweep.
+    Those of the command line win over those of a sweep, as axolotl's own options do.
     """
     found: Overrides = {}
     for key in [key for key in cfg if str(key).startswith(PREFIX)]:
@@ -74,6 +74,7 @@ def apply_overrides(cfg: dict) -> None:
     if block is not None and not isinstance(block, dict):
         return  # refused as a whole by whoever reads it
     block = dict(block or {})
-    found |= block.pop(KEY, None) or {}
+    if isinstance(block.get(KEY), dict):
+        found |= block.pop(KEY)
     if found:
         cfg["amopo"] = block | found

@@ -66,10 +66,12 @@ def take_over(cfg: dict, *, device: str | None = None, with_data: bool = True) -
 
 def suit_inference(cfg: dict) -> None:
     """Let `axolotl inference`, which takes `rl` away, run a config of ours without a GPU."""
-    entries = cfg.get("datasets") or []
-    ours = any(str(entry.get("type")).startswith(PREFIX) for entry in entries)
-    if cfg.get("inference") and ours and _is_on_cpu(cfg):
+    if cfg.get("inference") and _is_on_cpu(cfg) and _has_our_datasets(cfg):
         suit_a_cpu(cfg)
+
+
+def _has_our_datasets(cfg: dict) -> bool:
+    return any(str(entry.get("type")).startswith(PREFIX) for entry in cfg.get("datasets") or [])
 
 
 def _is_on_cpu(cfg: dict) -> bool:
