@@ -284,8 +284,8 @@ def test_few_entries_say_so_and_nothing_else(tmp_path):
 
 
 def test_uniform_on_purpose_is_no_warning(tmp_path):
-    for weighting in ("uniform", "static"):
-        lines = same_weights(healthy(about={"amopo": {"weighting": weighting}}))
+    for block in ({"weighting": "uniform"}, {"weighting": "static"}, {"objective": "simpo"}):
+        lines = same_weights(healthy(about={"amopo": block}))
         assert codes(read(tmp_path / "run", lines)) == set()
 
 

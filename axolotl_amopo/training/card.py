@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
+from axolotl_amopo.config.block import AMoPOConfig
 from axolotl_amopo.training.runs import (
     COMPARED_METRICS,
     TrainingRun,
@@ -26,7 +27,7 @@ MARK = "Written by axolotl-amopo."
 # Text in cards that nobody wrote by hand: ours, transformers', and PEFT's unfilled form.
 MARKS = (MARK, "generated automatically according to the information the Trainer", "for Model ID")
 # Keys of the `amopo:` block in the table of settings; the other tables have the rest.
-SETTINGS = ("gamma", "weighting", "weights", "winner", "rating_in_prompt", "pairs", "order_by")
+SETTINGS = ("objective", "weights", "winner", "rating_in_prompt", "pairs", "order_by")
 OURS = re.compile(r"^axolotl_amopo\.formats\.(.+?)_?$")
 
 
@@ -58,7 +59,10 @@ def card_contents(run: TrainingRun, arguments: dict[str, Any]) -> dict[str, Any]
     """
     about = run.about
     block, names = about["amopo"], [one["name"] for one in about["amopo"]["dimensions"]]
-    settings = {"rl_beta": about["rl_beta"]} | {name: block[name] for name in SETTINGS} | arguments
+    # An objective's own keys are those that the block has beside its fields.
+    own = {key: value for key, value in block.items() if key not in AMoPOConfig.model_fields}
+    engine = {key: block.get(key) for key in SETTINGS}
+    settings = {"rl_beta": about["rl_beta"]} | own | engine | arguments
     return {
         "mark": MARK,
         "name": run.name,

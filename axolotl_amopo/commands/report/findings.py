@@ -219,7 +219,7 @@ def chosen_falls(run: TrainingRun) -> Iterator[Finding]:
 def weights_uniform(run: TrainingRun) -> Iterator[Finding]:
     """Find adaptive weights that stayed the same for all prompts."""
     # Masked dimensions have means over other pairs, which need not be 1/K where all are the same.
-    if len(run.prompts) < 2 or _weighting(run) in ("uniform", "static") or _masked(run):
+    if len(run.prompts) < 2 or not _weights_adapt(run) or _masked(run):
         return
     share, largest = 1 / len(run.prompts), 0.0
     for name in run.prompts:
@@ -255,7 +255,7 @@ def weights_uniform(run: TrainingRun) -> Iterator[Finding]:
 
 def weights_masked(run: TrainingRun) -> Iterator[Finding]:
     """Say that mean weights can't be compared where dimensions are masked."""
-    if _masked(run) and _weighting(run) not in ("uniform", "static"):
+    if _masked(run) and _weights_adapt(run):
         yield Finding(
             "weights-masked",
             "note",
@@ -485,8 +485,10 @@ def _masked(run: TrainingRun) -> bool:
     return any(abs(total - 1) > 0.01 for total in sums)  # false for NaN
 
 
-def _weighting(run: TrainingRun) -> str:
-    return str((run.about.get("amopo") or {}).get("weighting"))
+def _weights_adapt(run: TrainingRun) -> bool:
+    """Return whether weights depend on the model; true where the log has no settings."""
+    block = run.about.get("amopo")
+    return not block or block.get("weighting", "uniform") not in ("uniform", "static")
 
 
 def _gamma(run: TrainingRun) -> float:
