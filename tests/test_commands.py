@@ -1,6 +1,7 @@
 """axolotl's commands on `rl: amopo`, from the shell; few, because each takes half a minute."""
 
 import csv
+import itertools
 import os
 import re
 import signal
@@ -9,9 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import click
+import fire
 import pytest
 import runs
 import torch
+import yaml
+from axolotl.cli import main as axolotl
+
+from axolotl_amopo.config.overrides import apply_overrides
 
 DIMENSIONS = ("overall", "helpfulness", "honesty")
 
@@ -78,7 +85,7 @@ def test_preprocess_train_evaluate_merge_and_answer(tmp_path, tiny_model, data):
 
 
 def test_full_training_and_overrides_of_the_block(tmp_path, tiny_model, data):
-    """`axolotl amopo train` passes --amopo.* and axolotl's own options through the launcher."""
+    """In a real run of `axolotl amopo train`, beside axolotl's own options."""
     path = str(runs.write_config(tmp_path, runs.config(tmp_path, tiny_model, data)))
     overrides = ("--amopo.gamma", "0.25", "--amopo.rating-in-prompt=none", "--max-steps", "2")
     done = runs.command("axolotl", "amopo", "train", path, *overrides, cwd=tmp_path)
@@ -87,6 +94,70 @@ def test_full_training_and_overrides_of_the_block(tmp_path, tiny_model, data):
     assert '"rating_in_prompt": "none"' in log
     assert "2/2" in log
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+OVERRIDES = {
+    "gamma": 1.5,
+    "rating_in_prompt": "none",
+    "share_prompt": "auto",
+    "order_by": None,
+    "overall": False,
+    "dimensions": [{"name": "a b", "scale": [0, 4]}, "c, d", "null"],
+    "instruction": 'Be {{ dimension }}: "it" isn\'t --easy=1, # no\nDoubt.',
+}
+PASSED_ON = [
+    *itertools.product(("train", "evaluate", "inference"), ("accelerate", "torchrun", "python")),
+    ("preprocess", None),
+    ("merge-lora", None),
+]
+
+
+@pytest.mark.parametrize(("name", "launcher"), PASSED_ON)
+def test_overrides_reach_what_loads_the_config(name, launcher, tmp_path, monkeypatch):
+    """Every command, through every launcher: by value and type, and beside axolotl's own."""
+    received = []
+
+    def do_cli(config=None, **options):
+        received.append(options)
+
+    def launch(arguments, **_):
+        after = arguments[arguments.index("-m") + 2 :]  # what fire gets in the launched process
+        fire.Fire(do_cli, command=after)
+
+    monkeypatch.setattr("axolotl.cli.utils.train.os.execvpe", lambda *call: launch(call[1]))
+    monkeypatch.setattr("axolotl.cli.main.subprocess.run", launch)
+    monkeypatch.setattr(f"axolotl.cli.{name.replace('-', '_')}.do_cli", do_cli)
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # the commands change it
+    config = tmp_path / "config.yml"
+    config.write_text("rl: amopo\n")
+    arguments = [str(config), "--learning-rate", "1e-5"]
+    for key, value in OVERRIDES.items():
+        arguments += [f"--amopo.{key.replace('_', '-')}", yaml.safe_dump(value)]
+    arguments += ["--launcher", launcher] if launcher else []
+    axolotl.cli.main(["amopo", name, *arguments], standalone_mode=False)
+    (options,) = received
+    cfg = {"amopo": {"winner": "per_dimension"} | {"overrides": options["amopo__overrides"]}}
+    apply_overrides(cfg)
+    assert cfg == {"amopo": {"winner": "per_dimension"} | OVERRIDES}
+    assert float(options["learning_rate"]) == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "option", "said"),
+    [
+        ("rl: amopo\nstrict: true\n", [], "--amopo.gamma: strict: true drops options"),
+        ("rl: amopo\n", ["--cloud"], "--amopo.gamma: --cloud takes the YAML alone"),
+    ],
+    ids=["strict", "cloud"],
+)
+def test_overrides_that_axolotl_would_lose_are_refused(text, option, said, tmp_path):
+    config = tmp_path / "config.yml"
+    config.write_text(text)
+    option += [str(config)] if option else []
+    with pytest.raises(click.UsageError, match=said):
+        axolotl.cli.main(
+            ["amopo", "train", str(config), "--amopo.gamma", "1", *option], standalone_mode=False
+        )
 
 
 def test_inference_with_the_trained_config(tmp_path, tiny_model, data):
