@@ -1,74 +1,88 @@
-"""From a pair (or a group of them) as text to a prepared row: what worker processes do.
+"""An example as text -> a prepared row: what the preparing processes do.
 
-A prepared row holds, beside `input_ids`, `labels` and `attention_mask` of the pair's longest
-sequence (what axolotl's own length handling and statistics read):
-
-    prompt_ids      [K] or [2K] lists of ids, see `PairTokens`
-    response_ids    [2] lists of ids, overall winner first
-    winners         [K] which response wins under each prompt
-    dimension_mask  [K] 0 where a prompt weighs nothing for this pair
-    example_id      64 bits of the ids' hash; seeds the pair's random draws
-
-With `amopo.group_by_prompt` a row holds all pairs of a prompt, in each of these lists one pair
-after the other.
+A prepared row is an `Example` (`Example.to_row`), with a column that says what came of it.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
+from jinja2 import TemplateError
 
-from axolotl_amopo.data.tokenizer import (
-    ChatTokenizer,
-    PairTokens,
-    Place,
-    shorten,
-    tokenize_pair,
-    total,
-)
+from axolotl_amopo.data.pairing import Pair, PairRule
+from axolotl_amopo.data.prompts import Place, instructed, last_user_turn, prompted
+from axolotl_amopo.data.rows import Message
+from axolotl_amopo.data.tokenizer import ChatTokenizer
 from axolotl_amopo.errors import DataError
+from axolotl_amopo.example import Example, flat
 
 BAD_PAIR = "pairs that can't be tokenised (bad_rows: drop)"
 TOO_LONG = "pairs longer than sequence_len"
 SHORTENED = "pairs shortened to sequence_len"
 ALIKE = "pairs whose responses the chat template writes alike"
 
-_IDS, _FLAGS = List(Value("int32")), List(Value("int8"))
-# A pair (or a group of them) as text.
+# Truncation leaves at least this much of the end of a long question (or all of a short one).
+MIN_QUESTION_TOKENS = 32
+
+_IDS, _SIGNS = List(Value("int32")), List(Value("int8"))
+_ARRANGED = {
+    "follows": _IDS,
+    "comparisons": _IDS,
+    "reads": _IDS,
+    "signs": _SIGNS,
+    "ratings": List(Value("float32")),
+    "points": List(Value("float32")),
+}
+# An example as text.
 PLAIN = Features(
     {
         "messages": Value("string"),
         "tools": Value("string"),
         "responses": List(Value("string")),
         "instructions": List(Value("string")),
-        "winners": _FLAGS,
-        "dimension_mask": _FLAGS,
         "where": Value("string"),
     }
+    | _ARRANGED
 )
-
 # Stated, because `datasets` infers them from the first thousand rows, which may all be dropped.
 FEATURES = Features(
     {
         "input_ids": _IDS,
         "labels": _IDS,
-        "attention_mask": _FLAGS,
+        "attention_mask": _SIGNS,
         "prompt_ids": List(_IDS),
         "response_ids": List(_IDS),
-        "winners": _FLAGS,
-        "dimension_mask": _FLAGS,
-        "example_id": Value("int64"),
-        "outcome": Value("string"),
     }
+    | _ARRANGED
+    | {"example_id": Value("int64"), "outcome": Value("string")}
 )
 
 
+def as_text(pairs: list[Pair], rule: PairRule, where: str) -> dict[str, Any]:
+    """Return the row of `PLAIN` that has all pairs of an example."""
+    prompt = pairs[0].prompt
+    made = prompted(pairs, rule.config, rule.scales)
+    return {
+        "messages": json.dumps(prompt.messages),
+        "tools": json.dumps(prompt.tools),
+        "responses": [json.dumps(prompt.responses[index].turn) for index in made.used],
+        "instructions": made.instructions,
+        "where": where,
+        "follows": flat(made.follows),
+        "comparisons": flat(made.comparisons),
+        "reads": flat(made.reads),
+        "signs": flat(made.signs),
+        "ratings": flat(rule.ratings(prompt, index) for index in made.used),
+        "points": rule.points(),
+    }
+
+
 def prepare_rows(batch: Mapping[str, list], **settings: Any) -> dict[str, list]:
-    """`prepare_row` for a batch, columns to columns."""
+    """Return `prepare_row` of a batch, columns to columns."""
     rows = [prepare_row(row, **settings) for row in unpack(batch)]
     return {name: [row[name] for row in rows] for name in FEATURES}
 
@@ -81,78 +95,184 @@ def prepare_row(
     excess_length: str,
     drop_bad: bool,
     place: Place = "before",
+    own: bool = False,
 ) -> dict[str, Any]:
-    """One pair's prepared row; `outcome` says why it is to be dropped, empty where it isn't."""
-    where = row["where"]
-    messages, tools = json.loads(row["messages"]), json.loads(row["tools"])
-    responses = [json.loads(turn) for turn in row["responses"]]
+    """Return an example's prepared row.
 
-    def tokenize(conversation: list[dict]) -> PairTokens:
-        return tokenize_pair(
-            chat,
-            conversation,
-            responses,
-            row["instructions"],
-            row["winners"],
-            where,
-            place,
-            tools,
-        )
+    Its `outcome` says why it is to be dropped, or that it was shortened; it is empty otherwise.
+
+    Args:
+        row: of `PLAIN`.
+        chat: renders and tokenises.
+        sequence_len: the most tokens of a prompt and a response.
+        excess_length: `drop`, `truncate` or `raise`.
+        drop_bad: whether what can't be tokenised is dropped instead of raised.
+        place: of the instruction.
+        own: whether a prompt states each response's own rating (`rating_in_prompt: own`).
+
+    Raises:
+        DataError: naming file and row.
+    """
+    where, messages = row["where"], json.loads(row["messages"])
+
+    def tokenize(conversation: list[Message]) -> Example:
+        return tokenize_example(chat, row, conversation, place)
 
     outcome = ""
-    pair: PairTokens | None
+    example: Example | None
     try:
-        pair = tokenize(messages)
-        if total(pair.longest()) > sequence_len:
+        example = tokenize(messages)
+        if _tokens(example) > sequence_len:
             outcome = TOO_LONG
             if excess_length == "truncate":
-                pair = shorten(tokenize, chat, messages, sequence_len)
-                outcome = SHORTENED if pair else TOO_LONG
+                example = shorten(tokenize, chat, messages, sequence_len)
+                outcome = SHORTENED if example else TOO_LONG
             elif excess_length == "drop":
-                pair = None
+                example = None
     except DataError:
         if not drop_bad:
             raise
-        pair, outcome = None, BAD_PAIR
-    if pair and len(pair.responses) == 2 and pair.responses[0] == pair.responses[1]:
-        pair, outcome = None, ALIKE
+        example, outcome = None, BAD_PAIR
+    if example and len(example.comparisons) == 1 and _has_alike(example):
+        example, outcome = None, ALIKE
     if outcome == TOO_LONG and excess_length == "raise":
-        prompt, response = map(len, pair.longest())
+        prompt, response = map(len, example.longest())
         raise DataError(
             f"{where}: a prompt of {prompt} tokens (with its instruction) and a response of "
             f"{response} are more than sequence_len, {sequence_len}; raise it, or write "
             "excess_length_strategy: drop."
         )
-    if pair is None:
-        pair = PairTokens([[]] * len(row["instructions"]), [[], []], row["winners"])
-
-    prompt, response = pair.longest()
-    return {
-        "input_ids": prompt + response,
-        "labels": [-100] * len(prompt) + response,
-        "attention_mask": [1] * (len(prompt) + len(response)),
-        "prompt_ids": pair.prompts,
-        "response_ids": pair.responses,
-        "winners": row["winners"],
-        "dimension_mask": row["dimension_mask"],
-        "example_id": _example_id(pair, row["dimension_mask"]),
-        "outcome": outcome,
-    }
+    if example is None:
+        lists = {name: [] for name in FEATURES if name not in ("example_id", "outcome")}
+        return lists | {"example_id": 0, "outcome": outcome}
+    example.id = example_id(example, own)
+    return example.to_row() | {"outcome": outcome}
 
 
-def _example_id(pair: PairTokens, dimension_mask: list[int]) -> int:
-    content = json.dumps([pair.prompts, pair.responses, pair.winners, dimension_mask])
+def tokenize_example(
+    chat: ChatTokenizer, row: Mapping[str, Any], messages: list[Message], place: Place
+) -> Example:
+    """Return the example of a row of `PLAIN`: every prompt and every response tokenised once.
+
+    Args:
+        messages: in place of the row's own.
+
+    Raises:
+        DataError: where the chat template refuses the conversation, or a response's text can't
+            stand in it.
+    """
+    where, tools = row["where"], json.loads(row["tools"])
+    try:
+        prompts = [
+            chat.prompt_ids(instructed(messages, text, place), tools)
+            for text in row["instructions"]
+        ]
+        plain = chat.render(messages, tools, generation_prompt=True)
+        ids = {
+            turn: chat.response_ids(messages, json.loads(turn), tools, plain)
+            for turn in dict.fromkeys(row["responses"])
+        }
+    except TemplateError as error:
+        raise DataError(
+            f"{where}: the chat template refuses this conversation ({error}); mend the row, or "
+            "choose another `chat_template:`."
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{where}: the response can't be used: {error}.") from None
+    responses = [ids[turn] for turn in row["responses"]]
+    return Example.from_row(
+        {"prompt_ids": prompts, "response_ids": responses, "example_id": 0}
+        | {name: row[name] for name in _ARRANGED}
+    )
+
+
+def shorten(
+    tokenize: Callable[[list[Message]], Example],
+    chat: ChatTokenizer,
+    messages: list[Message],
+    sequence_len: int,
+) -> Example | None:
+    """Make an example fit `sequence_len` without losing the question's end, the instruction or the
+    template.
+
+    Earlier turns go first, oldest first (a system message stays), then the beginning of the
+    question, the same for every prompt, and last the responses' ends (which then have no EOS).
+
+    Returns:
+        None where not even that leaves a token of every response, or two of a pair become alike.
+    """
+    example = tokenize(messages)
+    while _tokens(example) > sequence_len:
+        first = 1 if messages[0]["role"] == "system" else 0
+        turn = last_user_turn(messages)
+        if turn <= first:
+            break
+        following = range(first + 1, turn + 1)
+        cut = next(i for i in following if messages[i]["role"] == "user")
+        messages = [*messages[:first], *messages[cut:]]
+        example = tokenize(messages)
+
+    turn = last_user_turn(messages)
+    while (excess := _tokens(example) - sequence_len) > 0:
+        question = messages[turn]["content"].rstrip()
+        offsets = chat.tokenizer(
+            question, add_special_tokens=False, return_offsets_mapping=True
+        ).offset_mapping
+        spare = len(offsets) - MIN_QUESTION_TOKENS
+        if spare <= 0:
+            break
+        start = offsets[min(excess, spare)][0] or 1
+        shorter = {**messages[turn], "content": question[start:].lstrip()}
+        messages = [*messages[:turn], shorter, *messages[turn + 1 :]]
+        example = tokenize(messages)
+
+    longest = sequence_len - max(map(len, example.prompts))
+    if longest < 1:
+        return None
+    example.responses = [ids[:longest] for ids in example.responses]
+    return None if _has_alike(example) else example
+
+
+def _has_alike(example: Example) -> bool:
+    return any(example.responses[a] == example.responses[b] for a, b in example.comparisons)
+
+
+def _tokens(example: Example) -> int:
+    """Return the tokens of the longest sequence."""
+    return sum(map(len, example.longest()))
+
+
+def example_id(example: Example, own: bool) -> int:
+    """Return 63 bits of the example's content, which seed its random draws.
+
+    The content is written as version 0.1 wrote pairs, so that a run that was begun then goes on
+    with the same draws.
+    """
+    prompts: list[list[int]] = []
+    for p in range(len(example.comparisons)):
+        for c in range(example.criteria):
+            places = example.winner_first(p, c)
+            prompts += [example.prompts[text] for text, _ in places[: 1 + own]]
+    signs = flat(example.signs)
+    content = json.dumps(
+        [
+            prompts,
+            [example.responses[n] for n in flat(example.comparisons)],
+            [int(sign < 0) for sign in signs],
+            [int(sign != 0) for sign in signs],
+        ]
+    )
     digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1  # fits a signed 64-bit column
 
 
 def outcomes(prepared: Dataset) -> Iterator[tuple[str, int]]:
-    """What came of every example, and how many responses it has.
+    """Yield what came of every example, and how many pairs it has.
 
     Read from the files a batch at a time: what is read through a dataset's memory mapping counts
     as this process's memory for as long as the dataset lives.
     """
-    columns = ["outcome", "response_ids"]
+    columns = ["outcome", "comparisons"]
     options = pa.ipc.IpcReadOptions(
         included_fields=[prepared.column_names.index(n) for n in columns]
     )
@@ -162,11 +282,14 @@ def outcomes(prepared: Dataset) -> Iterator[tuple[str, int]]:
             pa.ipc.open_stream(source, options=options) as it,
         ):
             for batch in it:
-                responses = pc.list_value_length(batch["response_ids"])
-                yield from zip(batch["outcome"].to_pylist(), responses.to_pylist(), strict=True)
+                places = pc.list_value_length(batch["comparisons"])
+                for outcome, count in zip(
+                    batch["outcome"].to_pylist(), places.to_pylist(), strict=True
+                ):
+                    yield outcome, count // 2
 
 
 def unpack(batch: Mapping[str, list]) -> Iterator[dict[str, Any]]:
-    """The rows of a batch of columns."""
+    """Yield the rows of a batch of columns."""
     for values in zip(*batch.values(), strict=True):
         yield dict(zip(batch, values, strict=True))

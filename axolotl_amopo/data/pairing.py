@@ -14,13 +14,17 @@ as equal.
 
 import itertools
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from axolotl_amopo.config.block import AMoPOConfig
 from axolotl_amopo.data.rows import RatedPrompt, Ratings
+
+if TYPE_CHECKING:  # imports torch
+    from axolotl_amopo.config.block import AMoPOConfig
 
 Scales = dict[str, tuple[float, float]]
 
@@ -39,22 +43,25 @@ EPSILON = 1e-9
 
 @dataclass
 class Pair:
-    """A preference pair under K prompts (`AMoPOConfig.prompt_names`)."""
+    """Two responses of a prompt, judged by C criteria (`AMoPOConfig.criteria`)."""
 
     prompt: RatedPrompt
     responses: tuple[int, int]  # overall winner and loser: indices into prompt.responses
-    winners: list[int]  # [K] which of `responses` wins under each prompt: 0 or 1
-    mask: list[bool]  # [K] false where a prompt weighs nothing for this pair
+    signs: list[int]  # [C] +1 the first of them wins, -1 the second, 0 the criterion says nothing
+
+    def winner(self, criterion: int) -> int:
+        """Return 0 or 1: which of `responses` wins; the first one where none does."""
+        return int(self.signs[criterion] < 0)
 
 
 def normalised(rating: float, scale: tuple[float, float], lower_is_better: bool) -> float:
-    """A rating on 0..1, where 1 is the better end."""
+    """Return a rating on 0..1, where 1 is the better end."""
     share = (rating - scale[0]) / (scale[1] - scale[0])
     return 1 - share if lower_is_better else share
 
 
 def mean_rating(ratings: Ratings, scales: Scales, lower: Set[str] = frozenset()) -> float:
-    """Mean of the ratings, each on 0..1; dimensions without a rating are left out."""
+    """Return the mean of the ratings, each on 0..1; dimensions without one are left out."""
     scores = [
         normalised(rating, scales[name], name in lower)
         for name, rating in ratings.items()
@@ -68,13 +75,13 @@ def mean_rating(ratings: Ratings, scales: Scales, lower: Set[str] = frozenset())
 class PairRule:
     """How pairs are made of a prompt's responses."""
 
-    config: AMoPOConfig
+    config: "AMoPOConfig"
     scales: Scales
     lower: Set[str] = frozenset()  # dimensions in which lower ratings are better
     seed: int = 0
 
     def pairs(self, prompt: RatedPrompt, dropped: Counter) -> Iterator[Pair]:
-        """The pairs of one prompt; what can't be one is counted in `dropped` by reason."""
+        """Yield the pairs of one prompt; count what can't be one in `dropped`, by reason."""
         if len(prompt.responses) < 2:
             dropped[SINGLE] += 1
             return
@@ -113,8 +120,41 @@ class PairRule:
                 return
         yield from itertools.combinations(indices, 2)
 
+    def ratings(self, prompt: RatedPrompt, index: int) -> list[float]:
+        """Return a response's ratings by criterion, on 0..1 with 1 the better end, else NaN.
+
+        The overall rating is NaN where the data gives an order alone.
+        """
+        ratings = prompt.responses[index].ratings
+        values = [self._normalised(ratings, name) for name in self.config.dimension_names]
+        if self.config.overall:
+            ordered = prompt.ordered and self.config.order_by in (None, "dataset")
+            known = any(rating is not None for rating in ratings.values())
+            overall = self._overall(prompt, index, ratings) if known and not ordered else None
+            values.insert(0, overall)
+        return [math.nan if value is None else float(value) for value in values]
+
+    def gap(self, pair: Pair, name: str) -> float:
+        """Return by how much the overall winner's rating is the better one, on 0..1, else NaN."""
+        winner, loser = (
+            self._normalised(pair.prompt.responses[index].ratings, name) for index in pair.responses
+        )
+        return math.nan if winner is None or loser is None else round(winner - loser, 9)
+
+    def points(self) -> list[float]:
+        """Return the width of each criterion's scale, in rating points.
+
+        Of the overall rating, that of the dimension it is, the mean of all, or 1 for the data's.
+        """
+        widths = {name: float(high - low) for name, (low, high) in self.scales.items()}
+        of_dimensions = [widths[name] for name in self.config.dimension_names]
+        order = self.config.order_by
+        mean = sum(of_dimensions) / len(of_dimensions)
+        overall = 1.0 if order == "dataset" else widths.get(order, mean)
+        return [overall] * self.config.overall + of_dimensions
+
     def _overall(self, prompt: RatedPrompt, index: int, ratings: Ratings) -> float | None:
-        """A response's overall rating by `order_by`; None where it has none."""
+        """Return a response's overall rating by `order_by`; None where it has none."""
         order = self.config.order_by
         if prompt.ordered and order in (None, "dataset"):
             return -index
@@ -131,7 +171,7 @@ class PairRule:
         return normalised(rating, self.scales[name], name in self.lower)
 
     def _gap(self, gap: float) -> float:
-        """A gap between ratings on 0..1, or 0 where it is too small to count."""
+        """Return a gap between ratings on 0..1, or 0 where it is too small to count."""
         return gap if abs(gap) > EPSILON and abs(gap) >= self.config.min_gap - EPSILON else 0.0
 
     def _pair(self, prompt: RatedPrompt, first: int, second: int, dropped: Counter) -> Pair | None:
@@ -158,22 +198,17 @@ class PairRule:
             first, second = second, first
             ratings.reverse()
 
-        winners, mask = [], []
-        if config.overall:
-            winners.append(0)
-            mask.append(lead != 0)
+        signs = [int(lead != 0)] * config.overall
         for name in config.dimension_names:
             if config.winner == "overall":
-                winners.append(0)
-                mask.append(rated[name])
+                signs.append(int(rated[name]))
                 continue
             gap = 0.0
             if rated[name]:
                 better, worse = (self._normalised(side, name) for side in ratings)
                 gap = self._gap(better - worse)
-            winners.append(0 if gap >= 0 else 1)
-            mask.append(gap != 0)
-        if (config.winner == "overall" and lead == 0) or not any(mask):
+            signs.append((gap > 0) - (gap < 0))
+        if (config.winner == "overall" and lead == 0) or not any(signs):
             dropped[TIE if not config.min_gap else CLOSE] += 1
             return None
-        return Pair(prompt, (first, second), winners, mask)
+        return Pair(prompt, (first, second), signs)

@@ -1,20 +1,15 @@
-"""Pairs -> token ids, through the model's own chat template."""
+"""Conversations -> token ids, through the model's own chat template."""
 
-import json
 import os.path
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import batched, chain, pairwise
-from typing import Any, Literal
-
-from jinja2 import TemplateError
+from itertools import chain, pairwise
+from typing import Any
 
 from axolotl_amopo.data.rows import Message
-from axolotl_amopo.errors import AMoPOError, DataError
+from axolotl_amopo.errors import AMoPOError
 
-# Truncation leaves at least this much of the end of a long question (or all of a short one).
-MIN_QUESTION_TOKENS = 32
 # Pieces of text whose ids are remembered, and their characters: enough for a language's words and
 # for all that a prompt's pairs share.
 KNOWN_PIECES, KNOWN_CHARACTERS = 1 << 16, 1 << 22
@@ -37,7 +32,6 @@ PROBES = (
     "the end of it all-in-one 'quoted words here' \"and also those\" (in here) [as there] {is so}",
 )
 
-Place = Literal["before", "after", "system"]
 Tools = list[dict[str, Any]] | None
 Turn = str | Message  # see `Response.turn`
 
@@ -95,7 +89,7 @@ class ChatTokenizer:
         )
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text; of the turns and words that it shares with earlier ones, from
+        """Return token ids of a text; of the turns and words that it shares with earlier ones, from
         memory."""
         return list(chain.from_iterable(map(self._turn_ids, self._turns(text))))
 
@@ -121,7 +115,7 @@ class ChatTokenizer:
         return list(chain.from_iterable([known[piece] for piece in pieces]))
 
     def ids_behind(self, prompt: str, text: str) -> list[int]:
-        """Token ids of a text as it stands behind a prompt.
+        """Return token ids of a text as it stands behind a prompt.
 
         Some tokenizers write a text's beginning in another way than what follows. The prompt's last
         piece is enough to see it.
@@ -141,7 +135,7 @@ class ChatTokenizer:
         return self.tokenizer(texts, add_special_tokens=False).input_ids
 
     def prompt_ids(self, messages: list[Message], tools: Tools = None) -> list[int]:
-        """Token ids of a conversation up to where the response begins."""
+        """Return token ids of a conversation up to where the response begins."""
         ids = self.ids(self.render(messages, tools, generation_prompt=True))
         if self._bos is not None:
             while ids[:2] == [self._bos, self._bos]:
@@ -153,7 +147,7 @@ class ChatTokenizer:
     def response_ids(
         self, messages: list[Message], response: Turn, tools: Tools = None, prompt: str = ""
     ) -> list[int]:
-        """Token ids of a response: what the template writes after the generation prompt.
+        """Return token ids of a response: what the template writes after the generation prompt.
 
         Args:
             prompt: the rendered conversation, where it is known already.
@@ -196,12 +190,12 @@ class ChatTokenizer:
 
 
 def _texts(turn: Message) -> dict[str, str]:
-    """The text of a turn, and its thinking."""
+    """Return the text of a turn, and its thinking."""
     return {name: item for name, item in turn.items() if name != "role" and isinstance(item, str)}
 
 
 def _check_rendered(turn: Message, text: str) -> None:
-    """Raises ValueError where a template wrote less than the turn: some leave out thinking."""
+    """Raise ValueError where a template wrote less than the turn: some leave out thinking."""
     written = "".join(text.split())  # templates trim, and put thinking on lines of its own
     for name, item in _texts(turn).items():
         if "".join(item.split()) not in written:
@@ -213,7 +207,7 @@ def _check_rendered(turn: Message, text: str) -> None:
 
 
 def _cuts(tokenizer: Any, template: str) -> re.Pattern:
-    """Where a text can be cut into turns whose ids, put together, are the text's.
+    """Return where a text can be cut into turns whose ids, put together, are the text's.
 
     A fast tokenizer splits a text at its added tokens before anything else, and normalises and
     tokenises what stands between two of them by itself. So a turn can begin at any of them that
@@ -234,7 +228,7 @@ def _cuts(tokenizer: Any, template: str) -> re.Pattern:
 
 
 def _has_words(tokenizer: Any) -> bool:
-    """Whether no token spans two of `WORDS`.
+    """Return whether no token spans two of `WORDS`.
 
     Then none is merged over their border either. Whether the tokenizer looks further than its
     tokens reach, such as for the end of a text, is for `PROBES` to show.
@@ -246,160 +240,6 @@ def _has_words(tokenizer: Any) -> bool:
 
 
 def _overlaps(other: str, token: str) -> bool:
-    """Whether `other` can begin before `token` in a text and end inside or behind it."""
+    """Return whether `other` can begin before `token` in a text and end inside or behind it."""
     ends = (other[i:] for i in range(1, len(other)))
     return any(token.startswith(end) or end.startswith(token) for end in ends)
-
-
-def instructed(messages: list[Message], instruction: str, place: Place = "before") -> list[Message]:
-    """The conversation with the instruction in the turn of its last question, or in the system
-    message."""
-    if not instruction:
-        return messages
-    if place == "system":
-        if messages[0]["role"] != "system":
-            return [{"role": "system", "content": instruction}, *messages]
-        return [_joined(messages[0], messages[0]["content"], instruction), *messages[1:]]
-    index = last_user_turn(messages)
-    parts = [instruction, messages[index]["content"]]
-    if place == "after":
-        parts.reverse()
-    return [*messages[:index], _joined(messages[index], *parts), *messages[index + 1 :]]
-
-
-def _joined(message: Message, *parts: str) -> Message:
-    return {**message, "content": "\n\n".join(parts)}
-
-
-def last_user_turn(messages: list[Message]) -> int:
-    return max(i for i, message in enumerate(messages) if message["role"] == "user")
-
-
-@dataclass
-class PairTokens:
-    """Token ids of one pair under K prompts, or of the P pairs of a group, one after the other."""
-
-    prompts: list[list[int]]  # [PK] or [2PK]: with two a dimension, winner's then loser's prompt
-    responses: list[list[int]]  # [2P] overall winner, overall loser
-    winners: list[int]  # [PK] which response wins under each prompt
-
-    def sequences(self) -> list[tuple[list[int], list[int]]]:
-        """(prompt, response) PK times two: for every prompt its winner, then its loser."""
-        return [
-            (pair.prompts[k * sides + side % sides], pair.responses[winner ^ side])
-            for pair in self.pairs()
-            for sides in [len(pair.prompts) // len(pair.winners)]
-            for k, winner in enumerate(pair.winners)
-            for side in (0, 1)
-        ]
-
-    def pairs(self) -> list["PairTokens"]:
-        """Every pair by itself."""
-        count = len(self.responses) // 2
-        if count == 1:
-            return [self]
-        parts = (
-            map(list, batched(part, len(part) // count))
-            for part in (self.prompts, self.responses, self.winners)
-        )
-        return [PairTokens(*lists) for lists in zip(*parts, strict=True)]
-
-    def longest(self) -> tuple[list[int], list[int]]:
-        """The sequence with the most tokens."""
-        return max(self.sequences(), key=total)
-
-
-def total(sequence: tuple[list[int], list[int]]) -> int:
-    """Tokens of a (prompt, response) sequence."""
-    return len(sequence[0]) + len(sequence[1])
-
-
-def tokenize_pair(
-    chat: ChatTokenizer,
-    messages: list[Message],
-    responses: list[Turn],
-    instructions: list[str],
-    winners: list[int],
-    where: str,
-    place: Place = "before",
-    tools: Tools = None,
-) -> PairTokens:
-    """Tokenise a pair or a group: every prompt once per instruction, every response once.
-
-    Args:
-        instructions: texts in the order of `PairTokens.prompts`.
-        where: file and row, for the error's text.
-        place: of the instruction, before or after the question or in the system message.
-        tools: that the conversation may call.
-
-    Raises:
-        DataError: where the chat template refuses the conversation, or a response's text can't
-            stand in it.
-    """
-    try:
-        prompts = {
-            text: chat.prompt_ids(instructed(messages, text, place), tools)
-            for text in dict.fromkeys(instructions)
-        }
-        plain = chat.render(messages, tools, generation_prompt=True)
-        keys = [turn if isinstance(turn, str) else json.dumps(turn) for turn in responses]
-        ids = {
-            key: chat.response_ids(messages, turn, tools, plain)
-            for key, turn in dict(zip(keys, responses, strict=True)).items()
-        }
-    except TemplateError as error:
-        raise DataError(
-            f"{where}: the chat template refuses this conversation ({error}); mend the row, or "
-            "choose another `chat_template:`."
-        ) from None
-    except ValueError as error:
-        raise DataError(f"{where}: the response can't be used: {error}.") from None
-    return PairTokens([prompts[t] for t in instructions], [ids[key] for key in keys], winners)
-
-
-def shorten(
-    tokenize: Callable[[list[Message]], PairTokens],
-    chat: ChatTokenizer,
-    messages: list[Message],
-    sequence_len: int,
-) -> PairTokens | None:
-    """Make a pair fit `sequence_len` without losing the question's end, the instruction or the
-    template.
-
-    Earlier turns go first, oldest first (a system message stays), then the beginning of the
-    question, the same for every prompt, and last the responses' ends (which then have no EOS).
-
-    Returns:
-        None where not even that leaves a token of both responses.
-    """
-    pair = tokenize(messages)
-    while total(pair.longest()) > sequence_len:
-        first = 1 if messages[0]["role"] == "system" else 0
-        turn = last_user_turn(messages)
-        if turn <= first:
-            break
-        following = range(first + 1, turn + 1)
-        cut = next(i for i in following if messages[i]["role"] == "user")
-        messages = [*messages[:first], *messages[cut:]]
-        pair = tokenize(messages)
-
-    turn = last_user_turn(messages)
-    while (excess := total(pair.longest()) - sequence_len) > 0:
-        question = messages[turn]["content"].rstrip()
-        offsets = chat.tokenizer(
-            question, add_special_tokens=False, return_offsets_mapping=True
-        ).offset_mapping
-        room = len(offsets) - MIN_QUESTION_TOKENS
-        if room <= 0:
-            break
-        start = offsets[min(excess, room)][0] or 1
-        shorter = {**messages[turn], "content": question[start:].lstrip()}
-        messages = [*messages[:turn], shorter, *messages[turn + 1 :]]
-        pair = tokenize(messages)
-
-    room = sequence_len - max(map(len, pair.prompts))
-    if room < 1:
-        return None
-    pair.responses = [ids[:room] for ids in pair.responses]
-    alike = any(one.responses[0] == one.responses[1] for one in pair.pairs())
-    return None if alike else pair

@@ -10,13 +10,13 @@ one response, rated by several people, each is a response of its own, and equal 
 
 from collections.abc import Mapping
 
-from axolotl_amopo.data.format import AMoPOStrategy
+from axolotl_amopo.data.format import DatasetFormat
 from axolotl_amopo.data.rows import RatedPrompt, Response, Row
 
 
-class BeaverTailsStrategy(AMoPOStrategy):
+class BeaverTails(DatasetFormat):
     scale = (0, 1)
-    one_response_a_row = True
+    one_response_per_row = True
 
     def __init__(self, tokenizer, cfg, ds_cfg):
         super().__init__(tokenizer, cfg, ds_cfg)
@@ -31,5 +31,4 @@ class BeaverTailsStrategy(AMoPOStrategy):
         return RatedPrompt(messages, [Response(row.text("response"), ratings)], [row.number])
 
 
-def load(tokenizer, cfg, ds_cfg):
-    return BeaverTailsStrategy(tokenizer, cfg, ds_cfg)
+load = BeaverTails

@@ -11,7 +11,7 @@ HelpSteer2 writes earlier turns of a conversation into the prompt, each after a 
 
 import re
 
-from axolotl_amopo.data.format import AMoPOStrategy
+from axolotl_amopo.data.format import DatasetFormat
 from axolotl_amopo.data.rows import Message, RatedPrompt, Response, Row
 
 TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
@@ -31,9 +31,9 @@ def with_turns(messages: list[Message], row: Row) -> list[Message]:
     ]
 
 
-class HelpSteerStrategy(AMoPOStrategy):
+class HelpSteer(DatasetFormat):
     scale = (0, 4)
-    one_response_a_row = True
+    one_response_per_row = True
 
     def read(self, row: Row) -> RatedPrompt:
         messages = row.conversation("prompt", "messages")
@@ -42,5 +42,4 @@ class HelpSteerStrategy(AMoPOStrategy):
         return RatedPrompt(messages, [Response(row.text("response"), row.ratings())], [row.number])
 
 
-def load(tokenizer, cfg, ds_cfg):
-    return HelpSteerStrategy(tokenizer, cfg, ds_cfg)
+load = HelpSteer

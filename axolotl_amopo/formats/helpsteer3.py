@@ -8,13 +8,13 @@ of this format, `preference`: a pair's two responses have it with opposite signs
 (https://huggingface.co/datasets/nvidia/HelpSteer3).
 """
 
-from axolotl_amopo.data.format import AMoPOStrategy
+from axolotl_amopo.data.format import DatasetFormat
 from axolotl_amopo.data.rows import RatedPrompt, Response, Row
 
 MOST = 3
 
 
-class HelpSteer3Strategy(AMoPOStrategy):
+class HelpSteer3(DatasetFormat):
     scale = (-MOST, MOST)
 
     def read(self, row: Row) -> RatedPrompt:
@@ -31,5 +31,4 @@ class HelpSteer3Strategy(AMoPOStrategy):
         return RatedPrompt(messages, responses, [row.number], tools=row.tools())
 
 
-def load(tokenizer, cfg, ds_cfg):
-    return HelpSteer3Strategy(tokenizer, cfg, ds_cfg)
+load = HelpSteer3

@@ -15,12 +15,12 @@ conversations that share all but their last turn.
 
 from collections.abc import Mapping
 
-from axolotl_amopo.data.format import AMoPOStrategy
+from axolotl_amopo.data.format import DatasetFormat
 from axolotl_amopo.data.rows import Message, RatedPrompt, Response, Row
 from axolotl_amopo.formats.helpsteer import with_turns
 
 
-class PairsStrategy(AMoPOStrategy):
+class Pairs(DatasetFormat):
     def read(self, row: Row) -> RatedPrompt:
         responses = [self.response(row, side) for side in ("chosen", "rejected")]
         if responses[0].turn == responses[1].turn:
@@ -58,5 +58,4 @@ class PairsStrategy(AMoPOStrategy):
         return row.check_prompt(chosen, row.key("chosen"))
 
 
-def load(tokenizer, cfg, ds_cfg):
-    return PairsStrategy(tokenizer, cfg, ds_cfg)
+load = Pairs

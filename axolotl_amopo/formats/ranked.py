@@ -10,11 +10,11 @@ ranking counts as 1, the worst as 0.
 
 from typing import Any
 
-from axolotl_amopo.data.format import AMoPOStrategy
+from axolotl_amopo.data.format import DatasetFormat
 from axolotl_amopo.data.rows import RatedPrompt, Response, Row
 
 
-class RankedStrategy(AMoPOStrategy):
+class Ranked(DatasetFormat):
     scale = (0, 1)
 
     def read(self, row: Row) -> RatedPrompt:
@@ -55,5 +55,4 @@ class RankedStrategy(AMoPOStrategy):
         return [shares[place] if len(steps) > 1 else 1.0 for place in range(count)]
 
 
-def load(tokenizer, cfg, ds_cfg):
-    return RankedStrategy(tokenizer, cfg, ds_cfg)
+load = Ranked

@@ -5,11 +5,11 @@
 `messages` may stand in place of `prompt`, and `system` beside it.
 """
 
-from axolotl_amopo.data.format import AMoPOStrategy
+from axolotl_amopo.data.format import DatasetFormat
 from axolotl_amopo.data.rows import RatedPrompt, Response, Row
 
 
-class RatedStrategy(AMoPOStrategy):
+class Rated(DatasetFormat):
     def read(self, row: Row) -> RatedPrompt:
         key = row.key("responses")
         listed = row.get("responses")
@@ -32,5 +32,4 @@ class RatedStrategy(AMoPOStrategy):
         )
 
 
-def load(tokenizer, cfg, ds_cfg):
-    return RatedStrategy(tokenizer, cfg, ds_cfg)
+load = Rated

@@ -11,11 +11,11 @@ better (https://huggingface.co/datasets/PKU-Alignment/PKU-SafeRLHF).
 
 from typing import ClassVar
 
-from axolotl_amopo.data.format import AMoPOStrategy
+from axolotl_amopo.data.format import DatasetFormat
 from axolotl_amopo.data.rows import RatedPrompt, Response, Row
 
 
-class SafeRLHFStrategy(AMoPOStrategy):
+class SafeRLHF(DatasetFormat):
     scale = (0, 1)
     scales: ClassVar = {"severity": (0, 3)}
     lower_is_better = frozenset({"severity"})
@@ -45,5 +45,4 @@ class SafeRLHFStrategy(AMoPOStrategy):
         return RatedPrompt(row.conversation("prompt", "messages"), responses, [row.number])
 
 
-def load(tokenizer, cfg, ds_cfg):
-    return SafeRLHFStrategy(tokenizer, cfg, ds_cfg)
+load = SafeRLHF

@@ -7,13 +7,13 @@ The prompt is the article behind a short request; `template:` in the dataset's e
 Jinja template of the row's fields (https://huggingface.co/datasets/mteb/summeval).
 """
 
-from axolotl_amopo.data.format import AMoPOStrategy
+from axolotl_amopo.data.format import DatasetFormat
 from axolotl_amopo.data.rows import RatedPrompt, Response, Row
 
 TEMPLATE = "Summarise this text in a few sentences.\n\n{{ text }}"
 
 
-class SummEvalStrategy(AMoPOStrategy):
+class SummEval(DatasetFormat):
     scale = (1, 5)
     takes = frozenset({"template"})
 
@@ -39,5 +39,4 @@ class SummEvalStrategy(AMoPOStrategy):
         return RatedPrompt(row.check_prompt(prompt, "template"), responses, [row.number])
 
 
-def load(tokenizer, cfg, ds_cfg):
-    return SummEvalStrategy(tokenizer, cfg, ds_cfg)
+load = SummEval

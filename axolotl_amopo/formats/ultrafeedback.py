@@ -10,11 +10,11 @@ is a missing rating. `overall_score`, from 1 to 10, is read with `order_by: data
 
 from collections.abc import Mapping
 
-from axolotl_amopo.data.format import AMoPOStrategy
+from axolotl_amopo.data.format import DatasetFormat
 from axolotl_amopo.data.rows import RatedPrompt, Response, Row
 
 
-class UltraFeedbackStrategy(AMoPOStrategy):
+class UltraFeedback(DatasetFormat):
     scale = (1, 5)
 
     def read(self, row: Row) -> RatedPrompt:
@@ -40,5 +40,4 @@ class UltraFeedbackStrategy(AMoPOStrategy):
         return Response(turn, row.ratings(ratings, f"{key}.{name}"), overall)
 
 
-def load(tokenizer, cfg, ds_cfg):
-    return UltraFeedbackStrategy(tokenizer, cfg, ds_cfg)
+load = UltraFeedback

@@ -9,10 +9,10 @@ names go under `fields:`, such as `score_chosen: chosen-rating`
 """
 
 from axolotl_amopo.data.rows import RatedPrompt, Response, Row
-from axolotl_amopo.formats.pairs import PairsStrategy
+from axolotl_amopo.formats.pairs import Pairs
 
 
-class BinarizedStrategy(PairsStrategy):
+class Binarized(Pairs):
     scale = (1, 10)
 
     def read(self, row: Row) -> RatedPrompt:
@@ -24,5 +24,4 @@ class BinarizedStrategy(PairsStrategy):
         return RatedPrompt(self.prompt(row), responses, [row.number], tools=row.tools())
 
 
-def load(tokenizer, cfg, ds_cfg):
-    return BinarizedStrategy(tokenizer, cfg, ds_cfg)
+load = Binarized

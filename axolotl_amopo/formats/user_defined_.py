@@ -17,11 +17,11 @@ and ratings are in each of them:
 
 from typing import Any
 
-from axolotl_amopo.data.format import AMoPOStrategy
+from axolotl_amopo.data.format import DatasetFormat
 from axolotl_amopo.data.rows import RatedPrompt, Response, Row
 
 
-class UserDefinedStrategy(AMoPOStrategy):
+class UserDefined(DatasetFormat):
     takes = frozenset({"template", "responses"})
 
     def read(self, row: Row) -> RatedPrompt:
@@ -48,5 +48,4 @@ class UserDefinedStrategy(AMoPOStrategy):
         return Response(turn, row.ratings(item, key))
 
 
-def load(tokenizer, cfg, ds_cfg):
-    return UserDefinedStrategy(tokenizer, cfg, ds_cfg)
+load = UserDefined

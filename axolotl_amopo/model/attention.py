@@ -19,7 +19,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask, sdpa_mask
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
-from axolotl_amopo.model.layout import Forest, Layout
+from axolotl_amopo.model.forest import Forest
+from axolotl_amopo.model.layout import Layout
 
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 # The packed counterpart of an attention implementation, by the name it is registered under.
@@ -32,7 +33,7 @@ UNKNOWN_SCORES = ("softcap", "s_aux", "position_bias", "cache")
 def attention_inputs(
     layout: Layout, positions_RL: Tensor, config: PretrainedConfig, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Keyword arguments of the model's forward that make its attention follow the layout.
+    """Return keyword arguments of the model's forward that make its attention follow the layout.
 
     Args:
         layout: on the model's device.
@@ -56,7 +57,7 @@ def attention_inputs(
 
 
 def layer_types(config: PretrainedConfig) -> list[str]:
-    """The kinds of layers of a model, as its config names them."""
+    """Return the kinds of layers of a model, as its config names them."""
     named = getattr(config, "layer_types", None)
     if named:
         return sorted(set(named))
@@ -67,7 +68,7 @@ def layer_types(config: PretrainedConfig) -> list[str]:
 
 
 def visible(layout: Layout, positions_RL: Tensor) -> Callable[..., Tensor]:
-    """The layout's mask as a function of (row, head, query, key) indices and a window.
+    """Return the layout's mask as a function of (row, head, query, key) indices and a window.
 
     A token sees itself and what stands before it in its own segment and its ancestors; with a
     window, only what is less than that many positions away. Padding sees padding, since a row of
@@ -108,7 +109,7 @@ def _prepared(
 
 
 class PackedForest:
-    """What the packed attention needs of a forest, made once a batch and used by every layer."""
+    """What the packed attention needs of a forest, made once per batch and used by every layer."""
 
     def __init__(self, forest: Forest):
         self.lengths = forest.lengths
@@ -118,7 +119,10 @@ class PackedForest:
         self._varlen: tuple[Tensor, dict[str, Any]] | None = None
 
     def mask(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor | None:
-        """Additive [queries, keys], the last query seeing the last key; None for plain causal."""
+        """Return an additive mask [queries, keys], the last query seeing the last key.
+
+        None where plain causal attention does it.
+        """
         if window is not None and keys <= window:
             window = None
         if queries == keys and window is None:
@@ -135,7 +139,7 @@ class PackedForest:
         return self._masks[key]
 
     def varlen(self, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
-        """Every segment as a query whose keys are its whole path.
+        """Return every segment as a query whose keys are its whole path.
 
         Returns:
             The keys' places among the packed tokens, and what transformers' FlashAttention takes
@@ -172,7 +176,7 @@ def packed_sdpa(
     amopo_forest: PackedForest | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over packed segments, a kernel call a segment; SDPA's own without a forest.
+    """Attend over packed segments, one kernel call per segment; SDPA's own without a forest.
 
     A segment's queries meet the keys of its path alone, so nothing is computed to be masked away
     but the upper half of a response's own square: fewer scores than causal attention over whole
@@ -223,7 +227,7 @@ def packed_flash(
     implementation: str,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The same in one call of FlashAttention's variable-length kernel, through transformers.
+    """Attend in one call of FlashAttention's variable-length kernel, through transformers.
 
     The kernel aligns its causal mask to the last query and the last key, which is what a segment
     behind its path needs.

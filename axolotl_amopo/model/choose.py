@@ -10,18 +10,15 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from axolotl.loaders.utils import load_model_config
-from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from axolotl_amopo.errors import AMoPOError
+from axolotl_amopo.example import pair
 from axolotl_amopo.model.attention import FLASH, PACKED, layer_types
+from axolotl_amopo.model.batch import make_batch
 from axolotl_amopo.model.forward import causal_model, response_logps, unwrap
 from axolotl_amopo.model.layout import LayoutName
-from axolotl_amopo.training.collator import AMoPOCollator
-
-LOG = get_logger(__name__)
 
 # Attention that takes a prepared 4D mask.
 MASKED = ("sdpa", "eager", "flex_attention")
@@ -35,6 +32,8 @@ class Choice(NamedTuple):
 
     layout: LayoutName
     own_logits: bool  # whether the logits must be made by the model's own forward
+    why_own_logits: str = ""  # empty where they need not
+    why_unshared: str = ""  # why prompts are not shared; empty where they are, or shall not be
 
 
 def choose_layout(
@@ -46,10 +45,11 @@ def choose_layout(
     half_precision: bool = False,
     compiled: bool = False,
 ) -> Choice:
-    """The cheapest layout that gives the numbers of plain sequences under the model's own forward.
+    """Return the cheapest layout that gives the numbers of plain sequences under the model's own
+    forward.
 
     Args:
-        model: as the trainer wraps it, after `prepare_model`.
+        model: as the trainer wraps it, after `teach`.
         batch: any real batch; its tokens are drawn from, so that they mean something to the model.
         share_prompt: `amopo.share_prompt`.
         agree: reduces a number to its maximum over all processes, so that they choose alike.
@@ -60,13 +60,10 @@ def choose_layout(
         AMoPOError: with `share_prompt` true, where the model can't; says why.
     """
     proof = _Proof(model, batch, agree, half_precision)
-    own_logits = bool(why := proof.failure("sequences", own_logits=False))
-    if own_logits:
-        LOG.warning(
-            "AMoPO: %s; using the logits of the model's own forward, which take more memory.", why
-        )
+    why_own_logits = proof.failure("sequences", own_logits=False)
+    own_logits = bool(why_own_logits)
     if share_prompt is False:
-        return Choice("sequences", own_logits)
+        return Choice("sequences", own_logits, why_own_logits)
 
     causal = causal_model(unwrap(model))
     config = causal.config.get_text_config()
@@ -77,22 +74,16 @@ def choose_layout(
                 reason = proof.failure(layout, own_logits) or proof.leak(layout, own_logits)
                 attention.keep = not reason
             if not reason:
-                LOG.info("AMoPO: prompts are shared (%s layout).", layout)
-                return Choice(layout, own_logits)
+                return Choice(layout, own_logits, why_own_logits)
     if share_prompt is True:
-        raise _refusal(reason)
-    LOG.warning(
-        "AMoPO: PROMPTS ARE NOT SHARED, every response runs with a prompt of its own: %s. "
-        "(amopo.share_prompt: false silences this.)",
-        reason,
-    )
-    return Choice("sequences", own_logits)
+        raise refusal(reason)
+    return Choice("sequences", own_logits, why_own_logits, reason)
 
 
 def cannot_share(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, implementation: str
 ) -> str:
-    """Why a model's class, config or attention rules sharing out; empty where nothing does."""
+    """Return why a model's class, config or attention rules sharing out; empty if nothing does."""
     if model_class._is_stateful:
         return f"{model_class.__name__} carries a state from token to token"
     unknown = set(layer_types(config)) - {"full_attention", "sliding_attention"}
@@ -106,29 +97,16 @@ def cannot_share(
 def candidates(
     implementation: str, device: torch.device, compiled: bool = False
 ) -> list[LayoutName]:
-    """Layouts worth trying with an attention implementation, best first."""
+    """Return layouts worth trying with an attention implementation, best first."""
     if any(implementation in (name, PACKED[name]) for name in FLASH):
         return ["packed"]
-    # A kernel call a segment is cheap on a CPU; elsewhere one call with a mask is preferred.
+    # One kernel call per segment is cheap on a CPU; elsewhere one call with a mask is preferred.
     on_cpu = implementation in ("sdpa", PACKED["sdpa"]) and device.type == "cpu"
     return ["packed", "tree"] if on_cpu and not compiled else ["tree"]
 
 
-def check_before_loading(cfg: Any) -> None:
-    """Refuse `share_prompt: true` while only the model's config is known, if that suffices.
-
-    Raises:
-        AMoPOError: says why the model can't.
-    """
-    config = load_model_config(cfg)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model_class is not None:
-        implementation = cfg.attn_implementation or "sdpa"
-        if reason := cannot_share(model_class, config.get_text_config(), implementation):
-            raise _refusal(reason)
-
-
-def _refusal(reason: str) -> AMoPOError:
+def refusal(reason: str) -> AMoPOError:
+    """Return the error of `share_prompt: true` with a model that can't share prompts."""
     return AMoPOError(
         f"amopo.share_prompt: true can't work with this model: {reason}. Write auto or false, or "
         "choose attn_implementation: sdpa if that is the reason."
@@ -186,21 +164,15 @@ class _Proof:
     def _logps(
         self, layout: LayoutName, own_logits: bool, responses: list[list[int]] | None = None
     ) -> Tensor:
-        row = {
-            "prompt_ids": self.prompts,
-            "response_ids": responses or self.responses,
-            "winners": [0, 0],
-            "dimension_mask": [1, 1],
-            "example_id": 0,
-        }
-        batch = AMoPOCollator(None, pad_to_multiple_of=8)([row])
+        example = pair(self.prompts, responses or self.responses)
+        batch = make_batch([example], pad_to_multiple_of=8)
         moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         with torch.no_grad(), _without_dropout(self.model):
             logps, _ = response_logps(self.model, moved, layout, own_logits=own_logits)
         return logps
 
     def failure(self, layout: LayoutName, own_logits: bool) -> str:
-        """How a layout's numbers differ from the reference; empty where they don't."""
+        """Return how a layout's numbers differ from the reference; empty where they don't."""
         return self._try(
             lambda: self._logps(layout, own_logits) - self.reference,
             self.tolerance,
@@ -210,7 +182,7 @@ class _Proof:
         )
 
     def leak(self, layout: LayoutName, own_logits: bool) -> str:
-        """Whether the rejected response sees the chosen one; empty where it doesn't.
+        """Return a sentence where the second response sees the first one, else nothing.
 
         A much finer test than the comparison: the same kernels over the same shapes.
         """

@@ -1,43 +1,40 @@
-"""A batch through the model -> log-probabilities of the response tokens.
+"""The one change to an object that isn't ours: a model's forward learns another way to be called.
 
-The model's own forward is taught one more way to be called (`prepare_model`): with the places
-whose hidden states predict a response token, it returns those tokens' log-probabilities and
-never makes the logits of the rest. As all happens inside that forward, DDP, FSDP2, ZeRO-3,
-autocast and adapters see nothing unusual.
+With the places whose hidden states predict a response token, it returns those tokens'
+log-probabilities and never makes the logits of the rest. The change is made on the instance, and
+called as before the model does what it did.
+
+Why it is made: whatever computes the loss must run inside the wrapped model's own forward. DDP
+synchronises gradients there, FSDP2 and ZeRO-3 gather the parameters of the modules that it calls,
+and autocast is entered there. What was tried instead: calling `base_model` and the head from
+outside leaves DDP without a gradient to wait for, silently, and finds empty weights under ZeRO-3
+and sharded ones under FSDP2; a module around the model would be one more name in every checkpoint
+and adapter; `logits_to_keep`, transformers' own argument, keeps the same columns in every row and
+makes all their logits at once. TRL's `patch_chunked_lm_head` changes the same method.
 """
 
 import math
-from functools import partial, wraps
+from functools import wraps
 from types import MethodType
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from accelerate.utils import extract_model_from_parallel
-from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from axolotl_amopo.model.attention import attention_inputs
+from axolotl_amopo.model.head import (
+    chunked,
+    gather_logps,
+    head_logps,
+    is_plain_linear,
+    linear_or_logps,
+)
 from axolotl_amopo.model.layout import Layout, LayoutName, lay_out
 
-# Float32 logits, and what is as large beside them, that exist at one time.
-CHUNK_BYTES = 128 * 2**20
-# A softmax up to this size is kept for the gradient of a head that is trained; a larger one is made
-# again.
-KEPT_BYTES = 600 * 2**20
 
-
-def causal_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside adapters; not inside DDP and the like."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def prepare_model(model: nn.Module) -> None:
+def teach(model: nn.Module) -> None:
     """Teach an unwrapped model, and its head, to return log-probabilities of chosen tokens.
-
-    The forward is replaced on this one instance; called as before, it does what it did.
 
     Raises:
         TypeError: for a model without a head in transformers' usual place.
@@ -65,8 +62,8 @@ def prepare_model(model: nn.Module) -> None:
         return head_logps(self, hidden.flatten(0, 1)[predict_M], targets_M)
 
     causal.forward = MethodType(forward, causal)
-    if _is_plain_linear(head):
-        head.forward = MethodType(_linear_or_logps, head)
+    if is_plain_linear(head):
+        head.forward = MethodType(linear_or_logps, head)
 
 
 def response_logps(
@@ -76,18 +73,18 @@ def response_logps(
     *,
     own_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the response tokens, from one forward of the (wrapped) model.
+    """Return log-probabilities of the response tokens, from one forward of the (wrapped) model.
 
     Args:
-        model: as the trainer wraps it, after `prepare_model` (not needed for `own_logits`).
-        batch: as `AMoPOCollator` makes it.
+        model: as the trainer wraps it, after `teach` (not needed for `own_logits`).
+        batch: as `make_batch` makes it.
         layout: how the batch is laid out; must be one that the model can take.
         own_logits: take the logits that the model's own forward makes, for models whose head is
             not a matter of hidden states alone.
 
     Returns:
-        token_logps [P, K, 2, T] of P pairs in float32, and their mask (true at response tokens);
-        both are empty where `dimension_mask` is false.
+        token_logps [B, K, N, T] in float32, and their mask (true at response tokens); both are
+        empty where no criterion reads a response under a prompt.
     """
     causal = causal_model(unwrap(model))
     tokens_N, positions_N = batch["input_ids"][0], batch["position_ids"][0]
@@ -107,27 +104,25 @@ def response_logps(
 
     forest = laid.forest
     shape = (forest.examples, forest.prompts, forest.responses, forest.longest_response)
-    size = math.prod(shape)
-    token_logps = logps_M.new_zeros(size).index_copy(0, laid.slots_M, logps_M)
-    mask = torch.zeros(size, dtype=torch.bool, device=logps_M.device)
-    mask[laid.slots_M] = True
-    token_logps, mask = token_logps.view(shape), mask.view(shape)  # [B, K, N, T]
-    if forest.pairs is None:
-        return token_logps, mask
-    kept = batch["dimension_mask"][..., None, None]  # another pair may have the prompt kept
-    return of_pairs(token_logps, batch), of_pairs(mask, batch) & kept
+    logps_S = logps_M[laid.sources_S]
+    token_logps = logps_S.new_zeros(math.prod(shape)).index_copy(0, laid.slots_S, logps_S)
+    mask = torch.zeros(math.prod(shape), dtype=torch.bool, device=logps_S.device)
+    mask[laid.slots_S] = True
+    return token_logps.view(shape), mask.view(shape)
 
 
-def of_pairs(values_BKN: Tensor, batch: dict[str, Any]) -> Tensor:
-    """What each pair has of what each response has: [B, K, N, ...] -> [P, K, 2, ...]."""
-    places_PK2, groups_P = batch["places"], batch["groups"]
-    prompts_K = torch.arange(values_BKN.shape[1], device=values_BKN.device)
-    return values_BKN[groups_P[:, None, None], prompts_K[:, None], places_PK2]
+def causal_model(model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model inside PEFT's adapters; not inside DDP and the like."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DDP or a DeepSpeed engine."""
-    return extract_model_from_parallel(model, keep_torch_compile=False)
+    """Return the model inside torch.compile, DDP or a DeepSpeed engine."""
+    # Not transformers' or accelerate's own function: it imports DeepSpeed to look, and leaves a
+    # compiled DDP model without its DDP.
+    while inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None):
+        model = inner
+    return model
 
 
 def _own_logps(model: nn.Module, inputs: dict, laid: Layout, targets_M: Tensor) -> Tensor:
@@ -136,213 +131,4 @@ def _own_logps(model: nn.Module, inputs: dict, laid: Layout, targets_M: Tensor) 
     keep = columns_M.unique()
     logits = model(**inputs, logits_to_keep=keep).logits  # [R, len(keep), V]
     chosen = logits[rows_M, torch.searchsorted(keep, columns_M)]  # [M, V]
-    return _chunked(gather_logps, chosen, targets_M, chosen.shape[-1])
-
-
-@torch.compiler.disable
-def head_logps(causal: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities of `targets` [M] from hidden states [M, H], in float32, chunk by chunk."""
-    (head,) = causal.amopo_head
-    scale, softcap = logit_options(causal.config.get_text_config())
-    if getattr(head.forward, "__func__", None) is _linear_or_logps:
-        return head(hidden, targets=targets, scale=scale, softcap=softcap)
-
-    def logps(hidden: Tensor, targets: Tensor) -> Tensor:
-        return gather_logps(head(hidden), targets, scale=scale, softcap=softcap)
-
-    # An adapted or quantised head: its own forward, once more in the backward pass.
-    vocabulary = causal.config.get_text_config().vocab_size
-    return _chunked(logps, hidden, targets, vocabulary, in_step=True)
-
-
-def logit_options(config: Any) -> tuple[float, float | None]:
-    """What transformers' models do to the head's output: a factor, and a soft cap.
-
-    Granite divides by `logits_scaling`, HyperCLOVA X multiplies by it, Cohere by `logit_scale`,
-    Falcon-H1 by `lm_head_multiplier`; Gemma caps. Whether this is all that a model does is
-    proven at the start, see `sharing`.
-    """
-    scale = 1.0
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:
-        scale = divisor if config.model_type.startswith("hyperclovax") else 1 / divisor
-    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
-        if (factor := getattr(config, name, None)) is not None:
-            scale *= factor
-    return scale, getattr(config, "final_logit_softcapping", None)
-
-
-def gather_logps(
-    logits: Tensor, targets: Tensor, *, scale: float = 1.0, softcap: float | None = None
-) -> Tensor:
-    """log softmax of `logits` [M, V] at `targets` [M], in float32."""
-    logits = logits.float() * scale
-    if softcap:
-        logits = softcap * (logits / softcap).tanh()
-    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return chosen - logits.logsumexp(-1)
-
-
-def _chunked(
-    function: Any, values: Tensor, targets: Tensor, vocabulary: int, *, in_step: bool = False
-) -> Tensor:
-    """`function` over chunks of rows, made again in the backward pass to keep nothing of it.
-
-    With `in_step`, all processes call it equally often, on empty chunks if need be: FSDP2 and
-    ZeRO-3 gather weights at each call of a module, and wait for each other there.
-    """
-    rows = _chunk_rows(vocabulary, 2)
-    count = torch.tensor(-(-len(values) // rows), device=values.device)
-    if in_step and dist.is_initialized():
-        dist.all_reduce(count, op=dist.ReduceOp.MAX)
-    if torch.is_grad_enabled():
-        function = partial(checkpoint, function, use_reentrant=False)
-    starts = range(0, int(count) * rows, rows)
-    return torch.cat([function(values[i : i + rows], targets[i : i + rows]) for i in starts])
-
-
-def _chunk_rows(vocabulary: int, copies: int) -> int:
-    return max(1, CHUNK_BYTES // (4 * vocabulary * copies))
-
-
-def _is_plain_linear(head: nn.Module) -> bool:
-    return (
-        isinstance(head, nn.Linear)
-        and type(head).forward is nn.Linear.forward
-        and head.weight.is_floating_point()
-    )
-
-
-def _linear_or_logps(
-    self: nn.Linear,
-    hidden: Tensor,
-    *,
-    targets: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:
-    """A linear head's forward. It is called as a module, so that ZeRO-3 and FSDP2 have its weight
-    in place, in the backward pass too."""
-    if targets is None:
-        return nn.Linear.forward(self, hidden)
-    weight, bias, device = self.weight, self.bias, hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    with torch.autocast(device, enabled=False):
-        return LinearLogps.apply(hidden, weight, bias, targets, scale, softcap)
-
-
-class LinearLogps(torch.autograd.Function):
-    """log softmax(scale and cap(hidden W^T + bias)) at the targets, without the logits.
-
-    A token's log-probability depends on its own hidden state alone, so the gradient with respect
-    to that is the incoming number times a vector known in the forward pass already. With a frozen
-    head the logits are thus made once: two products with W in all, where recomputing takes three.
-    A head that is trained costs one more product where the softmax is small enough to be kept
-    (`KEPT_BYTES`), else two, over slices of the vocabulary, so that each slice of its gradient is
-    one product and no float32 copy of it is summed up.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,  # [M, H]
-        weight: Tensor,  # [V, H]
-        bias: Tensor | None,  # [V]
-        targets: Tensor,  # [M]
-        scale: float,
-        softcap: float | None,
-    ) -> Tensor:  # [M] float32
-        size = len(hidden), len(weight)
-        rows = min(_chunk_rows(size[1], 2 if softcap else 1), max(1, size[0]))
-        trained = any(ctx.needs_input_grad[1:3])
-        keep = trained and size[0] * size[1] * weight.itemsize <= KEPT_BYTES
-        kept = weight.new_empty(size) if keep else None  # softmax - 1 at the target, sloped
-        room = weight.new_empty(rows, size[1])  # made once: fresh pages cost as much as a softmax
-        logps, highest, total = (hidden.new_empty(size[0], dtype=torch.float32) for _ in range(3))
-        unit_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # of each logp
-        for start in range(0, size[0], rows):
-            chunk = slice(start, start + rows)
-            target = targets[chunk].unsqueeze(-1)
-            place = kept[chunk] if keep else room[: len(target)]
-            logits, slope = _logits(hidden[chunk], weight, bias, scale, softcap, out=place)
-            highest[chunk] = logits.amax(-1)
-            picked = logits.gather(-1, target).squeeze(-1)
-            towards = logits.sub_(highest[chunk].unsqueeze(-1)).exp_()
-            total[chunk] = towards.sum(-1)
-            logps[chunk] = picked - highest[chunk] - total[chunk].log()
-            if unit_grad is None and not keep:
-                continue
-            towards.div_(total[chunk].unsqueeze(-1))
-            towards.scatter_add_(-1, target, towards.new_full(target.shape, -1.0))
-            if slope is not None:
-                towards.mul_(slope)
-            if towards is not place:
-                towards = place.copy_(towards)  # in the weight's dtype
-            if unit_grad is not None:
-                torch.mm(towards, weight, out=unit_grad[chunk])
-        if unit_grad is not None:
-            unit_grad *= -scale
-        ctx.save_for_backward(hidden, weight, bias, targets, unit_grad, kept, highest, total)
-        ctx.options = scale, softcap
-        return logps
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, unit_grad, kept, highest, total = ctx.saved_tensors
-        scale, softcap = ctx.options
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        factor = -scale * grad.unsqueeze(-1)  # [M, 1]
-        grad_hidden = (grad.unsqueeze(-1) * unit_grad).to(hidden.dtype) if wants_hidden else None
-        grad_weight = grad_bias = None
-        if kept is not None:
-            if wants_weight:
-                grad_weight = torch.mm(kept.t(), (factor * hidden).to(weight.dtype))
-            if wants_bias:
-                grad_bias = torch.mm(kept.t(), factor.to(weight.dtype)).squeeze(-1)
-        elif wants_weight or wants_bias:
-            grad_weight = torch.empty_like(weight) if wants_weight else None
-            grad_bias = torch.empty_like(bias) if wants_bias else None
-            columns = min(_chunk_rows(max(1, len(hidden)), 2 if softcap else 1), len(weight))
-            room = weight.new_empty(len(hidden) * columns)
-            for start in range(0, len(weight), columns):
-                chunk = slice(start, start + columns)
-                part = None if bias is None else bias[chunk]
-                place = room[: len(hidden) * len(weight[chunk])].view(-1, len(weight[chunk]))
-                logits, slope = _logits(hidden, weight[chunk], part, scale, softcap, out=place)
-                towards = logits.sub_(highest.unsqueeze(-1)).exp_()
-                towards.mul_(factor / total.unsqueeze(-1))
-                inside = (targets >= start) & (targets < start + columns)
-                (rows,) = inside.nonzero(as_tuple=True)
-                towards[rows, targets[rows] - start] -= factor[rows, 0]
-                if slope is not None:
-                    towards.mul_(slope)
-                if grad_weight is not None:
-                    torch.mm(towards.to(weight.dtype).t(), hidden, out=grad_weight[chunk])
-                if grad_bias is not None:
-                    grad_bias[chunk] = towards.sum(0)
-                del logits, towards, slope  # before the next slice's are made
-        return grad_hidden, grad_weight, grad_bias, None, None, None
-
-
-def _logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Final logits in float32 (in `out`, if that is), and their derivative under a cap."""
-    logits = torch.mm(hidden, weight.t(), out=out)
-    if bias is not None:
-        logits += bias
-    logits = logits.float()
-    if scale != 1.0:
-        logits *= scale
-    if not softcap:
-        return logits, None
-    bent = logits.div_(softcap).tanh_()
-    slope = bent.square().neg_().add_(1)
-    return bent.mul_(softcap), slope
+    return chunked(gather_logps, chosen, targets_M, chosen.shape[-1])

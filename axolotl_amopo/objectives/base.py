@@ -83,7 +83,9 @@ class Responses(NamedTuple):
 
     def comparisons_per_example(self) -> Tensor:
         """Return [B], how many comparisons each example has."""
-        return self.comparisons[:, 0].bincount(minlength=len(self.logps))
+        examples = self.comparisons[:, 0]
+        # Not bincount, for which a GPU has to be waited for.
+        return examples.new_zeros(len(self.logps)).index_add(0, examples, torch.ones_like(examples))
 
 
 class Outcome(NamedTuple):
@@ -136,12 +138,11 @@ def example_losses(outcome: Outcome, responses: Responses) -> Tensor:
     The weighted sum over criteria, the mean over an example's comparisons, plus the terms.
     """
     per_comparison = (outcome.weights * outcome.losses).sum(-1)  # [P]
-    counts = responses.comparisons_per_example()
     losses = per_comparison
-    if len(counts) != len(per_comparison) or (counts > 1).any():
-        sums = per_comparison.new_zeros(len(counts))
+    if len(losses) != len(responses.logps):  # an example has at least one
+        sums = losses.new_zeros(len(responses.logps))
         sums = sums.index_add(0, responses.comparisons[:, 0], per_comparison)
-        losses = sums / counts.clamp(min=1)
+        losses = sums / responses.comparisons_per_example()
     for term in outcome.terms.values():
         losses = losses + term
     return losses

@@ -23,8 +23,8 @@ from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from axolotl_amopo.config import instructions
+from axolotl_amopo.data.prompts import Place, instructed
 from axolotl_amopo.data.rows import Message
-from axolotl_amopo.data.tokenizer import Place, instructed
 from axolotl_amopo.errors import AMoPOError, did_you_mean
 
 if TYPE_CHECKING:  # takes half a minute to import
@@ -94,7 +94,7 @@ class Steering(BaseModel):
         usual = (instructions.DEFAULT_INSTRUCTION, instructions.DEFAULT_OVERALL_INSTRUCTION)
         own, overall = (u if g is None else g for g, u in zip(given, usual, strict=True))
         return cls(
-            prompts=config.prompt_names,
+            prompts=config.criteria,
             dimensions=[
                 SteeredDimension(
                     name=dimension.name,

@@ -20,7 +20,7 @@ from typing import Any
 from axolotl.utils.logging import get_logger
 from transformers import TrainerCallback
 
-from axolotl_amopo.data.tokenizer import PairTokens
+from axolotl_amopo.example import Example
 from axolotl_amopo.training.run_log import append
 from axolotl_amopo.training.trackers import Trackers, in_line, markdown_table
 
@@ -28,7 +28,7 @@ LOG = get_logger(__name__)
 
 FILE = "amopo_eval_table.jsonl"
 NAME = "amopo_examples"  # of the table, in trackers
-SHOWN = ("margin", "weight", "prob", "accuracy")  # of metrics.PER_PROMPT
+SHOWN = ("margin", "weight", "prob", "accuracy")  # of metrics.PER_CRITERION
 LONGEST = 1000  # characters of a text
 
 
@@ -51,7 +51,7 @@ class EvalTable(TrainerCallback):
         self.path = Path(args.output_dir) / FILE
         tokenizer = self.trainer.processing_class
         self.examples = [
-            (row["example_id"], describe(row, config.prompt_names, tokenizer))
+            (row["example_id"], describe(row, config.criteria, tokenizer))
             for row in dataset.select(range(min(config.eval_table, len(dataset))))
         ]
 
@@ -67,7 +67,7 @@ class EvalTable(TrainerCallback):
             for row in rows:
                 append(self.path, row)
             texts = [row | {"responses": "\n\n".join(numbered(row["responses"]))} for row in rows]
-            markdown = as_markdown(rows, self.trainer.amopo.prompt_names)
+            markdown = as_markdown(rows, self.trainer.amopo.criteria)
             self.trackers.table(NAME, texts, state.global_step, markdown)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -75,48 +75,42 @@ class EvalTable(TrainerCallback):
 
     def _numbers(self) -> list[dict[str, float | None]]:
         """Each example's numbers by column; null where it was not evaluated."""
-        evaluated = self.trainer.evaluated
-        # By id, for the evaluation may take the rows in another order.
-        places = {id_: i for i, id_ in enumerate(evaluated.label_ids.tolist())}
-        names = self.trainer.metric_names
-        columns = {
-            f"{prompt}/{metric}": names.index(f"amopo/{prompt}/{metric}")
-            for metric in SHOWN
-            for prompt in self.trainer.amopo.prompt_names
-        }
-        nothing = [math.nan] * len(names)
         made = []
         for id_, _ in self.examples:
-            found = evaluated.predictions[places[id_]].tolist() if id_ in places else nothing
-            values = {name: found[column] for name, column in columns.items()}
+            found = self.trainer.evaluated.get(id_, {})
+            values = {
+                f"{name}/{metric}": found.get(f"amopo/{name}/{metric}", math.nan)
+                for metric in SHOWN
+                for name in self.trainer.amopo.criteria
+            }
             made.append({n: v if math.isfinite(v) else None for n, v in values.items()})
         return made
 
 
-def describe(row: dict[str, Any], prompt_names: list[str], tokenizer: Any) -> dict[str, Any]:
-    """A prepared row's texts, shortened, and who should win under each prompt.
+def describe(row: dict[str, Any], criteria: list[str], tokenizer: Any) -> dict[str, Any]:
+    """Return a prepared row's texts, shortened, and who should win by each criterion.
 
-    The prompt is the first of the K, with its instruction.
+    The prompt is the first criterion's, with its instruction.
     """
-    pairs = PairTokens(row["prompt_ids"], row["response_ids"], row["winners"]).pairs()
+    example = Example.from_row(row)
     numbers: dict[tuple[int, ...], int] = {}
-    for ids in row["response_ids"]:
+    for ids in example.responses:
         numbers.setdefault(tuple(ids), len(numbers) + 1)
     winners = {}
-    for k, name in enumerate(prompt_names):
+    for c, name in enumerate(criteria):
         wins = []
-        for p, pair in enumerate(pairs):
-            if row["dimension_mask"][p * len(prompt_names) + k]:
-                winner = pair.winners[k]
-                sides = (pair.responses[side] for side in (winner, 1 - winner))
-                wins.append(">".join(str(numbers[tuple(ids)]) for ids in sides))
+        for p, signs in enumerate(example.signs):
+            if signs[c]:
+                places = example.winner_first(p, c)
+                ids = (example.responses[response] for _, response in places)
+                wins.append(">".join(str(numbers[tuple(one)]) for one in ids))
         winners[f"{name}/winner"] = ", ".join(wins) or None
 
     def text(ids: Any) -> str:
         return shortened(tokenizer.decode(ids, skip_special_tokens=True).strip())
 
     return {
-        "prompt": text(row["prompt_ids"][0]),
+        "prompt": text(example.prompts[example.winner_first(0, 0)[0][0]]),
         "responses": [text(list(ids)) for ids in numbers],
     } | winners
 
@@ -130,7 +124,7 @@ def numbered(texts: list[str]) -> list[str]:
     return [f"{i}: {text}" for i, text in enumerate(texts, start=1)]
 
 
-def as_markdown(rows: list[dict[str, Any]], prompt_names: list[str]) -> str:
+def as_markdown(rows: list[dict[str, Any]], criteria: list[str]) -> str:
     """An example after the other: its texts, then a line of numbers for each prompt."""
     parts = []
     for row in rows:
@@ -138,7 +132,7 @@ def as_markdown(rows: list[dict[str, Any]], prompt_names: list[str]) -> str:
         parts += map(in_line, numbered(row["responses"]))
         numbers = [
             {"prompt": name} | {what: row[f"{name}/{what}"] for what in ("winner", *SHOWN)}
-            for name in prompt_names
+            for name in criteria
         ]
         parts.append(markdown_table(numbers))
     return "\n\n".join(parts)

@@ -1,7 +1,8 @@
-"""What is logged: one number an example and metric, then means over examples.
+"""What is logged: one number per example and metric, then means over examples.
 
-Names are stable. For every prompt (`overall` and each dimension) `amopo/<prompt>/<metric>`, and
-over the prompts of an example `rewards/...` and `logps/...`, named as in TRL.
+Names are stable. For every criterion (`overall` and each dimension) `amopo/<criterion>/<metric>`,
+and over the criteria of an example `rewards/...` and `logps/...`, named as in TRL. Rewards are the
+objective's implicit ones, so margins and accuracies mean the same for every objective.
 """
 
 from collections.abc import Callable
@@ -9,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from axolotl_amopo.loss import AMoPOLoss
+from axolotl_amopo.objectives.base import Outcome, Responses, example_losses, response_stats
 
-PER_PROMPT = (
-    "loss",  # -log sigmoid(margin - gamma)
+PER_CRITERION = (
+    "loss",  # of the criterion's pair
     "margin",  # reward chosen - reward rejected
     "accuracy",  # share of pairs with the chosen response's reward above the rejected one's
     "weight",  # share of the pair's loss
@@ -22,102 +23,101 @@ PER_PROMPT = (
 )
 # Logged with its standard deviation over the examples too, as `weight_std`.
 SPREAD = "weight"
-TOTALS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "rewards/longer_wins",  # share of pairs whose longer response has the higher reward
-    "logps/chosen",  # mean log-probability per token
-    "logps/rejected",
-)
 
 
-def metric_names(prompt_names: list[str]) -> list[str]:
-    """Names of `example_metrics`' columns, the first of which is the example's loss."""
+def example_metrics(
+    outcome: Outcome, responses: Responses, criteria: list[str]
+) -> dict[str, Tensor]:
+    """Return every metric of every example, the example's loss first.
+
+    Args:
+        outcome: of an objective.
+        responses: that the objective was given.
+        criteria: names of the C criteria.
+
+    Returns:
+        By name [B] float32; NaN where no criterion says anything, or where the model's outputs are
+        NaN. Of an example with several comparisons, the mean over them.
+    """
+    stats = response_stats(responses.logps.detach(), responses.mask)  # [B, K, N]
+    first = responses.winner_first
+    chosen, rejected = first(outcome.rewards.detach()).unbind(-1)  # [P, C]
+    logps, tokens = first(stats.avg_logp), first(stats.tokens)  # [P, C, 2]
+    margins = chosen - rejected
+    longer = (tokens[..., 0] - tokens[..., 1]).sign()  # [P, C] 0 where they are equally long
+    accuracies = _share(margins > 0, margins.isnan())
+    said = (responses.signs != 0) & (responses.per_comparison(responses.counts) > 0).unsqueeze(-1)
+
+    def known(values: Tensor) -> Tensor:
+        return values.detach().masked_fill(~said, torch.nan)
+
+    values = (
+        outcome.losses,
+        margins,
+        accuracies,
+        outcome.weights,
+        first(stats.prob_mean).mean(-1),
+        chosen,
+        rejected,
+    )
+    by_criterion = dict(zip(PER_CRITERION, values, strict=True))
+    totals = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": margins,
+        "rewards/accuracies": accuracies,
+        # Share of pairs whose longer response has the higher reward.
+        "rewards/longer_wins": _share(margins * longer > 0, (longer == 0) | margins.isnan()),
+        "logps/chosen": logps[..., 0],  # mean log-probability per token
+        "logps/rejected": logps[..., 1],
+    }
+    per_comparison = {
+        f"amopo/{name}/{metric}": known(values)[:, c]
+        for c, name in enumerate(criteria)
+        for metric, values in by_criterion.items()
+    } | {name: known(values).nanmean(-1) for name, values in totals.items()}
+    columns = torch.stack(list(per_comparison.values()), dim=-1).float()  # [P, M]
+    means = _means_over_comparisons(columns, responses).unbind(-1)
+    terms = {f"terms/{name}": term for name, term in outcome.terms.items()}
     return (
-        ["loss"]
-        + [f"amopo/{name}/{metric}" for name in prompt_names for metric in PER_PROMPT]
-        + [*TOTALS]
+        {"loss": example_losses(outcome, responses).detach().float()}
+        | dict(zip(per_comparison, means, strict=True))
+        | {name: term.detach().float() for name, term in terms.items()}
     )
 
 
-def example_metrics(result: AMoPOLoss, dimension_mask: Tensor) -> Tensor:
-    """Every metric of every example.
-
-    Args:
-        result: of a batch of B examples and K prompts.
-        dimension_mask: [B, K] bool.
-
-    Returns:
-        [B, 1 + M] float32, the example's loss first; NaN where a dimension is masked, or where
-        the model's outputs are.
-    """
-    margins = result.rewards_chosen - result.rewards_rejected  # [B, K]
-    accuracies = (margins > 0).float().masked_fill(margins.isnan(), torch.nan)
-    per_prompt = torch.stack(
-        [
-            result.pair_losses,
-            margins,
-            accuracies,
-            result.weights,
-            result.stats.prob_mean.mean(-1),
-            result.rewards_chosen,
-            result.rewards_rejected,
-        ],
-        dim=-1,
-    )  # [B, K, len(PER_PROMPT)]
-    hidden = ~dimension_mask.bool()
-    per_prompt = per_prompt.masked_fill(hidden.unsqueeze(-1), torch.nan)
-    logps, tokens = result.stats.avg_logp, result.stats.tokens  # [B, K, 2]
-    longer = (tokens[..., 0] - tokens[..., 1]).sign()  # [B, K] 0 where they are equally long
-    unknown = (longer == 0) | margins.isnan()
-    longer_wins = (margins * longer > 0).float().masked_fill(unknown, torch.nan)
-    totals = torch.stack(
-        [
-            value.masked_fill(hidden, torch.nan).nanmean(-1)
-            for value in (
-                result.rewards_chosen,
-                result.rewards_rejected,
-                margins,
-                accuracies,
-                longer_wins,
-                logps[..., 0],
-                logps[..., 1],
-            )
-        ],
-        dim=-1,
-    )  # [B, len(TOTALS)]
-    losses = (result.weights * result.pair_losses).sum(-1, keepdim=True)
-    return torch.cat([losses, per_prompt.flatten(1), totals], dim=-1).detach().float()
+def _share(happened: Tensor, unknown: Tensor) -> Tensor:
+    return happened.float().masked_fill(unknown, torch.nan)
 
 
-def group_means(values: Tensor, groups: Tensor) -> Tensor:
-    """[P, 1 + M] values of pairs -> [B, 1 + M] means over each group's that are not NaN."""
-    found = ~values.isnan()
-    shape = int(groups[-1]) + 1, values.shape[1]
-    sums = values.new_zeros(shape).index_add(0, groups, values.nan_to_num())
-    return sums / values.new_zeros(shape).index_add(0, groups, found.to(values))
+def _means_over_comparisons(values: Tensor, responses: Responses) -> Tensor:
+    """Return [B, M] means of each example's values [P, M] that are not NaN."""
+    examples, found = responses.comparisons[:, 0], ~values.isnan()
+    empty = values.new_zeros(len(responses.logps), values.shape[1])
+    sums = empty.index_add(0, examples, values.nan_to_num())
+    return sums / empty.index_add(0, examples, found.to(values))
 
 
 class Means:
     """Sums of metrics on the device, reduced over ranks only when they are read."""
 
-    def __init__(self, names: list[str]):
-        self.names = names
-        self.sums: Tensor | None = None  # [3, 1 + M] of values, of squares, and how many
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] = ()
+        self.sums: Tensor | None = None  # [3, M] of values, of squares, and how many
 
-    def add(self, values: Tensor) -> None:
-        """Add [B, 1 + M] values; NaN don't count."""
-        found = values.isfinite()
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add [B] values of each metric, the same metrics each time; NaN don't count."""
+        self.names = tuple(values)
+        columns = torch.stack(list(values.values()), dim=-1)  # [B, M]
+        found = columns.isfinite()
         # In 32 bits the spread of equal weights would be 1e-4, for their squares cancel.
-        wide = torch.float32 if values.device.type == "mps" else torch.float64
-        values = values.masked_fill(~found, 0.0).to(wide)
-        sums = torch.stack([values.sum(0), values.square().sum(0), found.sum(0).to(values)])
+        wide = torch.float32 if columns.device.type == "mps" else torch.float64
+        columns = columns.masked_fill(~found, 0.0).to(wide)
+        sums = torch.stack([columns.sum(0), columns.square().sum(0), found.sum(0).to(columns)])
         self.sums = sums if self.sums is None else self.sums + sums
 
     def take(self, reduce_sum: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
-        """The means so far over all ranks, of metrics that had a value; starts anew.
+        """Return the means so far over all ranks, of metrics that had a value; start anew.
 
         One collective call, whatever this rank has seen, if every rank has called `add`.
         """

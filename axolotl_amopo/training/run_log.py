@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 import axolotl_amopo
 from axolotl_amopo.config.block import INTERNAL, AMoPOConfig
+from axolotl_amopo.config.through_axolotl import stamped
 from axolotl_amopo.training.runs import LOG as FILE
 from axolotl_amopo.training.sampler import pairs_in
 
@@ -85,7 +86,7 @@ def describe_run(
     return {
         "model": cfg.base_model,
         "adapter": cfg.adapter,
-        "prompts": config.prompt_names,
+        "prompts": config.criteria,
         "amopo": config.model_dump(mode="json", exclude=INTERNAL),
         "rl_beta": cfg.rl_beta,
         "train_pairs": pairs_in(train),
@@ -98,16 +99,3 @@ def describe_run(
         | {name: version(name) for name in VERSIONS_OF},
         "config": path.read_text(encoding="utf-8") if path.is_file() else None,
     }
-
-
-def stamp(dataset: Dataset, facts: dict[str, Any]) -> Dataset:
-    """Let a dataset carry facts about its making through axolotl's merging, splitting and cache."""
-    dataset.info.description = json.dumps(facts)
-    return dataset
-
-
-def stamped(dataset: Dataset) -> list[dict[str, Any]]:
-    """The facts of all that a dataset was merged from."""
-    # `datasets` joins the descriptions of what it merges so; JSON has no empty line of its own.
-    texts = (dataset.info.description or "").split("\n\n")
-    return [json.loads(text) for text in texts if text.startswith("{")]

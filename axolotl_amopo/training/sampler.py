@@ -62,38 +62,35 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 def row_lengths(dataset: Dataset) -> np.ndarray:
-    """Tokens of every prepared row: its prompts once each, its responses under every prompt.
-
-    Of a group as many as its pairs have; some of them are shared.
-    """
-    columns = dataset.select_columns(["prompt_ids", "response_ids", "winners"])
+    """Return the tokens of every prepared row: its prompts once each, its responses under every
+    prompt."""
+    columns = dataset.select_columns(["prompt_ids", "response_ids", "follows"])
     lengths = [
         _sums(table["prompt_ids"])
-        + _sums(table["response_ids"])
-        * (2 * _items(table["winners"]) // _items(table["response_ids"]))
+        + _sums(table["response_ids"]) * (_items(table["follows"]) // _items(table["response_ids"]))
         for table in columns.with_format("arrow").iter(batch_size=10_000)
     ]
     return np.concatenate(lengths)
 
 
 def row_items(dataset: Dataset, column: str) -> np.ndarray:
-    """Items of every row in a column of lists."""
+    """Return the items of every row in a column of lists."""
     tables = dataset.select_columns([column]).with_format("arrow").iter(batch_size=10_000)
     return np.concatenate([_items(table[column]) for table in tables])
 
 
 def pairs_in(dataset: Dataset) -> int:
-    """How many pairs the examples of a dataset have in all."""
-    return int(row_items(dataset, "response_ids").sum()) // 2
+    """Return how many pairs the examples of a dataset have in all."""
+    return int(row_items(dataset, "comparisons").sum()) // 2
 
 
 def _items(lists: pa.ChunkedArray) -> np.ndarray:
-    """Items in each row of a column of lists."""
+    """Return the items in each row of a column of lists."""
     return pc.list_value_length(lists).to_numpy()
 
 
 def _sums(lists: pa.ChunkedArray) -> np.ndarray:
-    """Items in each row of a column of lists of lists."""
+    """Return the items in each row of a column of lists of lists."""
     totals = np.concatenate([[0], _items(pc.list_flatten(lists)).cumsum()])
     ends = _items(lists).cumsum()
     return totals[ends] - totals[ends - _items(lists)]

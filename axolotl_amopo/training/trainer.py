@@ -1,6 +1,6 @@
-"""AMoPOTrainer: axolotl's trainer with the AMoPO loss, its metrics, a deterministic evaluation."""
+"""AMoPOTrainer: axolotl's trainer with an objective, its metrics, a deterministic evaluation."""
 
-import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, override
 
@@ -13,25 +13,34 @@ from torch.utils.data import Sampler
 from transformers import EvalPrediction
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from axolotl_amopo.config.block import AMoPOConfig
-from axolotl_amopo.errors import AMoPOError
-from axolotl_amopo.loss import AMoPOLoss, amopo_loss
+from axolotl_amopo.config.block import AMoPOConfig, read_block
+from axolotl_amopo.config.through_axolotl import stamped
+from axolotl_amopo.errors import AMoPOError, ConfigError
+from axolotl_amopo.model.batch import responses
 from axolotl_amopo.model.choose import Choice, choose_layout
-from axolotl_amopo.model.forward import of_pairs, prepare_model, response_logps
+from axolotl_amopo.model.forward import response_logps, teach
+from axolotl_amopo.objectives import Draw, Objective, Outcome, Responses, example_losses
 from axolotl_amopo.steering.steering import Steering
 from axolotl_amopo.training.card import FILE as CARD
 from axolotl_amopo.training.card import is_somebodys, write_card
 from axolotl_amopo.training.checkpoints import Checkpoints, Run
-from axolotl_amopo.training.metrics import Means, example_metrics, group_means, metric_names
-from axolotl_amopo.training.run_log import stamped
+from axolotl_amopo.training.metrics import Means, example_metrics
 from axolotl_amopo.training.sampler import GROUPED_PASSES, LengthGroupedSampler, row_lengths
+from axolotl_amopo.training.sharing import log_choice
 
 LOG = get_logger(__name__)
 
 
+# What an objective may need beside log-probabilities, and is given here.
+SUPPLIED = {"ratings", "points", "weights"}
+
+
 class AMoPOTrainer(AxolotlTrainer):
-    """Trains on pairs under K prompts. `configure` must be called before it is used; axolotl's
-    builder does so through `post_set_axolotl_cfg`."""
+    """Trains a model with an objective on compared responses.
+
+    `configure` must be called before it is used; axolotl's builder does so through
+    `post_set_axolotl_cfg`.
+    """
 
     tag_names: ClassVar = ["axolotl", "amopo"]
     # exp(loss) of a preference loss is not a perplexity.
@@ -48,10 +57,13 @@ class AMoPOTrainer(AxolotlTrainer):
         # padded the last batch, and hands them here.
         self.compute_metrics = self._mean_metrics
         # Before accelerate wraps the forward in autocast and the model in DDP and the like.
-        prepare_model(self.accelerator.unwrap_model(self.model))
+        teach(self.accelerator.unwrap_model(self.model))
         self._choice: Choice | None = None
-        # With `amopo.eval_table`, the last evaluation's metrics [N, 1 + M] and example ids [N].
-        self.evaluated: EvalPrediction | None = None
+        self._means = Means()
+        # Of the columns that an evaluation gathers.
+        self._metric_names: tuple[str, ...] = ()
+        # With `amopo.eval_table`, the last evaluation's metrics by example id.
+        self.evaluated: dict[int, dict[str, float]] = {}
 
     @classmethod
     @override
@@ -63,18 +75,26 @@ class AMoPOTrainer(AxolotlTrainer):
         cfg = self.axolotl_cfg
         # Before axolotl writes the checkpoint that it finds by itself into the same key.
         self._auto_resume = cfg.auto_resume_from_checkpoints and not cfg.resume_from_checkpoint
-        self.configure(AMoPOConfig.model_validate(cfg.amopo.to_dict()), cfg.rl_beta)
+        self.configure(read_block(cfg), cfg.rl_beta)
 
     def configure(self, config: AMoPOConfig, beta: float) -> None:
-        """Set the method's parameters: the `amopo:` block and `rl_beta`."""
+        """Set what is trained: the `amopo:` block and `rl_beta`.
+
+        Raises:
+            ConfigError: for an objective that needs what nothing here supplies.
+        """
         self.amopo = config
         self.beta = beta
-        self.metric_names = metric_names(config.prompt_names)
-        self._means = Means(self.metric_names)
+        self.objective: Objective = config.make_objective(beta)
+        if lacking := self.objective.needs - SUPPLIED:
+            raise ConfigError(
+                f"amopo.objective: {config.objective} needs {', '.join(sorted(lacking))}, which "
+                "this version does not supply; choose another objective."
+            )
 
     @property
     def steering(self) -> Steering | None:
-        """What the saved model can be asked for; None where the data don't say their scales."""
+        """Return what the saved model can be asked for; None where no data says its scales."""
         facts = stamped(self.train_dataset)
         if not facts:
             return None
@@ -84,12 +104,12 @@ class AMoPOTrainer(AxolotlTrainer):
 
     @property
     def data_seed(self) -> int:
-        """Of the order of the rows and of the weights' draws."""
+        """Return the seed of the order of the rows and of an objective's draws."""
         return self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
     @override
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """As the base class, from a checkpoint that is known to be complete.
+        """Train as the base class does, from a checkpoint that is known to be complete.
 
         Raises:
             AMoPOError: where the checkpoint named in the config is damaged, or this run can't go
@@ -110,7 +130,7 @@ class AMoPOTrainer(AxolotlTrainer):
 
     @override
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As the base class, before which a card of the user's own is left alone; then ours."""
+        """Write the model card, unless there is one of the user's own."""
         if not self.is_world_process_zero():
             return
         if is_somebodys(Path(self.args.output_dir)):
@@ -175,8 +195,13 @@ class AMoPOTrainer(AxolotlTrainer):
         parent._save(output_dir, state_dict=state_dict)
         self._save_steering(output_dir or self.args.output_dir)
 
-    def amopo_forward(self, model: nn.Module, inputs: dict[str, Any]) -> AMoPOLoss:
-        """The loss of a batch; evaluation takes the means instead of draws."""
+    def forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Responses, Outcome]:
+        """Return a batch's log-probabilities, and what the objective makes of them.
+
+        Args:
+            model: as the trainer wraps it. In evaluation mode nothing is drawn.
+            inputs: of the collator.
+        """
         config = self.amopo
         if self._choice is None:  # at the first batch, when the model is wrapped as it will be
             self._choice = choose_layout(
@@ -187,32 +212,17 @@ class AMoPOTrainer(AxolotlTrainer):
                 half_precision=self.accelerator.mixed_precision != "no",
                 compiled=self.args.torch_compile,
             )
-        layout, own_logits = self._choice
-        token_logps, mask = response_logps(model, inputs, layout, own_logits=own_logits)
-        noise = static = None
-        weighting = config.weighting
-        if weighting == "gaussian":
-            if model.training:
-                ids, forest = inputs["example_ids"], inputs["forest"]
-                seed, step = self.data_seed, self.state.global_step
-                noise = draw_noise(ids, forest.prompts, seed, step, forest.responses_by_example())
-                if forest.pairs is not None:  # the same in all pairs of a response
-                    noise = of_pairs(noise, inputs)
-            else:
-                weighting = "mean"
-        if weighting == "static":
-            static = token_logps.new_tensor([config.weights[name] for name in config.prompt_names])
-        return amopo_loss(
-            token_logps,
-            mask,
-            beta=self.beta,
-            gamma=config.gamma,
-            weighting=weighting,
-            static_weights=static,
-            noise=noise,
-            dimension_mask=inputs["dimension_mask"],
-            pair_weights=pair_weights(inputs),
+            log_choice(self._choice)
+        logps, mask = response_logps(
+            model, inputs, self._choice.layout, own_logits=self._choice.own_logits
         )
+        weights = None
+        if config.weights is not None:
+            listed = logps.new_tensor([config.weights[name] for name in config.criteria])
+            weights = listed.expand(len(logps), -1)  # [B, C]
+        given = responses(inputs, logps, mask, weights=weights)
+        draw = Draw(self.data_seed, self.state.global_step) if model.training else None
+        return given, self.objective(given, draw)
 
     @override
     def compute_loss(
@@ -224,18 +234,16 @@ class AMoPOTrainer(AxolotlTrainer):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         if self.args.include_tkps and model.training:
             self._accumulate_token_counts(inputs)
-        result = self.amopo_forward(model, inputs)
-        values = example_metrics(result, inputs["dimension_mask"])  # [P, 1 + M]
-        if inputs["forest"].pairs is not None:
-            values = group_means(values, inputs["groups"])  # [B, 1 + M]
-        loss = result.loss
+        given, outcome = self.forward(model, inputs)
+        values = example_metrics(outcome, given, self.amopo.criteria)
+        loss = (example_losses(outcome, given) * given.counts).mean()
         if model.training:
             self._means.add(values)
             if num_items_in_batch is not None:
                 # Data-parallel ranks average their gradients, so each scales its share up.
-                share = len(values) * self.args.world_size / num_items_in_batch
+                share = len(given.logps) * self.args.world_size / num_items_in_batch
                 loss = loss * share
-        return (loss, {"values": values}) if return_outputs else loss
+        return (loss, values) if return_outputs else loss
 
     @override
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -252,25 +260,24 @@ class AMoPOTrainer(AxolotlTrainer):
         )
 
     @override
-    def _get_num_items_in_batch(
-        self, batch_samples: list[dict[str, Any]], device: torch.device
-    ) -> Tensor:
-        """Examples of an optimizer step, over its micro batches and all ranks.
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor]:
+        """Return the micro batches of an optimizer step, and how many examples all ranks have.
 
         Where an epoch's rows don't fill its last pass, accelerate pads the pass with rows from the
-        epoch's beginning. They are masked here, so that they count for nothing.
+        epoch's beginning. They get a count of 0, so that they count for nothing.
         """
-        examples = sum(len(batch["example_ids"]) for batch in batch_samples)
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         args, ended = self.args, self.accelerator.gradient_state.end_of_dataloader
-        if ended and args.world_size > 1 and not args.dataloader_drop_last:
-            last = batch_samples[-1]
-            rows = len(last["example_ids"])  # B of each rank make a pass
-            left = (len(self.train_dataset) - 1) % (rows * args.world_size) + 1
-            own = min(max(left - args.process_index * rows, 0), rows)
-            last["dimension_mask"][last["groups"] >= own] = False
-            examples -= rows - own
-        count = torch.tensor(examples, device=device, dtype=torch.float32)
-        return self.accelerator.reduce(count, reduction="sum")
+        if batches and ended and args.world_size > 1 and not args.dataloader_drop_last:
+            counts = batches[-1]["counts"]  # [B], and B of each rank make a pass
+            left = (len(self.train_dataset) - 1) % (len(counts) * args.world_size) + 1
+            own = min(max(left - args.process_index * len(counts), 0), len(counts))
+            places = torch.arange(len(counts), device=counts.device)
+            batches[-1]["counts"] = (places < own).to(counts)
+        count = sum((batch["counts"].sum() for batch in batches), torch.zeros(()))
+        return batches, self.accelerator.reduce(count.to(device), reduction="sum")
 
     @override
     def prediction_step(
@@ -282,15 +289,25 @@ class AMoPOTrainer(AxolotlTrainer):
     ) -> tuple[None, Tensor, Tensor]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            _, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            _, values = self.compute_loss(model, inputs, return_outputs=True)
+        # One tensor, for the loop gathers tensors over ranks one by one.
+        self._metric_names = tuple(values)
+        columns = torch.stack(list(values.values()), dim=-1)  # [B, M]
         # The loop would take a batch's loss for that of each of its examples, and so count in what
         # pads the last one. It only computes metrics where there are labels.
-        return None, outputs["values"], inputs["example_ids"]
+        return None, columns, inputs["example_ids"]
 
     def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        self.evaluated = prediction if self.amopo.eval_table else None
-        means = Means(self.metric_names)
-        means.add(torch.from_numpy(prediction.predictions))  # [N, 1 + M]
+        columns = torch.from_numpy(prediction.predictions).unbind(-1)  # M of [examples]
+        values = dict(zip(self._metric_names, columns, strict=True))
+        if self.amopo.eval_table:
+            rows = zip(*(column.tolist() for column in columns), strict=True)
+            self.evaluated = {
+                example: dict(zip(values, row, strict=True))
+                for example, row in zip(prediction.label_ids.tolist(), rows, strict=True)
+            }
+        means = Means()
+        means.add(values)
         return means.take()
 
     @override
@@ -299,35 +316,3 @@ class AMoPOTrainer(AxolotlTrainer):
             means = self._means.take(lambda sums: self.accelerator.reduce(sums, reduction="sum"))
             logs |= {name: mean for name, mean in means.items() if name != "loss"}
         super().log(logs, start_time)
-
-
-def draw_noise(
-    example_ids: Tensor, prompts: int, seed: int, step: int, responses: list[int] | None = None
-) -> Tensor:
-    """Standard normal draws that depend on the run's seed, the step and the example alone.
-
-    So a resumed run goes on with the same draws, and neither the micro batch size nor the number
-    of processes changes them.
-
-    Args:
-        example_ids: [B].
-        responses: [B] how many each example has, by default two.
-
-    Returns:
-        [B, prompts, N] float32 on the device of `example_ids`, N the most responses.
-    """
-    responses = responses or [2] * len(example_ids)
-    draws = torch.zeros(len(responses), prompts, max(responses))
-    for row, example, count in zip(draws, example_ids.tolist(), responses, strict=True):
-        key = hashlib.blake2b(f"{seed} {step} {example}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
-        row[:, :count] = torch.randn(prompts, count, generator=generator)
-    return draws.to(example_ids.device)
-
-
-def pair_weights(batch: dict[str, Any]) -> Tensor | None:
-    """[P] that let the pairs of a group weigh as much as one pair; None where there are none."""
-    if batch["forest"].pairs is None:
-        return None
-    counts_B = batch["groups"].bincount()
-    return 1 / (counts_B[batch["groups"]] * len(counts_B))

@@ -6,7 +6,6 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -17,10 +16,11 @@ from axolotl.loaders import load_tokenizer
 from axolotl.utils.data import prepare_datasets
 
 from axolotl_amopo.data.examples import TOO_LONG
-from axolotl_amopo.data.format import AMoPOStrategy, Preparation
-from axolotl_amopo.data.pairing import Pair, PairRule, normalised
-from axolotl_amopo.data.rows import RatedPrompt
+from axolotl_amopo.data.pairing import Pair
+from axolotl_amopo.data.pipeline import Preparation, watch_preparations
+from axolotl_amopo.data.prompts import instruction_of
 from axolotl_amopo.errors import ConfigError
+from axolotl_amopo.example import Example
 from axolotl_amopo.training.sampler import pairs_in, row_items
 
 # More different ratings than this are counted in so many steps of the scale.
@@ -49,7 +49,7 @@ class Seen:
 
 
 @dataclass
-class Example:
+class ShownExample:
     """A pair, as the model sees it."""
 
     where: str
@@ -85,7 +85,7 @@ class Entry:
     too_long: int
     repeated_prompts: int  # prompts that stand in more than one row (of formats with all in a row)
     repeated_pairs: int
-    examples: list[Example] = field(default_factory=list)
+    examples: list[ShownExample] = field(default_factory=list)
 
 
 @dataclass
@@ -106,17 +106,6 @@ class Report:
         return asdict(self)
 
 
-@contextmanager
-def watched() -> Iterator[list[Preparation]]:
-    """The preparations that happen inside, in order."""
-    seen: list[Preparation] = []
-    AMoPOStrategy.observer = seen.append
-    try:
-        yield seen
-    finally:
-        AMoPOStrategy.observer = None
-
-
 def gather(path: str, rows: int = 3, find: str | None = None) -> Report:
     """Prepare a config's data anew, as `axolotl preprocess` would, and count what is in it.
 
@@ -131,7 +120,7 @@ def gather(path: str, rows: int = 3, find: str | None = None) -> Report:
     if not (cfg.amopo and cfg.amopo.enabled):
         raise ConfigError(f"{path}: has no `rl: amopo`; there is nothing to inspect.")
     tokenizer = load_tokenizer(cfg)
-    with tempfile.TemporaryDirectory() as folder, watched() as preparations:
+    with tempfile.TemporaryDirectory() as folder, watch_preparations() as preparations:
         cfg.dataset_prepared_path = folder  # what is prepared already says nothing of its making
         train, test, *_ = prepare_datasets(cfg, tokenizer)
         train_ids, test_ids = (
@@ -147,7 +136,7 @@ def gather(path: str, rows: int = 3, find: str | None = None) -> Report:
         config=str(path),
         model=str(cfg.base_model),
         sequence_len=cfg.sequence_len,
-        prompt_names=preparations[0].strategy.config.prompt_names,
+        prompt_names=preparations[0].format.config.criteria,
         entries=entries,
         train_rows=len(train_ids),
         eval_rows=len(test_ids),
@@ -156,11 +145,6 @@ def gather(path: str, rows: int = 3, find: str | None = None) -> Report:
     pairs_split = bool(cfg.val_set_size) and not cfg.amopo.group_by_prompt
     report.warnings = list(warnings(report, pairs_split))
     return report
-
-
-def prompt_key(prompt: RatedPrompt) -> bytes:
-    """Equal for equal prompts. (Their texts would be gigabytes, for a million rows.)"""
-    return digest(prompt.messages)
 
 
 def digest(value: Any) -> bytes:
@@ -173,8 +157,8 @@ def describe(
 ) -> tuple[Entry, dict[int, bytes]]:
     """The numbers of one entry, its first `rows` examples (with a text in them), and by example id
     the prompt of each row of training."""
-    strategy, rule, prepared = preparation.strategy, preparation.rule, preparation.prepared
-    names = strategy.config.dimension_names
+    format, rule, prepared = preparation.format, preparation.rule, preparation.prepared
+    names = format.config.dimension_names
     row_of = {number: row for row, number in enumerate(preparation.kept)}
     ids = prepared["example_id"][:]
     # Flat: of every response its ratings; of every pair by how much the overall winner is the
@@ -182,11 +166,11 @@ def describe(
     rated, gaps, lengths, ties = array("d"), array("d"), array("d"), []
     seen: Counter[bytes] = Counter()
     texts: Counter[bytes] = Counter()
-    examples: list[Example] = []
+    examples: list[ShownExample] = []
     prompt_of: dict[int, bytes] = {}
     number = responses = 0
     for prompt, groups in preparation.prompts():
-        key = prompt_key(prompt)
+        key = prompt.key()
         seen[key] += 1
         responses += len(prompt.responses)
         for response in prompt.responses:
@@ -194,10 +178,10 @@ def describe(
             rated.extend(np.nan if value is None else value for value in values)
         for pairs in groups:
             for pair in pairs:
-                gaps.extend(gap(rule, pair, name) for name in names)
+                gaps.extend(rule.gap(pair, name) for name in names)
                 both = [response_of(pair, side).text for side in (0, 1)]
                 lengths.extend(map(len, both))
-                ties.append(strategy.config.overall and not pair.mask[0])
+                ties.append(format.config.overall and not pair.signs[0])
                 texts[key + digest(sorted(both))] += 1
             row = row_of.get(number)
             number += 1
@@ -213,14 +197,14 @@ def describe(
     tokens = row_items(prepared, "input_ids")
     sign = np.where([name in rule.lower for name in names], -1.0, 1.0)
     entry = Entry(
-        name=strategy.source.name,
-        split="test" if strategy.eval_split else "train",
+        name=format.source.name,
+        split="test" if format.eval_split else "train",
         rows=len(preparation.dataset),
         prompts=preparation.survey.prompts,
         responses=responses,
         pairs_made=len(ties),
         pairs_kept=pairs_in(prepared),
-        groups_kept=len(prepared) if strategy.config.group_by_prompt else None,
+        groups_kept=len(prepared) if format.config.group_by_prompt else None,
         dropped=dict(preparation.dropped),
         scales=dict(rule.scales),
         lower_is_better=sorted(rule.lower & set(names)),
@@ -234,7 +218,7 @@ def describe(
         | {n: agree(longer, gaps[:, d]) for d, n in enumerate(names)},
         tokens={f"{p}%": int(np.percentile(tokens, p)) for p in (5, 50, 95)}
         | {"longest": int(max(tokens))},
-        token_counts=steps(tokens, 0, strategy.sequence_len, LENGTH_STEPS),
+        token_counts=steps(tokens, 0, format.sequence_len, LENGTH_STEPS),
         too_long=preparation.dropped[TOO_LONG],
         repeated_prompts=sum(count - 1 for count in seen.values()),
         repeated_pairs=sum(count - 1 for count in texts.values()),
@@ -245,14 +229,6 @@ def describe(
 
 def response_of(pair: Pair, side: int) -> Any:
     return pair.prompt.responses[pair.responses[side]]
-
-
-def gap(rule: PairRule, pair: Pair, name: str) -> float:
-    winner, loser = (response_of(pair, side).ratings[name] for side in (0, 1))
-    if winner is None or loser is None:
-        return np.nan
-    scale, lower = rule.scales[name], name in rule.lower
-    return round(normalised(winner, scale, lower) - normalised(loser, scale, lower), 9)
 
 
 def matrix(names: list[str], value: Any) -> dict[str, dict[str, float | None]]:
@@ -297,26 +273,30 @@ def has_text(pairs: list[Pair], find: str) -> bool:
     )
 
 
-def example(preparation: Preparation, pairs: list[Pair], row: dict[str, Any]) -> Example:
-    """A prepared row, decoded from its token ids; of a group, its first pair."""
-    strategy, pair = preparation.strategy, pairs[0]
-    texts = strategy.instructions(pair, preparation.rule.scales)
-    sides = len(texts) // len(pair.winners)
-    return Example(
-        where=strategy.where(pairs) + (f" (1 of {len(pairs)} pairs)" if len(pairs) > 1 else ""),
-        ratings=[response_of(pair, side).ratings for side in (0, 1)],
-        seen=[
+def example(preparation: Preparation, pairs: list[Pair], row: dict[str, Any]) -> ShownExample:
+    """Return a prepared row, decoded from its token ids; of a group, its first pair."""
+    format, rule, pair = preparation.format, preparation.rule, pairs[0]
+    made = Example.from_row(row)
+    seen = []
+    for c, name in enumerate(format.config.criteria):
+        ratings = response_of(pair, pair.winner(c)).ratings
+        text = instruction_of(format.config, rule.scales, c, ratings)
+        ids = made.prompts[made.winner_first(0, c)[0][0]]
+        seen.append(
             Seen(
                 prompt=name,
-                weighs=bool(pair.mask[k]),
-                chosen=pair.winners[k],
-                pieces=pieces(
-                    strategy.tokenizer, row["prompt_ids"][k * sides], "text", texts[k * sides]
-                ),
+                weighs=bool(pair.signs[c]),
+                chosen=pair.winner(c),
+                pieces=pieces(format.tokenizer, ids, "text", text),
             )
-            for k, name in enumerate(strategy.config.prompt_names)
+        )
+    return ShownExample(
+        where=format.where(pairs) + (f" (1 of {len(pairs)} pairs)" if len(pairs) > 1 else ""),
+        ratings=[response_of(pair, side).ratings for side in (0, 1)],
+        seen=seen,
+        responses=[
+            pieces(format.tokenizer, made.responses[n], "response") for n in made.comparisons[0]
         ],
-        responses=[pieces(strategy.tokenizer, ids, "response") for ids in row["response_ids"][:2]],
     )
 
 

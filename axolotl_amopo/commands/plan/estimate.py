@@ -13,6 +13,7 @@ from axolotl_amopo.commands.plan.cards import GIB, Card
 from axolotl_amopo.commands.plan.step import Moment, PairShape, Step, made_up_batch, run_step
 from axolotl_amopo.config.block import AMoPOConfig
 from axolotl_amopo.config.devices import deepspeed_settings
+from axolotl_amopo.data.prompts import count_prompts
 
 # What a process has on a GPU before the first tensor (CUDA context, cuBLAS workspaces), and what
 # the caching allocator wastes on blocks that fit nothing.
@@ -249,7 +250,7 @@ def estimate(
     """
     shards = sharding(cfg, devices)
     usual_batch, largest = (
-        made_up_batch(cfg.micro_batch_size, len(amopo.prompt_names), shape)
+        made_up_batch(cfg.micro_batch_size, count_prompts(amopo), shape)
         for shape in (usual, largest_pair(cfg.sequence_len, usual))
     )
     step = run_step(cfg, config, amopo, usual_batch, largest, device)
@@ -264,7 +265,7 @@ def estimate(
         parameters=step.parameters,
         trainable=step.trainable,
         pairs_per_step=cfg.micro_batch_size * micro_batches,
-        prompts=len(amopo.prompt_names),
+        prompts=count_prompts(amopo),
         tokens_per_step=step.tokens * micro_batches,
         tokens_per_step_unshared=step.tokens_unshared * micro_batches,
         flops_per_step=step.flops * micro_batches,

@@ -33,12 +33,14 @@ from torch.utils.flop_counter import (
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from axolotl_amopo.config.block import AMoPOConfig
-from axolotl_amopo.loss import amopo_loss
+from axolotl_amopo.example import pair
 from axolotl_amopo.model.attention import PACKED
+from axolotl_amopo.model.batch import make_batch, responses
 from axolotl_amopo.model.choose import candidates, cannot_share
-from axolotl_amopo.model.forward import causal_model, prepare_model, response_logps
-from axolotl_amopo.model.layout import Forest, LayoutName, Leaf
-from axolotl_amopo.training.collator import AMoPOCollator
+from axolotl_amopo.model.forest import Forest
+from axolotl_amopo.model.forward import causal_model, response_logps, teach
+from axolotl_amopo.model.layout import LayoutName
+from axolotl_amopo.objectives import Objective, example_losses
 
 # Attention on a CPU, which torch's counter doesn't know: as it counts the GPU's.
 FLOPS_ON_CPU = {
@@ -113,6 +115,7 @@ def run_step(
     model = build_model(cfg, config)
     causal = causal_model(model)
     layout = _choose(causal, cfg, amopo, torch.device(device))
+    objective = amopo.make_objective()
     forest = usual["forest"]
     unshared = sum(forest.count(forest.path(leaf.segment)) for leaf in forest.leaves)
     if layout == "sequences":  # as rows of a tree that shares nothing: it takes the same room
@@ -125,11 +128,11 @@ def run_step(
     for count in runs:
         short = _shortened(config, count)
         with FlopCounterMode(display=False, custom_mapping=FLOPS_ON_CPU) as counter:
-            _simulate(build_model(cfg, short), cfg, usual, layout)
+            _simulate(build_model(cfg, short), cfg, objective, usual, layout)
         flops.append(counter.get_total_flops())
         fresh = build_model(cfg, short)
         with LiveMemory(fresh) as memory:
-            _simulate(fresh, cfg, largest, layout, memory)
+            _simulate(fresh, cfg, objective, largest, layout, memory)
         moments.append(memory.peaks)
     kinds = [field.name for field in fields(Moment)]
 
@@ -168,6 +171,7 @@ def run_step(
 def _simulate(
     model: nn.Module,
     cfg: Any,
+    objective: Objective,
     batch: dict[str, Any],
     layout: LayoutName,
     memory: "LiveMemory | None" = None,
@@ -180,11 +184,13 @@ def _simulate(
     if layout == "packed":
         causal.set_attn_implementation(PACKED["sdpa"])
     model.train()
-    prepare_model(model)
+    teach(model)
     with torch.autocast("cpu", dtype=_dtype(cfg), enabled=bool(cfg.bf16 or cfg.fp16)):
         laid_out = "packed" if layout == "packed" else "tree"
         logps, mask = response_logps(model, batch, laid_out)
-        loss = amopo_loss(logps, mask, beta=1.0, gamma=1.0, weighting="mean").loss
+        weights = torch.ones(batch["points"].shape)
+        given = responses(batch, logps, mask, weights=weights)
+        loss = example_losses(objective(given, None), given).mean()
     if memory is not None:
         memory.kind = "working"
     gc.freeze()  # so that collecting looks at little
@@ -277,31 +283,27 @@ def _quantised(causal: PreTrainedModel, cfg: Any) -> dict[int, int]:
 
 
 def made_up_batch(pairs: int, prompts: int, shape: PairShape) -> dict[str, Any]:
-    """A micro batch of pairs that all have one shape."""
-    row = {
-        "prompt_ids": [
+    """Return a micro batch of pairs that all have one shape."""
+    made = pair(
+        prompts=[
             [0] * shape.beginning + [1 + k] * (shape.prompt - shape.beginning)
             for k in range(prompts)
         ],
-        "response_ids": [[0] * shape.response, [0] * shape.response],
-        "winners": [0] * prompts,
-        "dimension_mask": [1] * prompts,
-        "example_id": 0,
-    }
-    return AMoPOCollator(None, pad_to_multiple_of=8)([row] * pairs)
+        responses=[[0] * shape.response, [0] * shape.response],
+    )
+    return make_batch([made] * pairs, pad_to_multiple_of=8)
 
 
 def _unshared(batch: dict[str, Any]) -> dict[str, Any]:
     forest = batch["forest"]
-    parents, lengths, leaves = [], [], []
+    apart = Forest(forest.examples, forest.prompts, forest.responses)
     for leaf in forest.leaves:
         prompt = forest.count(forest.path(leaf.segment)[:-1])
-        parents += [-1, len(parents)]
-        lengths += [prompt, forest.lengths[leaf.segment]]
-        leaves.append(Leaf(len(parents) - 1, leaf.example, leaf.prompt, leaf.place))
-    tokens = torch.zeros(1, sum(lengths), dtype=torch.long)
-    forest = Forest(parents, lengths, leaves, forest.examples, forest.prompts)
-    return batch | {"forest": forest, "input_ids": tokens, "position_ids": tokens}
+        apart.parents += [-1, len(apart.parents)]
+        apart.lengths += [prompt, forest.lengths[leaf.segment]]
+        apart.leaves.append(leaf._replace(segment=len(apart.parents) - 1))
+    tokens = torch.zeros(1, sum(apart.lengths), dtype=torch.long)
+    return batch | {"forest": apart, "input_ids": tokens, "position_ids": tokens}
 
 
 def _choose(

@@ -1,5 +1,6 @@
 """A config -> the rated pairs to score, as training would prepare them."""
 
+import math
 import tempfile
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -7,15 +8,16 @@ from typing import Any, Literal
 import numpy as np
 from axolotl.utils.data import prepare_datasets
 
-from axolotl_amopo.commands.inspect.gather import gap, prompt_key, watched
-from axolotl_amopo.data.examples import prepare_row
-from axolotl_amopo.data.format import AMoPOStrategy, Preparation
+from axolotl_amopo.data.examples import as_text, prepare_row
+from axolotl_amopo.data.format import DatasetFormat
 from axolotl_amopo.data.pairing import Pair, PairRule
+from axolotl_amopo.data.pipeline import Preparation, watch_preparations
 from axolotl_amopo.data.tokenizer import ChatTokenizer
 from axolotl_amopo.errors import ConfigError
+from axolotl_amopo.example import Example
 
 Split = Literal["test", "train"]
-RatedPair = tuple[AMoPOStrategy, PairRule, Pair]
+RatedPair = tuple[DatasetFormat, PairRule, Pair]
 
 
 @dataclass
@@ -26,7 +28,7 @@ class RatedPairs:
     """
 
     names: list[str]  # [K] overall and the dimensions
-    rows: list[dict[str, Any]]  # [N] prepared rows with P prompts, those not wanted masked
+    examples: list[Example]  # [N] with P criteria, those not wanted without a say
     labels: np.ndarray  # [N, K] 1 where the rating prefers the first, -1 the second, 0 neither
     gaps: np.ndarray  # [N, K] by how much, on 0 to 1; NaN where a rating is missing
     lengths: np.ndarray  # [N, 2] tokens of the two responses
@@ -39,8 +41,8 @@ class RatedPairs:
         """Every id in them."""
         return {
             token
-            for row in self.rows
-            for ids in (*row["prompt_ids"], *row["response_ids"])
+            for example in self.examples
+            for ids in (*example.prompts, *example.responses)
             for token in ids
         }
 
@@ -79,7 +81,7 @@ def rated_pairs(
         source = "what val_set_size holds out"
     else:
         source = "the training set (there is neither test_datasets nor val_set_size)"
-    with tempfile.TemporaryDirectory() as folder, watched() as preparations:
+    with tempfile.TemporaryDirectory() as folder, watch_preparations() as preparations:
         cfg.dataset_prepared_path = folder  # what is prepared already lacks the ratings
         train, held_out, *_ = prepare_datasets(cfg, tokenizer)
         wanted = held_out if held_out is not None and split == "test" else train
@@ -93,20 +95,20 @@ def rated_pairs(
         chosen = [chosen[i] for i in sorted(drawn)]
     if not chosen:
         raise ConfigError(f"There is nothing to score: {source} has no pairs.")
-    strategies = {id(strategy): strategy for strategy, *_ in chosen}
-    chats = {key: strategy.chat_tokenizer() for key, strategy in strategies.items()}
-    rows = [row_of(*one, chats[id(one[0])], own=own, plain=plain) for one in chosen]
+    formats = {id(format): format for format, *_ in chosen}
+    chats = {key: format.chat_tokenizer() for key, format in formats.items()}
+    examples = [example_of(*one, chats[id(one[0])], own=own, plain=plain) for one in chosen]
     numbers: dict[bytes, int] = {}
     return RatedPairs(
-        names=chosen[0][0].config.prompt_names,
-        rows=rows,
+        names=chosen[0][0].config.criteria,
+        examples=examples,
         labels=np.array([labels_of(*one) for one in chosen]),
         gaps=np.array([gaps_of(*one) for one in chosen]),
-        lengths=np.array([[len(ids) for ids in row["response_ids"]] for row in rows]),
+        lengths=np.array([list(map(len, example.responses)) for example in examples]),
         prompts=np.array(
-            [numbers.setdefault(prompt_key(pair.prompt), len(numbers)) for *_, pair in chosen]
+            [numbers.setdefault(pair.prompt.key(), len(numbers)) for *_, pair in chosen]
         ),
-        where=[strategy.where([pair]) for strategy, _, pair in chosen],
+        where=[format.where([pair]) for format, _, pair in chosen],
         source=source,
         total=total,
     )
@@ -117,55 +119,55 @@ def pairs_by_example(preparation: Preparation) -> dict[int, list[RatedPair]]:
     groups = (group for _, groups in preparation.prompts() for group in groups)
     ids = dict(zip(preparation.kept, preparation.prepared["example_id"], strict=True))
     return {
-        ids[number]: [(preparation.strategy, preparation.rule, pair) for pair in group]
+        ids[number]: [(preparation.format, preparation.rule, pair) for pair in group]
         for number, group in enumerate(groups)
         if number in ids
     }
 
 
-def row_of(
-    strategy: AMoPOStrategy,
+def example_of(
+    format: DatasetFormat,
     rule: PairRule,
     pair: Pair,
     chat: ChatTokenizer,
     *,
     own: bool,
     plain: bool,
-) -> dict[str, Any]:
-    """A pair's prepared row, with a prompt that has no instruction behind the others.
+) -> Example:
+    """Return a pair's example, with a criterion behind the others whose prompt has no instruction.
 
     That one is never longer than they are, so what is shortened is shortened as in training.
     """
-    text = strategy.as_text([pair], rule.scales)
-    sides = len(text["instructions"]) // len(pair.winners)
-    text["instructions"] = [*text["instructions"], *[""] * sides]
-    text["winners"] = [*text["winners"], 0]
-    text["dimension_mask"] = [*(int(own and keep) for keep in pair.mask), int(plain)]
-    return prepare_row(
-        text,
-        chat=chat,
-        sequence_len=strategy.sequence_len,
-        excess_length=strategy.excess_length(),
-        drop_bad=False,
-        place=strategy.config.instruction_place,
-    )
+    row = as_text([pair], rule, format.where([pair]))
+    prompts = len(row["follows"]) // 2
+    row["instructions"] = [*row["instructions"], ""]
+    row["follows"] = [*row["follows"], *[len(row["instructions"]) - 1] * 2]
+    row["reads"] = [*row["reads"], prompts]
+    row["signs"] = [*(sign * own for sign in row["signs"]), int(plain)]
+    row["points"] = [*row["points"], math.nan]
+    row["ratings"] = [math.nan] * (2 * len(row["points"]))  # not needed here
+    prepared = prepare_row(row, chat=chat, **format.tokenizing() | {"drop_bad": False})
+    return Example.from_row(prepared)
 
 
-def labels_of(strategy: AMoPOStrategy, rule: PairRule, pair: Pair) -> list[int]:
-    """[K] which response each rating prefers.
+def labels_of(format: DatasetFormat, rule: PairRule, pair: Pair) -> list[int]:
+    """Return [K], which response each rating prefers.
 
     With `winner: per_dimension` as in training. With `winner: overall` training has the overall
     winner win under every prompt; here each dimension's own ratings count.
     """
-    if strategy.config.winner == "per_dimension":
-        return [(1 - 2 * w) * keep for w, keep in zip(pair.winners, pair.mask, strict=True)]
-    own = [gap(rule, pair, name) for name in strategy.config.dimension_names]
-    return [1] * strategy.config.overall + [int(np.sign(np.nan_to_num(value))) for value in own]
+    if format.config.winner == "per_dimension":
+        return pair.signs
+    own = [rule.gap(pair, name) for name in format.config.dimension_names]
+    return [1] * format.config.overall + [int(np.sign(np.nan_to_num(value))) for value in own]
 
 
-def gaps_of(strategy: AMoPOStrategy, rule: PairRule, pair: Pair) -> list[float]:
-    """[K] by how much the first response's rating is the better one; overall, the mean of these."""
-    own = [gap(rule, pair, name) for name in strategy.config.dimension_names]
+def gaps_of(format: DatasetFormat, rule: PairRule, pair: Pair) -> list[float]:
+    """Return [K], by how much the first response's rating is the better one.
+
+    Overall, it is the mean of the dimensions'.
+    """
+    own = [rule.gap(pair, name) for name in format.config.dimension_names]
     known = [value for value in own if not np.isnan(value)]
     overall = [float(np.mean(known)) if known else np.nan]
-    return [*overall[: strategy.config.overall], *own]
+    return [*overall[: format.config.overall], *own]

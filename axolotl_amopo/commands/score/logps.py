@@ -14,10 +14,11 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from axolotl_amopo.commands.score.data import RatedPairs
 from axolotl_amopo.errors import AMoPOError
-from axolotl_amopo.loss import response_stats
+from axolotl_amopo.model.batch import make_batch
 from axolotl_amopo.model.choose import choose_layout
-from axolotl_amopo.model.forward import prepare_model, response_logps
-from axolotl_amopo.training.collator import AMoPOCollator
+from axolotl_amopo.model.forward import response_logps, teach
+from axolotl_amopo.objectives.base import response_stats
+from axolotl_amopo.training.sharing import log_choice
 
 
 class ModelPath(NamedTuple):
@@ -149,7 +150,7 @@ def load(cfg: Any, tokenizer: Any, path: str) -> nn.Module:
         raise _unloadable(path, error) from None
     model.eval()
     try:
-        prepare_model(model)
+        teach(model)
     except TypeError as error:
         raise AMoPOError(f"{path}: can't be scored: {error}.") from None
     return model
@@ -169,34 +170,37 @@ class _Scorer:
     def __init__(
         self, model: nn.Module, pairs: RatedPairs, share_prompt: bool | str, batch_pairs: int
     ):
-        self.model, self.rows = model, pairs.rows
+        self.model, self.examples = model, pairs.examples
         self.device = model.get_input_embeddings().weight.device
-        self.collate = AMoPOCollator(None, pad_to_multiple_of=8)
         # The longest first: what doesn't fit into memory fails at once.
-        longest = sorted(range(len(self.rows)), key=lambda i: -len(self.rows[i]["input_ids"]))
+        lengths = [sum(map(len, example.longest())) for example in self.examples]
+        longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         self.batches = [longest[i : i + batch_pairs] for i in range(0, len(longest), batch_pairs)]
         self.choice = choose_layout(model, self._batch(self.batches[0]), share_prompt)
+        log_choice(self.choice)
 
     def _batch(self, indices: list[int]) -> dict[str, Any]:
-        batch = self.collate([self.rows[i] for i in indices])
+        batch = make_batch([self.examples[i] for i in indices], pad_to_multiple_of=8)
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def __call__(self, advance: Callable[[int], None]) -> np.ndarray:
-        """[N, P, 2], see `model_logps`."""
-        winners = np.array([row["winners"] for row in self.rows])  # [N, P]
-        kept = np.array([row["dimension_mask"] for row in self.rows], dtype=bool)
-        made = np.full((*winners.shape, 2), np.nan)
-        layout, own_logits = self.choice
+        """Return [N, P, 2], see `model_logps`."""
+        reads = np.array([example.reads[0] for example in self.examples])  # [N, P]
+        said = np.array([example.signs[0] for example in self.examples]) != 0  # [N, P]
+        made = np.full((*reads.shape, 2), np.nan)
         for indices in self.batches:
             with torch.no_grad():
                 logps = response_logps(
-                    self.model, self._batch(indices), layout, own_logits=own_logits
+                    self.model,
+                    self._batch(indices),
+                    self.choice.layout,
+                    own_logits=self.choice.own_logits,
                 )
-            made[indices] = response_stats(*logps).avg_logp.double().cpu().numpy()
+            means = response_stats(*logps).avg_logp.double().cpu().numpy()  # [B, K, 2]
+            made[indices] = np.take_along_axis(means, reads[indices][..., None], axis=1)
             advance(len(indices))
-        made[~kept] = np.nan
-        # A batch has the winner under each prompt first.
-        return np.where(winners[..., None] == 1, made[..., ::-1], made)
+        made[~said] = np.nan
+        return made
 
 
 def default_models(cfg: Any) -> list[ModelPath]:

@@ -1,0 +1,94 @@
+"""Examples -> one batch of tensors, nothing padded.
+
+Which layout the model can take is chosen later (`choose`), so a batch holds the forest's tokens
+once each, and what the objectives read.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from axolotl_amopo.example import Example
+from axolotl_amopo.model.forest import Forest
+from axolotl_amopo.objectives.base import Responses
+
+
+def make_batch(examples: Sequence[Example], pad_to_multiple_of: int = 1) -> dict[str, Any]:
+    """Return the batch of B examples.
+
+    It holds:
+        example_ids     [B]; first, because transformers takes the number of examples from a
+                        batch's first tensor
+        comparisons     [P, 3] example, and the places of its two responses
+        reads           [P, C] the prompt under which a criterion reads a comparison
+        signs           [P, C] +1, -1 or 0
+        ratings         [B, N, C] float32, NaN where missing or padded
+        points          [B, C] float32
+        counts          [B] 1; the trainer puts 0 where an example only pads a pass
+        input_ids       [1, tokens] of the forest
+        position_ids    [1, tokens] counted from each segment's root
+        labels          [1, tokens] the token's id at response tokens, else -100; for token counts
+        forest          a `Forest`
+        pad_to_multiple_of  int, for layouts that need padding
+    """
+    forest, tokens = Forest.of(examples)
+    input_ids = torch.tensor([tokens])
+    ratings = torch.full((len(examples), forest.responses, examples[0].criteria), torch.nan)
+    for b, example in enumerate(examples):
+        ratings[b, : len(example.responses)] = torch.tensor(example.ratings)
+    return {
+        "example_ids": torch.tensor([example.id for example in examples]),
+        "comparisons": torch.tensor(
+            [(b, *places) for b, example in enumerate(examples) for places in example.comparisons]
+        ),
+        "reads": torch.tensor([row for example in examples for row in example.reads]),
+        "signs": torch.tensor([row for example in examples for row in example.signs]),
+        "ratings": ratings,
+        "points": torch.tensor([example.points for example in examples], dtype=torch.float32),
+        "counts": torch.ones(len(examples)),
+        "input_ids": input_ids,
+        "position_ids": _positions(forest),
+        "labels": input_ids.masked_fill(~_is_response(forest), -100),
+        "forest": forest,
+        "pad_to_multiple_of": pad_to_multiple_of,
+    }
+
+
+def responses(batch: dict[str, Any], logps: Tensor, mask: Tensor, **others: Any) -> Responses:
+    """Return what an objective is given: a batch and its log-probabilities.
+
+    Args:
+        batch: as `make_batch` makes it, on the device of `logps`.
+        logps, mask: [B, K, N, T], of `response_logps`.
+        others: fields of `Responses` that the batch does not hold, such as `weights`.
+    """
+    return Responses(
+        logps,
+        mask,
+        batch["comparisons"],
+        batch["reads"],
+        batch["signs"],
+        ratings=batch["ratings"],
+        points=batch["points"],
+        counts=batch["counts"],
+        ids=batch["example_ids"],
+        **others,
+    )
+
+
+def _positions(forest: Forest) -> Tensor:
+    ends = [0] * len(forest.parents)
+    positions = []
+    for segment, (parent, length) in enumerate(zip(forest.parents, forest.lengths, strict=True)):
+        begin = ends[parent] if parent >= 0 else 0
+        ends[segment] = begin + length
+        positions.append(torch.arange(begin, begin + length))
+    return torch.cat(positions).unsqueeze(0)
+
+
+def _is_response(forest: Forest) -> Tensor:
+    is_response = torch.zeros(len(forest.parents), dtype=torch.bool)
+    is_response[[leaf.segment for leaf in forest.leaves]] = True
+    return is_response.repeat_interleave(torch.tensor(forest.lengths))

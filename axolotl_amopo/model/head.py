@@ -1,0 +1,233 @@
+"""The head: hidden states -> log-probabilities of chosen tokens, chunk by chunk.
+
+The logits of all tokens would be the largest tensor of a step. They are made for the tokens that
+are asked for alone, so many at a time that a chunk takes `CHUNK_BYTES`.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+# Float32 logits, and what is as large beside them, that exist at one time.
+CHUNK_BYTES = 128 * 2**20
+# A softmax up to this size is kept for the gradient of a head that is trained; a larger one is made
+# again.
+KEPT_BYTES = 600 * 2**20
+
+
+@torch.compiler.disable
+def head_logps(causal: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Return log-probabilities of `targets` [M] from hidden states [M, H], in float32."""
+    (head,) = causal.amopo_head
+    scale, softcap = logit_options(causal.config.get_text_config())
+    if getattr(head.forward, "__func__", None) is linear_or_logps:
+        return head(hidden, targets=targets, scale=scale, softcap=softcap)
+
+    def logps(hidden: Tensor, targets: Tensor) -> Tensor:
+        return gather_logps(head(hidden), targets, scale=scale, softcap=softcap)
+
+    # An adapted or quantised head: its own forward, once more in the backward pass.
+    vocabulary = causal.config.get_text_config().vocab_size
+    return chunked(logps, hidden, targets, vocabulary, in_step=True)
+
+
+def logit_options(config: Any) -> tuple[float, float | None]:
+    """Return what transformers' models do to the head's output: a factor, and a soft cap.
+
+    Granite divides by `logits_scaling`, HyperCLOVA X multiplies by it, Cohere by `logit_scale`,
+    Falcon-H1 by `lm_head_multiplier`; Gemma caps. Whether this is all that a model does is
+    proven at the start, see `choose`.
+    """
+    scale = 1.0
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        scale = divisor if config.model_type.startswith("hyperclovax") else 1 / divisor
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        if (factor := getattr(config, name, None)) is not None:
+            scale *= factor
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def gather_logps(
+    logits: Tensor, targets: Tensor, *, scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """Return log softmax of `logits` [M, V] at `targets` [M], in float32."""
+    logits = logits.float() * scale
+    if softcap:
+        logits = softcap * (logits / softcap).tanh()
+    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return chosen - logits.logsumexp(-1)
+
+
+def chunked(
+    function: Any, values: Tensor, targets: Tensor, vocabulary: int, *, in_step: bool = False
+) -> Tensor:
+    """Return `function` over chunks of rows, made again in the backward pass to keep nothing of it.
+
+    With `in_step`, all processes call it equally often, on empty chunks if need be: FSDP2 and
+    ZeRO-3 gather weights at each call of a module, and wait for each other there.
+    """
+    rows = _chunk_rows(vocabulary, 2)
+    count = torch.tensor(-(-len(values) // rows), device=values.device)
+    if in_step and dist.is_initialized():
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    if torch.is_grad_enabled():
+        function = partial(checkpoint, function, use_reentrant=False)
+    starts = range(0, int(count) * rows, rows)
+    return torch.cat([function(values[i : i + rows], targets[i : i + rows]) for i in starts])
+
+
+def _chunk_rows(vocabulary: int, copies: int) -> int:
+    return max(1, CHUNK_BYTES // (4 * vocabulary * copies))
+
+
+def is_plain_linear(head: nn.Module) -> bool:
+    """Return whether a head is a linear layer and nothing more."""
+    return (
+        isinstance(head, nn.Linear)
+        and type(head).forward is nn.Linear.forward
+        and head.weight.is_floating_point()
+    )
+
+
+def linear_or_logps(
+    self: nn.Linear,
+    hidden: Tensor,
+    *,
+    targets: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Run a linear head, or return log-probabilities where there are `targets`.
+
+    It is called as a module, so that ZeRO-3 and FSDP2 have its weight in place, in the backward
+    pass too.
+    """
+    if targets is None:
+        return nn.Linear.forward(self, hidden)
+    weight, bias, device = self.weight, self.bias, hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return LinearLogps.apply(hidden, weight, bias, targets, scale, softcap)
+
+
+class LinearLogps(torch.autograd.Function):
+    """Compute log softmax(scale and cap(hidden W^T + bias)) at the targets, without the logits.
+
+    A token's log-probability depends on its own hidden state alone, so the gradient with respect
+    to that is the incoming number times a vector known in the forward pass already. With a frozen
+    head the logits are thus made once: two products with W in all, where recomputing takes three.
+    A head that is trained costs one more product where the softmax is small enough to be kept
+    (`KEPT_BYTES`), else two, over slices of the vocabulary, so that each slice of its gradient is
+    one product and no float32 copy of it is summed up.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [M, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        targets: Tensor,  # [M]
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:  # [M] float32
+        size = len(hidden), len(weight)
+        rows = min(_chunk_rows(size[1], 2 if softcap else 1), max(1, size[0]))
+        trained = any(ctx.needs_input_grad[1:3])
+        keep = trained and size[0] * size[1] * weight.itemsize <= KEPT_BYTES
+        kept = weight.new_empty(size) if keep else None  # softmax - 1 at the target, sloped
+        buffer = weight.new_empty(rows, size[1])  # made once: fresh pages cost as much as a softmax
+        logps, highest, total = (hidden.new_empty(size[0], dtype=torch.float32) for _ in range(3))
+        unit_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # of each logp
+        for start in range(0, size[0], rows):
+            chunk = slice(start, start + rows)
+            target = targets[chunk].unsqueeze(-1)
+            place = kept[chunk] if keep else buffer[: len(target)]
+            logits, slope = _logits(hidden[chunk], weight, bias, scale, softcap, out=place)
+            highest[chunk] = logits.amax(-1)
+            picked = logits.gather(-1, target).squeeze(-1)
+            residual = logits.sub_(highest[chunk].unsqueeze(-1)).exp_()
+            total[chunk] = residual.sum(-1)
+            logps[chunk] = picked - highest[chunk] - total[chunk].log()
+            if unit_grad is None and not keep:
+                continue
+            residual.div_(total[chunk].unsqueeze(-1))
+            residual.scatter_add_(-1, target, residual.new_full(target.shape, -1.0))
+            if slope is not None:
+                residual.mul_(slope)
+            if residual is not place:
+                residual = place.copy_(residual)  # in the weight's dtype
+            if unit_grad is not None:
+                torch.mm(residual, weight, out=unit_grad[chunk])
+        if unit_grad is not None:
+            unit_grad *= -scale
+        ctx.save_for_backward(hidden, weight, bias, targets, unit_grad, kept, highest, total)
+        ctx.options = scale, softcap
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, unit_grad, kept, highest, total = ctx.saved_tensors
+        scale, softcap = ctx.options
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        factor = -scale * grad.unsqueeze(-1)  # [M, 1]
+        grad_hidden = (grad.unsqueeze(-1) * unit_grad).to(hidden.dtype) if wants_hidden else None
+        grad_weight = grad_bias = None
+        if kept is not None:
+            if wants_weight:
+                grad_weight = torch.mm(kept.t(), (factor * hidden).to(weight.dtype))
+            if wants_bias:
+                grad_bias = torch.mm(kept.t(), factor.to(weight.dtype)).squeeze(-1)
+        elif wants_weight or wants_bias:
+            grad_weight = torch.empty_like(weight) if wants_weight else None
+            grad_bias = torch.empty_like(bias) if wants_bias else None
+            columns = min(_chunk_rows(max(1, len(hidden)), 2 if softcap else 1), len(weight))
+            buffer = weight.new_empty(len(hidden) * columns)
+            for start in range(0, len(weight), columns):
+                chunk = slice(start, start + columns)
+                part = None if bias is None else bias[chunk]
+                place = buffer[: len(hidden) * len(weight[chunk])].view(-1, len(weight[chunk]))
+                logits, slope = _logits(hidden, weight[chunk], part, scale, softcap, out=place)
+                residual = logits.sub_(highest.unsqueeze(-1)).exp_()
+                residual.mul_(factor / total.unsqueeze(-1))
+                inside = (targets >= start) & (targets < start + columns)
+                (rows,) = inside.nonzero(as_tuple=True)
+                residual[rows, targets[rows] - start] -= factor[rows, 0]
+                if slope is not None:
+                    residual.mul_(slope)
+                if grad_weight is not None:
+                    torch.mm(residual.to(weight.dtype).t(), hidden, out=grad_weight[chunk])
+                if grad_bias is not None:
+                    grad_bias[chunk] = residual.sum(0)
+                del logits, residual, slope  # before the next slice's are made
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return final logits in float32 (in `out`, if that is), and their derivative under a cap."""
+    logits = torch.mm(hidden, weight.t(), out=out)
+    if bias is not None:
+        logits += bias
+    logits = logits.float()
+    if scale != 1.0:
+        logits *= scale
+    if not softcap:
+        return logits, None
+    bent = logits.div_(softcap).tanh_()
+    slope = bent.square().neg_().add_(1)
+    return bent.mul_(softcap), slope
