@@ -18,7 +18,6 @@ from torch.distributed.fsdp import fully_shard
 from transformers import trainer_optimizer
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from axolotl_amopo.config import devices as parallel
 from axolotl_amopo.config.devices import BITSANDBYTES, check_devices, check_layers, check_parallel
 from axolotl_amopo.errors import ConfigError
 
@@ -178,7 +177,7 @@ def test_refused_while_the_config_is_loaded(changes, text, tmp_path, tiny_model)
 )
 def test_axolotl_refuses_by_itself(changes, text, tmp_path, tiny_model, monkeypatch):
     """So the plugin does not: where this fails, it has to."""
-    monkeypatch.setattr(parallel, "check_devices", lambda cfg: None)
+    monkeypatch.setattr("axolotl_amopo.config.take_over.check_devices", lambda cfg: None)
     values = runs.config(tmp_path, tiny_model, DATA) | changes
     with pytest.raises(ValidationError, match=text):
         runs.load(runs.write_config(tmp_path, values))
@@ -240,7 +239,7 @@ def run_hook(changes, preprocess=False):
 def test_sharding_in_a_single_process(monkeypatch):
     _launched(monkeypatch, None, 1)
     text = refusal(run_hook, FSDP)
-    assert "fsdp_config: needs one process a GPU" in text
+    assert "fsdp_config: needs one process per GPU" in text
     assert "--launcher torchrun -- --nproc_per_node gpu" in text
     run_hook(FSDP, preprocess=True)
     run_hook({})

@@ -1,4 +1,4 @@
-"""What a config asks of processes, GPUs and files, held against what there is.
+"""Checks of what a config asks of processes, GPUs and files against what there is.
 
 axolotl and the libraries below it find most of this too, but only once the model is loaded, which
 takes minutes for a large one, and on every process at once.
@@ -87,7 +87,7 @@ def _check_deepspeed(cfg: dict) -> None:
 
 
 def deepspeed_settings(value: Any) -> dict[str, Any]:
-    """What `deepspeed:` holds, or the file that it names; empty without it.
+    """Return what `deepspeed:` holds, or the file that it names; empty without it.
 
     Raises:
         ConfigError: for a file that isn't there or holds something else.
@@ -167,7 +167,7 @@ def check_devices(cfg: dict) -> None:
     if available and "LOCAL_RANK" in environment and here <= int(environment["LOCAL_RANK"]):
         raise ConfigError(
             f"{environment.get('LOCAL_WORLD_SIZE', 'too many')} processes were started on this "
-            f"machine, which has {here} GPUs; start one a GPU: --launcher torchrun -- "
+            f"machine, which has {here} GPUs; start one per GPU: --launcher torchrun -- "
             f"--nproc_per_node {here}, or --num-processes {here} with accelerate."
         )
     # With one GPU axolotl makes up for a launcher; several processes do without any.
@@ -195,7 +195,7 @@ def check_processes(cfg: Any) -> None:
     """
     if cfg.fsdp_config and "LOCAL_RANK" not in os.environ:
         raise ConfigError(
-            "fsdp_config: needs one process a GPU, and this is a single one; start it with "
+            "fsdp_config: needs one process per GPU, and this is a single one; start it with "
             "--launcher torchrun -- --nproc_per_node gpu, or remove fsdp_config, which saves "
             "nothing on one GPU."
         )

@@ -1,4 +1,4 @@
-"""Local files: are they what they seem, and have they changed?"""
+"""Local files: whether they are what they seem, and whether they have changed."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ TEXT = (".json", ".jsonl", ".csv", ".txt")
 
 
 def digest(path: Path) -> str:
-    """Hash of a file's content."""
+    """Return a hash of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(
             file, functools.partial(hashlib.blake2b, digest_size=16)
@@ -25,7 +25,7 @@ def digest(path: Path) -> str:
 
 
 def local_files(entry: dict[str, Any]) -> list[Path]:
-    """The files of a `datasets:` entry that lie on this machine."""
+    """Return the files of a `datasets:` entry that lie on this machine."""
     named = entry.get("data_files")
     if named:
         paths = [Path(str(name)) for name in ([named] if isinstance(named, str) else named)]
@@ -112,7 +112,7 @@ def _check_utf8(path: Path) -> None:
 
 
 def _diagnose(path: Path, error: Exception) -> DataError:
-    """Why `datasets` could not load a file; of JSON lines, the first row that is none."""
+    """Return why `datasets` could not load a file; of JSON lines, the first row that is none."""
     if path.suffix == ".jsonl":
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):

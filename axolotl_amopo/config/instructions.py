@@ -32,7 +32,7 @@ DEFAULT_OVERALL_INSTRUCTION = (
 
 
 def number(value: float) -> str:
-    """A rating as people write it: 4, 3.5, 3.67."""
+    """Return a rating as people write it: 4, 3.5, 3.67."""
     return f"{round(value, 2):g}"
 
 
@@ -44,7 +44,7 @@ def _template(text: str):
 def dimension_facts(
     name: str, description: str | None, scale: Sequence[float], rating: float | None
 ) -> dict[str, Any]:
-    """What a template may use of one dimension; numbers come as readable text."""
+    """Return what a template may use of one dimension; numbers come as readable text."""
     return {
         "dimension": name.replace("_", " "),
         "description": description,
@@ -55,20 +55,20 @@ def dimension_facts(
 
 
 def render(template: str, facts: Mapping[str, Any]) -> str:
-    """The instruction's text, empty where the template is."""
+    """Return the instruction's text, empty where the template is."""
     return _template(template).render(**facts).strip()
 
 
 # Remembered: with few different ratings in the data, the same texts come again and again.
 @functools.lru_cache(maxsize=4096)
 def instruction(template: str | None, asked: Asked) -> str:
-    """One dimension's instruction; by the default template where there is none."""
+    """Return one dimension's instruction; by the default template where there is none."""
     template = DEFAULT_INSTRUCTION if template is None else template
     return render(template, dimension_facts(*asked))
 
 
 @functools.lru_cache(maxsize=4096)
 def overall_instruction(template: str | None, asked: tuple[Asked, ...]) -> str:
-    """The overall prompt's instruction, which names all the dimensions."""
+    """Return the overall prompt's instruction, which names all the dimensions."""
     template = DEFAULT_OVERALL_INSTRUCTION if template is None else template
     return render(template, {"dimensions": [dimension_facts(*one) for one in asked]})
