@@ -16,7 +16,7 @@ from torch.distributed import device_mesh
 from transformers import TrainerCallback
 
 import axolotl_amopo.training.trainer  # noqa: F401, imports what training needs
-from axolotl_amopo.config import devices as parallel
+from axolotl_amopo.config import take_over
 
 if is_deepspeed_available():
     import deepspeed
@@ -44,7 +44,7 @@ def train(kind: str, config: str, folder: str) -> None:
 def pretend(kind: str) -> None:
     """What a machine without GPUs has to be told."""
     torch.cuda.can_device_access_peer = no_gpu
-    parallel.check_devices = lambda _: None  # refuses FSDP2 without a GPU
+    take_over.check_devices = lambda _: None  # refuses FSDP2 without a GPU
     if kind == "ddp":
         os.environ["ACCELERATE_USE_CPU"] = "true"
         return
