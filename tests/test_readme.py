@@ -11,8 +11,8 @@ from axolotl.utils.dict import DictDefault
 from runs import ROOT, write_jsonl
 from test_data import read_all, strategy
 
-from axolotl_amopo.config.block import INTERNAL, AMoPOConfig, DatasetOptions
-from axolotl_amopo.config.datasets import formats, prepare_entries
+from axolotl_amopo.config.block import INTERNAL, AMoPOConfig
+from axolotl_amopo.config.datasets import DatasetOptions, formats, prepare_entries
 from axolotl_amopo.training.metrics import metric_names
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ The engine's keys are fields of `AMoPOConfig`. The hyperparameters are the field
 own dataclass, so a new objective brings its keys along; `amopo.objective` says which apply.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -76,8 +77,13 @@ class Dimension(BaseModel):
         return name
 
 
-def _hyperparameters(objective: type[Objective]) -> type[BaseModel]:
-    """Return a model of the objective's fields; `beta` is not among them, it is `rl_beta`."""
+@functools.cache
+def hyperparameter_model(objective: type[Objective]) -> type[BaseModel]:
+    """Return a model of the objective's fields; `beta` is not among them, it is `rl_beta`.
+
+    Made when it is asked for, so that an objective of anybody's is known to the block as soon as it
+    is in `OBJECTIVES`.
+    """
     types = get_type_hints(objective)
     keys = {
         field.name: (
@@ -94,10 +100,9 @@ def _hyperparameters(objective: type[Objective]) -> type[BaseModel]:
     return create_model(objective.__name__, __config__=ConfigDict(extra="forbid"), **keys)
 
 
-#: By an objective's name: its keys of the block.
-HYPERPARAMETERS: dict[str, type[BaseModel]] = {
-    name: _hyperparameters(objective) for name, objective in OBJECTIVES.items()
-}
+def hyperparameter_names(objective: str) -> list[str]:
+    """Return the keys of the block that belong to an objective."""
+    return list(hyperparameter_model(OBJECTIVES[objective]).model_fields)
 
 
 class AMoPOConfig(BaseModel):
@@ -218,7 +223,7 @@ class AMoPOConfig(BaseModel):
         if not isinstance(name, str) or name not in OBJECTIVES:
             return block  # refused by `check_objective`
         others = {key: value for key, value in block.items() if key not in cls.model_fields}
-        given = HYPERPARAMETERS[name].model_validate(others).model_dump()
+        given = hyperparameter_model(OBJECTIVES[name]).model_validate(others).model_dump()
         # A null is a key that is not set: axolotl drops it when it hands the config on.
         defaults = {k: v for k, v in OBJECTIVES[name].defaults.items() if block.get(k) is None}
         return {**block, **defaults, **given, "objective": name}
@@ -356,7 +361,7 @@ def read_beta(cfg: Mapping[str, Any], config: AMoPOConfig) -> float:
 def known_keys(*objectives: str) -> list[str]:
     """Return the keys that users may write in the block, with these objectives or with any."""
     engine = [name for name in AMoPOConfig.model_fields if name not in INTERNAL]
-    own = [key for name in objectives or OBJECTIVES for key in HYPERPARAMETERS[name].model_fields]
+    own = [key for name in objectives or OBJECTIVES for key in hyperparameter_names(name)]
     return list(dict.fromkeys([*engine, *own]))
 
 
@@ -416,11 +421,11 @@ def _not_of_the_objective(key: str, objective: str) -> str:
     name = key.rpartition(".")[2]
     if name == "beta":
         return f"{key}: unknown key; beta is axolotl's own key rl_beta, outside this block."
-    others = [other for other, keys in HYPERPARAMETERS.items() if name in keys.model_fields]
+    others = [other for other in OBJECTIVES if name in hyperparameter_names(other)]
     if not others:
         return _unknown(key, known_keys(objective))
     plural = "s" * (len(others) > 1)
-    own = ", ".join(HYPERPARAMETERS[objective].model_fields) or "no keys of its own"
+    own = ", ".join(hyperparameter_names(objective)) or "no keys of its own"
     return (
         f"{key}: belongs to objective{plural} {', '.join(others)}; objective {objective} has {own}."
     )
@@ -449,12 +454,3 @@ def _choices(objective: Objective) -> dict[str, tuple]:
         for field in fields(objective)
         if get_origin(types[field.name]) is Literal
     }
-
-
-def __getattr__(name: str) -> Any:
-    # Until data/format.py imports it from where it stands.
-    if name == "DatasetOptions":
-        from axolotl_amopo.config.datasets import DatasetOptions
-
-        return DatasetOptions
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
