@@ -194,7 +194,7 @@ def score(
         own=prompts != "plain",
         plain=prompts != "own",
     )
-    count = len(pairs.rows)
+    count = len(pairs.examples)
     logps = {
         model.name: (model.path, values)
         for model, values in model_logps(
