@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from fractions import Fraction
@@ -17,7 +18,6 @@ from pydantic import ValidationError
 
 from axolotl_amopo.config.block import AMoPOConfig, Dimension
 from axolotl_amopo.config.datasets import prepare_entries
-from axolotl_amopo.data.format import Survey
 from axolotl_amopo.data.pairing import (
     CLOSE,
     IDENTICAL,
@@ -28,14 +28,22 @@ from axolotl_amopo.data.pairing import (
     TIE,
     PairRule,
 )
+from axolotl_amopo.data.pipeline import (
+    Survey,
+    make_examples,
+    read_prompts,
+    scales_of,
+    survey_rows,
+)
+from axolotl_amopo.data.prompts import count_prompts, prompted
 from axolotl_amopo.data.rows import RatedPrompt, Response
 
 SCALES = {"help": (0, 100), "truth": (1, 5)}
 SCALED = [{"name": name, "scale": scale} for name, scale in SCALES.items()]
 
 
-def strategy(kind, tokenizer=None, entry=None, options=None, sequence_len=2048, **block):
-    """A format's strategy as axolotl loads it; `options` are our own keys of the entry."""
+def data_format(kind, tokenizer=None, entry=None, options=None, sequence_len=2048, **block):
+    """A format as axolotl loads it; `options` are our own keys of the entry."""
     block = {"dimensions": list(SCALES), "datasets": {"id": {"options": options or {}}}} | block
     module = f"axolotl_amopo.formats.{kind}" + "_" * (kind == "user_defined")
     return importlib.import_module(module).load(
@@ -46,13 +54,13 @@ def strategy(kind, tokenizer=None, entry=None, options=None, sequence_len=2048, 
 
 
 def read_all(wanted, rows):
-    """The prompts that a strategy makes of rows."""
+    """The prompts that a format makes of rows."""
     dataset = Dataset.from_list(rows)
-    return list(wanted.prompts(dataset, wanted.survey(dataset, Counter())))
+    return list(read_prompts(wanted, dataset, survey_rows(wanted, dataset, Counter())))
 
 
 def read(kind, rows, changes=()):
-    return read_all(strategy(kind, **dict(changes)), rows)
+    return read_all(data_format(kind, **dict(changes)), rows)
 
 
 def rated_prompt(ratings, texts=None, names=SCALES, ordered=False):
@@ -66,7 +74,7 @@ def made(prompt, scales=SCALES, lower=(), seed=0, **block):
     dropped = Counter()
     config = AMoPOConfig(dimensions=list(scales), **block)
     pairs = PairRule(config, scales, frozenset(lower), seed).pairs(prompt, dropped)
-    return [(pair.responses, pair.winners, pair.mask) for pair in pairs], dict(dropped)
+    return [(pair.responses, pair.signs) for pair in pairs], dict(dropped)
 
 
 def user(text):
@@ -170,56 +178,54 @@ def test_rows_of_a_prompt_need_not_stand_together():
 
 # The pair rule. Ratings are (help of 0..100, truth of 1..5), so that the scales matter.
 
-ALL, NO_TRUTH, NO_HELP = [True] * 3, [True, True, False], [True, False, True]
-NO_OVERALL, OVERALL = [False, True, True], [True, False, False]
+ALL, NO_TRUTH, NO_HELP = [1, 1, 1], [1, 1, 0], [1, 0, 1]
 PER, BEST = {"winner": "per_dimension"}, {"pairs": "best_worst"}
 MASK, DROP = {"missing_ratings": "mask"}, {"missing_ratings": "drop"}
 ALONE = {"overall": False}  # no overall prompt
 LOWER = {"lower": ["help"]}
-ONE = [0, 0, 0]  # the overall winner wins under every prompt
 
 # fmt: off
-# name: (ratings, settings, pairs as (responses, winners, mask), dropped)
+# name: (ratings, settings, pairs as (responses, signs by overall, help and truth), dropped)
 RULE = {
-    "mean of normalised ratings": ([(60, 1), (40, 4)], {}, [((1, 0), ONE, ALL)], {}),
-    "no overall prompt": ([(60, 1), (40, 4)], ALONE, [((1, 0), [0, 0], [True, True])], {}),
-    "conflict, one winner": ([(90, 2), (20, 4)], {}, [((0, 1), ONE, ALL)], {}),
+    "mean of normalised ratings": ([(60, 1), (40, 4)], {}, [((1, 0), ALL)], {}),
+    "no overall prompt": ([(60, 1), (40, 4)], ALONE, [((1, 0), [1, 1])], {}),
+    "conflict, one winner": ([(90, 2), (20, 4)], {}, [((0, 1), ALL)], {}),
     "tie": ([(100, 1), (0, 5)], {}, [], {TIE: 1}),
     "missing, drop": ([(60, None), (40, 4)], DROP, [], {MISSING: 1}),
-    "missing, mask": ([(60, None), (40, 4)], MASK, [((0, 1), ONE, NO_TRUTH)], {}),
-    "mask, per dimension": ([(60, None), (80, 4)], MASK | PER, [((1, 0), ONE, NO_TRUTH)], {}),
+    "missing, mask": ([(60, None), (40, 4)], MASK, [((0, 1), NO_TRUTH)], {}),
+    "mask, per dimension": ([(60, None), (80, 4)], MASK | PER, [((1, 0), NO_TRUTH)], {}),
     "mask, nothing in common": ([(60, None), (None, 4)], MASK, [], {TIE: 1}),
     "one response": ([(60, 1)], {}, [], {SINGLE: 1}),
     "all pairs": ([(50, 3), (0, 1), (100, 5)], {},
-                  [((0, 1), ONE, ALL), ((2, 0), ONE, ALL), ((2, 1), ONE, ALL)], {}),
-    "best and worst": ([(50, 3), (0, 1), (100, 5)], BEST, [((2, 1), ONE, ALL)], {}),
+                  [((0, 1), ALL), ((2, 0), ALL), ((2, 1), ALL)], {}),
+    "best and worst": ([(50, 3), (0, 1), (100, 5)], BEST, [((2, 1), ALL)], {}),
     "best and worst, all tie": ([(50, 3), (100, 1), (0, 5)], BEST, [], {TIE: 1}),
-    "one unrated": ([(90, 5), (50, 3), (None, None)], BEST | MASK, [((0, 1), ONE, ALL)], {}),
-    "per dimension, conflict": ([(90, 2), (20, 4)], PER, [((0, 1), [0, 0, 1], ALL)], {}),
-    "per dimension, second wins": ([(20, 4), (90, 2)], PER, [((1, 0), [0, 0, 1], ALL)], {}),
-    "per dimension, one is equal": ([(20, 4), (20, 5)], PER, [((1, 0), ONE, NO_HELP)], {}),
-    "equal overall": ([(0, 5), (100, 1)], PER, [((0, 1), [0, 1, 0], NO_OVERALL)], {}),
+    "one unrated": ([(90, 5), (50, 3), (None, None)], BEST | MASK, [((0, 1), ALL)], {}),
+    "per dimension, conflict": ([(90, 2), (20, 4)], PER, [((0, 1), [1, 1, -1])], {}),
+    "per dimension, second wins": ([(20, 4), (90, 2)], PER, [((1, 0), [1, 1, -1])], {}),
+    "per dimension, one is equal": ([(20, 4), (20, 5)], PER, [((1, 0), NO_HELP)], {}),
+    "equal overall": ([(0, 5), (100, 1)], PER, [((0, 1), [0, -1, 1])], {}),
     "per dimension, all equal": ([(20, 4), (20, 4)], PER, [], {TIE: 1}),
-    "lower is better": ([(60, 1), (40, 1)], LOWER, [((1, 0), ONE, ALL)], {}),
-    "lower, per dimension": ([(60, 5), (40, 2)], LOWER | PER, [((0, 1), [0, 1, 0], ALL)], {}),
-    "by one dimension": ([(90, 2), (20, 4)], {"order_by": "truth"}, [((1, 0), ONE, ALL)], {}),
+    "lower is better": ([(60, 1), (40, 1)], LOWER, [((1, 0), ALL)], {}),
+    "lower, per dimension": ([(60, 5), (40, 2)], LOWER | PER, [((0, 1), [1, -1, 1])], {}),
+    "by one dimension": ([(90, 2), (20, 4)], {"order_by": "truth"}, [((1, 0), ALL)], {}),
     "by a dimension without rating": ([(90, None), (20, 4)], MASK | {"order_by": "truth"}, [],
                                       {NO_ORDER: 1}),
     "by the dataset, which has none": ([(90, 2), (20, 4)], {"order_by": "dataset"}, [],
                                        {NO_ORDER: 1}),
-    "gap": ([(50, 3), (60, 3)], {"min_gap": 0.05}, [((1, 0), ONE, ALL)], {}),
+    "gap": ([(50, 3), (60, 3)], {"min_gap": 0.05}, [((1, 0), ALL)], {}),
     "gap too small": ([(50, 3), (60, 3)], {"min_gap": 0.06}, [], {CLOSE: 1}),
     "gap, per dimension": ([(50, 3), (60, 4)], PER | {"min_gap": 0.2},
-                           [((0, 1), [0, 0, 1], [False, False, True])], {}),
+                           [((0, 1), [0, 0, -1])], {}),
 }
 # Where the data itself names the winner, the first response.
 ORDERED = {
-    "ratings say otherwise": ([(0, 1), (100, 5)], {}, [((0, 1), ONE, ALL)], {}),
-    "equal ratings": ([(50, 3), (50, 3)], {}, [((0, 1), ONE, ALL)], {}),
-    "per dimension": ([(0, 4), (100, 3)], PER, [((0, 1), [0, 1, 0], ALL)], {}),
-    "equal ratings, per dimension": ([(50, 3), (50, 3)], PER, [((0, 1), ONE, OVERALL)], {}),
+    "ratings say otherwise": ([(0, 1), (100, 5)], {}, [((0, 1), ALL)], {}),
+    "equal ratings": ([(50, 3), (50, 3)], {}, [((0, 1), ALL)], {}),
+    "per dimension": ([(0, 4), (100, 3)], PER, [((0, 1), [1, -1, 1])], {}),
+    "equal ratings, per dimension": ([(50, 3), (50, 3)], PER, [((0, 1), [1, 0, 0])], {}),
     "nothing left": ([(50, 3), (50, 3)], PER | ALONE, [], {TIE: 1}),
-    "the mean is asked for": ([(0, 1), (100, 5)], {"order_by": "mean"}, [((1, 0), ONE, ALL)], {}),
+    "the mean is asked for": ([(0, 1), (100, 5)], {"order_by": "mean"}, [((1, 0), ALL)], {}),
 }
 # fmt: on
 
@@ -234,9 +240,9 @@ def test_the_datasets_own_rating_decides_where_that_is_asked_for():
     prompt = rated_prompt([(90, 5), (10, 1), (50, 3)])
     for response, overall in zip(prompt.responses, (0.2, 0.9, None), strict=True):
         response.overall = overall
-    assert made(prompt, order_by="dataset") == ([((1, 0), ONE, ALL)], {NO_ORDER: 2})
+    assert made(prompt, order_by="dataset") == ([((1, 0), ALL)], {NO_ORDER: 2})
     best = made(prompt, order_by="dataset", pairs="best_worst")
-    assert best == ([((1, 0), ONE, ALL)], {})
+    assert best == ([((1, 0), ALL)], {})
 
 
 def test_a_number_of_pairs_is_drawn_by_the_seed():
@@ -255,13 +261,63 @@ def test_a_number_of_pairs_is_drawn_by_the_seed():
 
 def test_identical_responses_make_no_pair():
     prompt = rated_prompt([(10, 1), (90, 5), (50, 3)], texts=["same", "same", "other"])
-    assert made(prompt) == ([((2, 0), ONE, ALL), ((1, 2), ONE, ALL)], {IDENTICAL: 1})
+    assert made(prompt) == ([((2, 0), ALL), ((1, 2), ALL)], {IDENTICAL: 1})
 
 
 def test_equal_means_tie_whatever_floats_make_of_them():
     """Means of three raters: thirds, whose sums differ in the last digit."""
     prompt = rated_prompt([(1, 1, 5 / 3), (1, 4 / 3, 4 / 3)], names="abc")
     assert made(prompt, scales=dict.fromkeys("abc", (1, 5))) == ([], {TIE: 1})
+
+
+NAN, DATASET, BY_MEAN = math.nan, {"order_by": "dataset"}, {"order_by": "mean"}
+# fmt: off
+# name: (help and truth, the data's own overall rating, settings, ordered,
+#        the ratings on 0 to 1 by overall, help and truth)
+NORMALISED = {
+    "mean": ((90, 2), None, {}, False, [0.575, 0.9, 0.25]),
+    "the ends": ((100, 1), None, {}, False, [0.5, 1, 0]),
+    "no overall": ((90, 2), None, ALONE, False, [0.9, 0.25]),
+    "lower is better": ((90, 2), None, LOWER, False, [0.175, 0.1, 0.25]),
+    "one is missing": ((90, None), None, MASK, False, [0.9, 0.9, NAN]),
+    "none is there": ((None, None), None, MASK, False, [NAN] * 3),
+    "by one dimension": ((90, 2), None, {"order_by": "truth"}, False, [0.25, 0.9, 0.25]),
+    "by one that is missing": ((90, None), 0.3, MASK | {"order_by": "truth"}, False,
+                               [NAN, 0.9, NAN]),
+    "the data's own": ((90, 2), 0.3, DATASET, False, [0.3, 0.9, 0.25]),
+    "the data has none": ((90, 2), None, DATASET, False, [NAN, 0.9, 0.25]),
+    "the data's own is not asked for": ((90, 2), 0.3, {}, False, [0.575, 0.9, 0.25]),
+    "an order alone": ((90, 2), None, {}, True, [NAN, 0.9, 0.25]),
+    "an order of the dataset": ((90, 2), None, DATASET, True, [NAN, 0.9, 0.25]),
+    "an order, by the mean": ((90, 2), None, BY_MEAN, True, [0.575, 0.9, 0.25]),
+}
+# fmt: on
+
+
+def rule_of(lower=(), **block):
+    return PairRule(AMoPOConfig(dimensions=list(SCALES), **block), SCALES, frozenset(lower))
+
+
+@pytest.mark.parametrize("name", NORMALISED)
+def test_ratings_of_a_response(name):
+    """On 0 to 1, with 1 the better end, and nothing where the data has nothing."""
+    ratings, own, block, ordered, expected = NORMALISED[name]
+    prompt = rated_prompt([(0, 5), ratings], ordered=ordered)
+    prompt.responses[1].overall = own
+    assert rule_of(**block).ratings(prompt, 1) == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        ({}, [52, 100, 4]),  # overall, the mean of the two
+        (ALONE, [100, 4]),
+        ({"order_by": "truth"}, [4, 100, 4]),
+        (DATASET, [1, 100, 4]),
+    ],
+)
+def test_points_are_the_widths_of_the_scales(block, expected):
+    assert rule_of(**block).points() == expected
 
 
 RATING = st.none() | st.integers(0, 4)
@@ -280,52 +336,136 @@ def test_winners_really_are_rated_higher(ratings, texts, winner, missing, overal
     prompt = rated_prompt(ratings, texts[: len(ratings)], "abc")
     pairs, dropped = made(prompt, scales, winner=winner, missing_ratings=missing, overall=overall)
     assert len(pairs) + sum(dropped.values()) == len(ratings) * (len(ratings) - 1) // 2
-    for responses, winners, mask in pairs:
+    for responses, signs in pairs:
         better, worse = (ratings[i] for i in responses)
         both = zip(better, worse, strict=True)
         gaps = [None if None in ratings else ratings[0] - ratings[1] for ratings in both]
         lead = sum(Fraction(gap or 0, width) for gap, width in zip(gaps, (4, 8, 5), strict=True))
         assert lead >= 0
         if winner == "overall":
-            assert lead > 0 and not any(winners)
-            assert mask == [True] * overall + [gap is not None for gap in gaps]
+            assert lead > 0
+            assert signs == [1] * overall + [int(gap is not None) for gap in gaps]
         else:
-            assert mask == [lead > 0] * overall + [gap not in (None, 0) for gap in gaps]
-            for gap, side in zip(gaps, winners[overall:], strict=True):
-                assert not gap or (gap > 0) == (side == 0)
+            expected = [((gap or 0) > 0) - ((gap or 0) < 0) for gap in gaps]
+            assert signs == [int(lead > 0)] * overall + expected
 
 
 SHOW = {
     "instruction": "{{ dimension }}={{ rating }}",
     "overall_instruction": "{% for d in dimensions %}{{ d.dimension }}={{ d.rating }} {% endfor %}",
 }
-A, B, OWN = "help=90 truth=2", "help=20 truth=4", {"rating_in_prompt": "own"}
+A, B = "help=90 truth=2", "help=20 truth=4"
+OWN, NO_RATING = {"rating_in_prompt": "own"}, {"rating_in_prompt": "none"}
+SILENT = {"instruction": "", "overall_instruction": ""}
 # fmt: off
-# name: (settings, the instructions of a pair of A and B: A wins overall, B on truth)
+# name: (settings, how many prompts there are, and what a pair of A and B is asked: by criterion
+# the texts that winner and loser follow. A wins overall, B on truth.)
 SHOWN = {
-    "chosen": ({}, [A, "help=90", "truth=2"]),
-    "chosen, per dimension": (PER, [A, "help=90", "truth=4"]),
-    "own": (OWN, [A, B, "help=90", "help=20", "truth=2", "truth=4"]),
-    "own, per dimension": (OWN | PER, [A, B, "help=90", "help=20", "truth=4", "truth=2"]),
-    "none": ({"rating_in_prompt": "none"}, ["help=None truth=None", "help=None", "truth=None"]),
-    "no overall prompt": (ALONE | PER, ["help=90", "truth=4"]),
-    "empty": ({"instruction": "", "overall_instruction": ""}, ["", "", ""]),
+    "chosen": ({}, 3, [(A, A), ("help=90", "help=90"), ("truth=2", "truth=2")]),
+    "chosen, per dimension": (PER, 3, [(A, A), ("help=90", "help=90"), ("truth=4", "truth=4")]),
+    "own": (OWN, 3, [(A, B), ("help=90", "help=20"), ("truth=2", "truth=4")]),
+    "own, per dimension": (OWN | PER, 3, [(A, B), ("help=90", "help=20"), ("truth=4", "truth=2")]),
+    "none": (NO_RATING, 3,
+             [("help=None truth=None",) * 2, ("help=None",) * 2, ("truth=None",) * 2]),
+    "no overall prompt": (ALONE | PER, 2, [("help=90",) * 2, ("truth=4",) * 2]),
+    "empty": (SILENT, 1, [("", "")] * 3),
+    "empty, own": (SILENT | OWN, 1, [("", "")] * 3),
+    "empty but overall": ({"instruction": ""}, 2, [(A, A), ("", ""), ("", "")]),
+    "all alike": ({"instruction": "Please.", "overall_instruction": "Please."}, 1,
+                  [("Please.", "Please.")] * 3),
+    "own, all alike": (OWN | {"instruction": "Please.", "overall_instruction": "Please."}, 1,
+                       [("Please.", "Please.")] * 3),
 }
 # fmt: on
 
 
-def instructions(ratings=((90, 2), (20, 4)), dimensions=SCALED, **block):
-    wanted = strategy("rated", dimensions=dimensions, **block)
+def texts_of(made):
+    """What the responses follow: by comparison and criterion the texts of winner and loser."""
+    asked = []
+    for (first, second), reads, signs in zip(made.comparisons, made.reads, made.signs, strict=True):
+        order = [(second, first) if sign < 0 else (first, second) for sign in signs]
+        asked.append(
+            [
+                tuple(made.instructions[made.follows[k][n]] for n in places)
+                for k, places in zip(reads, order, strict=True)
+            ]
+        )
+    return asked
+
+
+def prompted_of(ratings=((90, 2), (20, 4)), dimensions=SCALED, **block):
+    """The prompts of all pairs of one question, with what made them."""
+    wanted = data_format("rated", dimensions=dimensions, **block)
     scales = {dimension["name"]: dimension["scale"] for dimension in dimensions}
     rule = PairRule(wanted.config, scales)
-    (pair,) = rule.pairs(rated_prompt(ratings, names=scales), Counter())
-    return wanted.instructions(pair, scales)
+    pairs = list(rule.pairs(rated_prompt(ratings, names=scales), Counter()))
+    return prompted(pairs, wanted.config, scales), wanted.config
+
+
+def instructions(*args, **block):
+    return prompted_of(*args, **block)[0].instructions
 
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_rating_in_the_instruction(name):
-    block, expected = SHOWN[name]
-    assert instructions(**SHOW | block) == expected
+    block, prompts, expected = SHOWN[name]
+    made, config = prompted_of(**SHOW | block)
+    assert texts_of(made) == [expected]
+    assert len(made.follows) == prompts
+    assert set(made.instructions) == {text for both in expected for text in both}
+    assert len(set(made.instructions)) == len(made.instructions)
+    if "alike" not in name:  # what it can tell without rendering
+        assert count_prompts(config) == prompts
+
+
+def same_twice(*texts):
+    return [(text, text) for text in texts]
+
+
+# Three responses: (help, truth) of (90, 2), (20, 4), (50, 3); the first two win against the last,
+# and each against another in one dimension.
+GROUP = [(90, 2), (20, 4), (50, 2)]
+# name: (settings, prompts, by pair and criterion the texts of winner and loser)
+GROUPED = {
+    "chosen": (
+        {}, 6,
+        [same_twice("90, 2", "help=90", "truth=2"), same_twice("90, 2", "help=90", "truth=2"),
+         same_twice("20, 4", "help=20", "truth=4")],
+    ),
+    "chosen, per dimension": (
+        PER, 6,
+        [same_twice("90, 2", "help=90", "truth=4"), same_twice("90, 2", "help=90", "truth=2"),
+         same_twice("20, 4", "help=50", "truth=4")],
+    ),
+    "own": (
+        OWN, 3,
+        [[("90, 2", "20, 4"), ("help=90", "help=20"), ("truth=2", "truth=4")],
+         [("90, 2", "50, 2"), ("help=90", "help=50"), ("truth=2", "truth=2")],
+         [("20, 4", "50, 2"), ("help=20", "help=50"), ("truth=4", "truth=2")]],
+    ),
+    "own, per dimension": (
+        OWN | PER, 3,
+        [[("90, 2", "20, 4"), ("help=90", "help=20"), ("truth=4", "truth=2")],
+         [("90, 2", "50, 2"), ("help=90", "help=50"), ("truth=2", "truth=2")],
+         [("20, 4", "50, 2"), ("help=50", "help=20"), ("truth=4", "truth=2")]],
+    ),
+    "none": (NO_RATING, 3, [same_twice("None, None", "help=None", "truth=None")] * 3),
+    "empty": (SILENT, 1, [same_twice("", "", "")] * 3),
+    "empty, own": (SILENT | OWN, 1, [same_twice("", "", "")] * 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_what_responses_of_a_group_follow(name):
+    """Whatever pairs a response is in, it stands once, and each prompt is run once."""
+    block, prompts, expected = GROUPED[name]
+    ask = {"overall_instruction": "{{ dimensions | map(attribute='rating') | join(', ') }}"}
+    made, _ = prompted_of(GROUP, **SHOW | ask | block)
+    assert made.comparisons == [(0, 1), (0, 2), (1, 2)]
+    assert made.used == [0, 1, 2]
+    assert texts_of(made) == expected
+    assert len(made.follows) == prompts == len(set(map(tuple, made.follows)))
+    assert len(set(made.instructions)) == len(made.instructions)
 
 
 @pytest.mark.parametrize(
@@ -387,8 +527,8 @@ def test_hostile_template_runs_nothing(template, tmp_path):
 )
 def test_whose_scale_counts(kind, dimension, dataset, expected, caplog):
     dimensions, options = [{"name": "help", "scale": dimension}], {"scale": dataset}
-    wanted = strategy(kind, options=options if dataset else {}, dimensions=dimensions)
-    assert wanted.scales_of(Survey()) == {"help": expected}
+    wanted = data_format(kind, options=options if dataset else {}, dimensions=dimensions)
+    assert scales_of(wanted, Survey()) == {"help": expected}
     assert not caplog.text
 
 
@@ -396,7 +536,7 @@ def test_scale_that_the_data_spans_comes_with_the_yaml_to_write(caplog):
     survey = Survey()
     for ratings in ({"help": 1.33, "truth": 3}, {"help": 4.67, "truth": None}):
         survey.add(ratings)
-    scales = strategy("rated").scales_of(survey)
+    scales = scales_of(data_format("rated"), survey)
     assert scales == {"help": (1, 5), "truth": (3, 4)}
     assert {record.levelname for record in caplog.records} == {"WARNING"}
     written = map(yaml.safe_load, re.findall(r"write (\{.*\})", caplog.text))
@@ -429,10 +569,11 @@ def counted(rows, names, parts):
 
 
 def all_pairs(kind, rows, names, scale, winner):
-    wanted = strategy(kind, options={"scale": scale}, dimensions=names, winner=winner)
+    wanted = data_format(kind, options={"scale": scale}, dimensions=names, winner=winner)
     dropped, prompts = Counter(), read_all(wanted, rows)
     rule = PairRule(wanted.config, dict.fromkeys(names, tuple(scale)))
-    return [p for one in prompts for p in wanted._pairs(one, rule, dropped)], dropped, prompts
+    pairs = [pair for (pair,) in make_examples(wanted, prompts, rule, dropped)]
+    return pairs, dropped, prompts
 
 
 @pytest.mark.parametrize("winner", ["overall", "per_dimension"])
@@ -448,8 +589,8 @@ def test_real_pairs(folder, names, scale, parts, candidates, winner, shared):
     assert (len(prompts), len(pairs)) == (len(rows), count[winner])
     ties = candidates - count["identical"] - count[winner]
     assert dropped == Counter({IDENTICAL: count["identical"], TIE: ties, SINGLE: count["single"]})
-    won = [{w for w, keep in zip(p.winners, p.mask, strict=True) if keep} for p in pairs]
-    assert won.count({0, 1}) == (count["conflict"] if winner == "per_dimension" else 0)
+    won = [set(pair.signs) - {0} for pair in pairs]
+    assert won.count({1, -1}) == (count["conflict"] if winner == "per_dimension" else 0)
 
 
 def test_published_rows_and_grouped_rows_give_the_same_pairs(shared):
@@ -459,7 +600,7 @@ def test_published_rows_and_grouped_rows_give_the_same_pairs(shared):
     results = []
     for kind, rows in [("helpsteer", published), ("helpsteer", as_text), ("rated", grouped)]:
         pairs, dropped, prompts = all_pairs(kind, rows, HELPSTEER, [0, 4], "per_dimension")
-        plain = [(p.prompt.messages, p.prompt.responses, p.winners, p.mask) for p in pairs]
+        plain = [(p.prompt.messages, p.prompt.responses, p.signs) for p in pairs]
         results.append((plain, [pair.responses for pair in pairs], dropped, len(prompts)))
     assert results[0] == results[1] == results[2]
     assert results[0][-1] == 139

@@ -9,12 +9,13 @@ import pytest
 import runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import read_all, strategy
+from test_data import data_format, read_all
 
 from axolotl_amopo.commands.inspect.gather import gather
 from axolotl_amopo.config.datasets import formats
-from axolotl_amopo.data.format import Survey
 from axolotl_amopo.data.pairing import PairRule
+from axolotl_amopo.data.pipeline import Survey, scales_of
+from axolotl_amopo.data.prompts import prompted
 from axolotl_amopo.data.rows import RatedPrompt, Row
 from axolotl_amopo.errors import AMoPOError, ConfigError, DataError
 
@@ -200,9 +201,9 @@ def test_none_is_forgotten():
 
 
 def reader(name):
-    """A format's strategy for the dimensions of its row here."""
+    """The format for the dimensions of its row here."""
     kind, _, ratings, changes = PUBLISHED[name]
-    return strategy(kind, dimensions=list(ratings[0]), **changes)
+    return data_format(kind, dimensions=list(ratings[0]), **changes)
 
 
 def read(name, rows):
@@ -222,18 +223,18 @@ def test_published_layout(name):
 
 def pairs_of(name, **block):
     kind, rows, ratings, changes = PUBLISHED[name]
-    made = strategy(kind, **{"dimensions": list(ratings[0])} | changes | block)
+    made = data_format(kind, **{"dimensions": list(ratings[0])} | changes | block)
     (prompt,) = read_all(made, rows)
-    scales = made.scales_of(Survey())
-    rule = PairRule(made.config, scales, made.lower())
-    return list(rule.pairs(prompt, Counter())), made.instructions, scales
+    rule = PairRule(made.config, scales_of(made, Survey()), made.lower())
+    return list(rule.pairs(prompt, Counter())), rule
 
 
 def test_the_formats_know_what_is_better():
-    (pair,), *_ = pairs_of("safe_rlhf", dimensions=["severity"])
+    (pair,), rule = pairs_of("safe_rlhf", dimensions=["severity"])
     assert pair.responses == (1, 0)  # "No." has the lower severity
+    assert [rule.ratings(pair.prompt, i) for i in (0, 1)] == [[1 / 3] * 2, [1, 1]]
     (pair,), *_ = pairs_of("safe_rlhf", winner="per_dimension")
-    assert pair.winners[1:] == [1, 0, 0, 0] and pair.responses == (1, 0)
+    assert pair.signs[1:] == [-1, 1, 1, 1] and pair.responses == (1, 0)
     (pair,), *_ = pairs_of("beavertails", dimensions=list(BEAVER))
     assert pair.responses == (0, 1)
     own = [{"name": "severity", "direction": "higher"}]
@@ -249,17 +250,18 @@ def test_a_score_that_orders_nothing_is_not_read():
     kind, rows, ratings, changes = PUBLISHED["ultrafeedback"]
     rows = copy.deepcopy(rows)
     rows[0]["completions"][0]["overall_score"] = 85
-    made = strategy(kind, dimensions=list(ratings[0]), **changes)
+    made = data_format(kind, dimensions=list(ratings[0]), **changes)
     (prompt,) = read_all(made, rows)
     assert [response.ratings for response in prompt.responses] == ratings
-    made = strategy(kind, dimensions=list(ratings[0]), order_by="dataset", **changes)
+    made = data_format(kind, dimensions=list(ratings[0]), order_by="dataset", **changes)
     with pytest.raises(DataError, match="overall_score"):
         read_all(made, rows)
 
 
 def test_scales_are_shown_as_people_read_them():
-    (pair,), instructions, scales = pairs_of("helpsteer3")
-    assert instructions(pair, scales)[1].endswith("Write an answer whose preference is 2 of 3.")
+    pairs, rule = pairs_of("helpsteer3")
+    texts = prompted(pairs, rule.config, rule.scales).instructions
+    assert texts[1].endswith("Write an answer whose preference is 2 of 3.")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +275,7 @@ def test_scales_are_shown_as_people_read_them():
 )
 def test_keys_that_are_not_for_a_type(kind, options, said):
     with pytest.raises((ConfigError, ValueError), match=said):
-        strategy(kind, options=options)
+        data_format(kind, options=options)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from axolotl.utils.dict import DictDefault
 from runs import ROOT, write_jsonl
-from test_data import read_all, strategy
+from test_data import data_format, read_all
 
 from axolotl_amopo.config.block import INTERNAL, AMoPOConfig
 from axolotl_amopo.config.datasets import DatasetOptions, formats, prepare_entries
@@ -82,7 +82,7 @@ def test_the_example_rows_load():
         seen.add(entry["type"])
         options = {key: entry[key] for key in set(DatasetOptions.model_fields) & set(entry)}
         kind = entry["type"].removeprefix("amopo.")
-        wanted = strategy(kind, options=options, **values["amopo"])
+        wanted = data_format(kind, options=options, **values["amopo"])
         for row in rows.strip().splitlines():
             (prompt,) = read_all(wanted, [json.loads(row)])
             assert set(prompt.responses[0].ratings) == set(values["amopo"]["dimensions"])
