@@ -116,7 +116,13 @@ class DatasetFormat(DatasetWrappingStrategy, ABC):
             "split_thinking": bool(self.ds_cfg.split_thinking),
         }
 
-    def wrap_dataset(self, dataset: Dataset, process_count: int | None = None, **_: Any) -> Dataset:
+    def wrap_dataset(
+        self,
+        dataset: Dataset,
+        process_count: int | None = None,
+        keep_in_memory: bool | None = False,
+        **_: Any,
+    ) -> Dataset:
         """Return the prepared rows of a whole loaded dataset: what axolotl calls, see `prepare`."""
         return prepare(self, dataset, process_count)
 

@@ -330,8 +330,9 @@ def joined(content: Any) -> Any:
     """A message's content as one text, where it comes as parts that are all text."""
     if not isinstance(content, list) or not content:
         return content
-    texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+    parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+    texts = [part for part in parts if isinstance(part, str)]
+    return "".join(texts) if len(texts) == len(parts) else content
 
 
 def split_thinking(text: str) -> tuple[str | None, str]:

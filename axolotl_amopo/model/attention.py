@@ -238,7 +238,9 @@ def packed_flash(
         places, varlen = amopo_forest.varlen(query.device)
         key, value, attention_mask = key[:, :, places], value[:, :, places], None
     output = _flash_attention_forward(
-        *(states.transpose(1, 2) for states in (query, key, value)),
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
         attention_mask,
         query_length=query.shape[2],
         is_causal=True,

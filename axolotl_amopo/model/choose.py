@@ -67,9 +67,10 @@ def choose_layout(
 
     causal = causal_model(unwrap(model))
     config = causal.config.get_text_config()
-    reason = cannot_share(type(causal), config, config._attn_implementation)
+    implementation = str(config._attn_implementation)
+    reason = cannot_share(type(causal), config, implementation)
     if not reason:
-        for layout in candidates(config._attn_implementation, proof.device, compiled):
+        for layout in candidates(implementation, proof.device, compiled):
             with _Attention(causal, layout) as attention:
                 reason = proof.failure(layout, own_logits) or proof.leak(layout, own_logits)
                 attention.keep = not reason
@@ -118,7 +119,7 @@ class _Attention:
 
     def __init__(self, causal: PreTrainedModel, layout: LayoutName):
         self.causal = causal
-        self.before = causal.config.get_text_config()._attn_implementation
+        self.before = str(causal.config.get_text_config()._attn_implementation)
         self.needed = PACKED.get(self.before, self.before) if layout == "packed" else self.before
         self.keep = False
 

@@ -16,7 +16,7 @@ makes all their logits at once. TRL's `patch_chunked_lm_head` changes the same m
 import math
 from functools import wraps
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,8 @@ def teach(model: nn.Module) -> None:
     head = causal.get_output_embeddings()
     if head is None:
         raise TypeError(f"{type(causal).__name__} has no output embeddings to train on")
-    causal.amopo_head = [head]  # in a list, so that it isn't registered as a module again
+    # In a list, so that it isn't registered as a module again.
+    vars(causal)["amopo_head"] = [head]
     plain = causal.forward
 
     @wraps(plain)
@@ -113,7 +114,8 @@ def response_logps(
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model inside PEFT's adapters; not inside DDP and the like."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = getattr(model, "get_base_model", None)
+    return cast(PreTrainedModel, base() if base else model)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ A forest of segments can be laid out in three ways:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -43,12 +43,9 @@ class Layout:
 
     def to(self, device: torch.device | str) -> "Layout":
         """Return the layout with its tensors on a device."""
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        return Layout(**vars(self) | moved)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return replace(self, **moved)
 
 
 def lay_out(forest: Forest, name: LayoutName, pad_to_multiple_of: int = 1) -> Layout:

@@ -70,8 +70,10 @@ class AMoPO:
                 weighting = "mean"
             else:
                 counts, criteria = responses.comparisons_per_example(), responses.reads.shape[1]
-                noise = draw.normal(responses.ids, counts, criteria, 2)
-        static = responses.per_comparison(responses.weights) if weighting == "static" else None
+                noise = draw.normal(responses.required("ids"), counts, criteria, 2)
+        static = None
+        if weighting == "static":
+            static = responses.per_comparison(responses.required("weights"))
         result = amopo_loss(
             responses.winner_first(responses.logps),  # [P, C, 2, T]
             responses.winner_first(responses.mask),

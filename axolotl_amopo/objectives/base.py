@@ -62,6 +62,17 @@ class Responses(NamedTuple):
         comparisons = torch.stack([numbers, first, first + 1], dim=-1)
         return cls(token_logps, mask.bool(), comparisons, reads, signs, **others)
 
+    def required(self, name: str) -> Tensor:
+        """Return an optional field that the objective needs.
+
+        Raises:
+            ValueError: where it is not there.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"this objective needs `{name}` of the responses")
+        return value
+
     def winner_first(self, values: Tensor) -> Tensor:
         """Return each comparison's values by criterion, the winner's first.
 
@@ -106,7 +117,11 @@ class Objective(Protocol):
 
     #: Keys of the `amopo:` block that this objective wants otherwise than AMoPO has them.
     defaults: ClassVar[Mapping[str, Any]]
-    beta: float
+
+    @property
+    def beta(self) -> float:
+        """Return the scale of the rewards."""
+        ...
 
     @property
     def needs(self) -> frozenset[str]:

@@ -104,8 +104,10 @@ def check(tokenizer: Any, template: str, steering: Steering) -> None:
                 expected = render(steering.messages(messages, settings), own)
             except TemplateError:  # it takes no system message
                 continue
-            first, *rest = messages if messages[0] is system else [None, *messages]
-            line = f"{PREFIX} {written(settings)}\n{first['content'] if first else ''}"
+            given = [message for message in messages if message is system]
+            rest = [message for message in messages if message is not system]
+            said = given[0]["content"] if given else ""
+            line = f"{PREFIX} {written(settings)}\n{said}"
             try:
                 made = render([{"role": "system", "content": line}, *rest], template)
             except TemplateError as error:
