@@ -29,6 +29,7 @@ from axolotl_amopo.objectives import weights
 from axolotl_amopo.objectives.base import (
     Draw,
     Outcome,
+    Paper,
     Responses,
     ResponseStats,
     hyperparameter,
@@ -39,10 +40,27 @@ Weighting = Literal["gaussian", "mean", "uniform", "static"]
 WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 
+PAPER = Paper(
+    "AMoPO",
+    "https://arxiv.org/abs/2506.07165",
+    """\
+@inproceedings{liu-etal-2025-amopo,
+  title = {{AM}o{PO}: Adaptive Multi-objective Preference Optimization without Reward Models and
+           Reference Models},
+  author = {Liu, Qi and Ruan, Jingqing and Li, Hao and Zhao, Haodong and Wang, Desheng and
+            Chen, Jiansong and Guanglu, Wan and Cai, Xunliang and Zheng, Zhi and Xu, Tong},
+  booktitle = {Findings of the Association for Computational Linguistics: ACL 2025},
+  year = {2025},
+  url = {https://arxiv.org/abs/2506.07165}
+}""",
+)
+
+
 @dataclass(frozen=True)
 class AMoPO:
     """AMoPO, see the head of this file."""
 
+    paper: ClassVar[Paper] = PAPER
     defaults: ClassVar[Mapping[str, Any]] = {}
 
     beta: float = hyperparameter(0.8, "Reward scale", above=0)

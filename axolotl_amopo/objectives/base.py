@@ -108,6 +108,14 @@ class Outcome(NamedTuple):
     terms: dict[str, Tensor]  # [B] each: what is added to an example's loss, and logged by its name
 
 
+class Paper(NamedTuple):
+    """Where an objective comes from, for the card of a model that was trained with it."""
+
+    name: str  # the method's, as its authors write it
+    url: str
+    citation: str  # BibTeX
+
+
 class Objective(Protocol):
     """A frozen dataclass whose fields are keys of the `amopo:` block.
 
@@ -115,6 +123,7 @@ class Objective(Protocol):
     `hyperparameter`.
     """
 
+    paper: ClassVar[Paper]
     #: Keys of the `amopo:` block that this objective wants otherwise than AMoPO has them.
     defaults: ClassVar[Mapping[str, Any]]
 

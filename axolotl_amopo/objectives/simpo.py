@@ -24,9 +24,23 @@ from axolotl_amopo.objectives import weights
 from axolotl_amopo.objectives.base import (
     Draw,
     Outcome,
+    Paper,
     Responses,
     hyperparameter,
     response_stats,
+)
+
+PAPER = Paper(
+    "SimPO",
+    "https://arxiv.org/abs/2405.14734",
+    """\
+@inproceedings{meng-etal-2024-simpo,
+  title = {{SimPO}: Simple Preference Optimization with a Reference-Free Reward},
+  author = {Meng, Yu and Xia, Mengzhou and Chen, Danqi},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2024},
+  url = {https://arxiv.org/abs/2405.14734}
+}""",
 )
 
 
@@ -34,6 +48,7 @@ from axolotl_amopo.objectives.base import (
 class SimPO:
     """SimPO, see the head of this file."""
 
+    paper: ClassVar[Paper] = PAPER
     defaults: ClassVar[Mapping[str, Any]] = {"instruction": "", "overall_instruction": ""}
 
     beta: float = hyperparameter(2.0, "Reward scale", above=0)

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
 from axolotl_amopo.config.block import AMoPOConfig
+from axolotl_amopo.objectives import Paper
 from axolotl_amopo.training.runs import (
     COMPARED_METRICS,
     TrainingRun,
@@ -47,11 +48,12 @@ def write_card(trainer: Any) -> None:
     run = read_run(folder)
     data = ModelCard.load(folder / FILE).data
     data.tags = list(dict.fromkeys([*(data.tags or ()), *trainer.tag_names]))
-    contents = card_contents(run, extract_hyperparameters_from_trainer(trainer))
+    arguments = extract_hyperparameters_from_trainer(trainer)
+    contents = card_contents(run, arguments, trainer.objective.paper)
     ModelCard.from_template(data, template_path=str(TEMPLATE), **contents).save(folder / FILE)
 
 
-def card_contents(run: TrainingRun, arguments: dict[str, Any]) -> dict[str, Any]:
+def card_contents(run: TrainingRun, arguments: dict[str, Any], paper: Paper) -> dict[str, Any]:
     """Return the values that fill the card's template; tables are Markdown.
 
     Args:
@@ -65,6 +67,7 @@ def card_contents(run: TrainingRun, arguments: dict[str, Any]) -> dict[str, Any]
     settings = {"rl_beta": about["rl_beta"]} | own | engine | arguments
     return {
         "mark": MARK,
+        "paper": paper,
         "name": run.name,
         "base": about["model"],
         "method": about["adapter"] or "full fine-tuning",
