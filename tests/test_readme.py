@@ -1,26 +1,97 @@
-"""What the README and the packaging say is what the code does."""
+"""What the README, docs/ and the packaging say is what the code does; their code runs."""
 
+import dataclasses
 import importlib
 import json
 import re
 import tomllib
+from itertools import product
+from pathlib import Path
 
 import pytest
+import runs
 import yaml
 from axolotl.utils.dict import DictDefault
-from runs import ROOT, write_jsonl
 from test_data import data_format, read_all
 
-from axolotl_amopo.config.block import INTERNAL, AMoPOConfig
+from axolotl_amopo.commands import amopo
+from axolotl_amopo.config.block import INTERNAL, AMoPOConfig, Dimension, parse_block
 from axolotl_amopo.config.datasets import DatasetOptions, formats, prepare_entries
-from axolotl_amopo.training.metrics import metric_names
+from axolotl_amopo.objectives import OBJECTIVES
+from axolotl_amopo.training.metrics import PER_CRITERION, SPREAD
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+ROOT = runs.ROOT
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def section(text: str, heading: str) -> str:
+    """Return what stands under a heading, up to the next one."""
+    return re.split(r"^#+ ", text.split(f"{heading}\n", 1)[1], flags=re.MULTILINE)[0]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def keys(text: str) -> dict[str, str]:
+    """Return the first two columns of a table of keys."""
+    return dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", text, flags=re.MULTILINE))
+
+
+def anchor(heading: str) -> str:
+    """Return GitHub's anchor of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+# README
+
+
+def test_the_readme_is_short():
+    assert len(page("README.md").splitlines()) <= 130
+
+
+def test_the_config_of_the_readme_is_valid(tmp_path, tiny_model):
+    (text,) = blocks(page("README.md"), "yaml")
+    values = yaml.safe_load(text)
+    row = {"prompt": "a?", "helpfulness": 1, "correctness": 1, "coherence": 1}
+    data = runs.write_jsonl(tmp_path / "d.jsonl", [row | {"response": r} for r in "bc"])
+    values["base_model"] = str(tiny_model)
+    values["datasets"][0]["path"] = str(data)
+    values["bf16"] = "auto"  # true is only for a GPU here
+    values["output_dir"] = str(tmp_path / "out")
+    cfg = runs.load(runs.write_config(tmp_path, values))
+    assert cfg.amopo.enabled
+
+
+def test_every_command_is_named():
+    text = page("README.md") + page("docs/config.md")
+    for name in amopo.commands:
+        assert f"axolotl amopo {name}" in text or f"`{name}`" in text, name
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("https://", "http://")):
+            continue
+        name, _, place = target.partition("#")
+        other = (path.parent / name).resolve() if name else path
+        assert other.exists(), target
+        if place:
+            headings = re.findall(r"^#+ (.*)$", other.read_text(encoding="utf-8"), re.MULTILINE)
+            assert place in map(anchor, headings), target
+
+
+# docs/config.md
 
 
 def test_every_key_of_the_block_is_in_the_table_with_its_default():
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", README, flags=re.MULTILINE))
+    rows = keys(section(page("docs/config.md"), "## Keys of every objective"))
     defaults = {
         name: field.default
         for name, field in AMoPOConfig.model_fields.items()
@@ -35,6 +106,28 @@ def test_every_key_of_the_block_is_in_the_table_with_its_default():
         else:
             shown = str(default).lower()
         assert rows[name] == shown, name
+    assert set(keys(section(page("docs/config.md"), "### Dimensions"))) == set(
+        Dimension.model_fields
+    )
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_key_of_an_objective_is_in_its_table_with_its_default(name):
+    text = section(page("docs/config.md"), f"### `objective: {name}`")
+    shown = {
+        {"beta": "rl_beta"}.get(field.name, field.name): str(field.default)
+        for field in dataclasses.fields(OBJECTIVES[name])
+    }
+    assert keys(text) == shown
+    assert f"`{name}`" in keys_of_every_objective()["objective"]
+    for key in OBJECTIVES[name].defaults:
+        assert f"`{key}`" in text, f"{name} changes the default of {key}"
+
+
+def keys_of_every_objective() -> dict[str, str]:
+    """Return the meanings in the table of the engine's keys."""
+    text = section(page("docs/config.md"), "## Keys of every objective")
+    return dict(re.findall(r"^\| `(\w+)` \| .+? \| (.+) \|$", text, flags=re.MULTILINE))
 
 
 def test_every_field_has_a_description():
@@ -42,41 +135,50 @@ def test_every_field_has_a_description():
         assert field.description, name
 
 
+def test_the_configs_of_the_page_are_valid(tmp_path, tiny_model):
+    from axolotl.cli.utils.train import generate_config_files
+
+    block, sweep = blocks(page("docs/config.md"), "yaml")
+    values = yaml.safe_load(block)
+    assert values["rl"] == "amopo"
+    parse_block(AMoPOConfig, values["amopo"], "amopo")
+
+    base = runs.config(tmp_path, tiny_model, ROOT / "quickstart" / "train.jsonl")
+    (tmp_path / "sweep.yml").write_text(sweep, encoding="utf-8")
+    paths = generate_config_files(
+        str(runs.write_config(tmp_path, base)), str(tmp_path / "sweep.yml")
+    )
+    swept = yaml.safe_load(sweep)
+    found = set()
+    for path, _ in paths:
+        cfg = runs.load(path)
+        found.add((cfg.amopo.gamma, cfg.amopo.winner, cfg.learning_rate))
+    assert found == set(product(*swept.values()))
+
+
+# docs/metrics.md
+
+
+def test_every_logged_name_is_described():
+    named = set(re.findall(r"^\| `([^`]+)` \|", page("docs/metrics.md"), flags=re.MULTILINE))
+    logged = {f"amopo/<criterion>/{name}" for name in (*PER_CRITERION, f"{SPREAD}_std")}
+    assert {name for name in named if name.startswith("amopo/")} == logged
+
+
+# docs/data.md
+
+
 def test_every_format_is_described():
     for name in formats():
-        assert f"### `type: {name}`" in DATA
-        assert f"| [`{name}`](#type{name.replace('.', '')})" in DATA
-
-
-def test_the_minimal_config_is_valid(tmp_path, tiny_model):
-    from runs import load, write_config
-
-    text = re.search(r"```yaml\n(base_model:.*?)```", README, flags=re.DOTALL).group(1)
-    values = yaml.safe_load(text)
-    row = {"prompt": "a?", "helpfulness": 1, "correctness": 1, "coherence": 1}
-    data = write_jsonl(tmp_path / "d.jsonl", [row | {"response": r} for r in "bc"])
-    values["base_model"] = str(tiny_model)
-    values["datasets"][0]["path"] = str(data)
-    values["bf16"] = "auto"  # true is only for a GPU here
-    cfg = load(write_config(tmp_path, values | {"output_dir": str(tmp_path / "out")}))
-    assert cfg.amopo.enabled
-
-
-def test_logged_names_are_described():
-    for name in metric_names(["overall"]):
-        last = name.split("/")[-1]
-        assert (
-            f"`/{last}`" in README
-            or f"<prompt>/{last}`" in README
-            or name.startswith(("rewards/", "logps/"))
-        ), name
+        assert f"### `type: {name}`" in page("docs/data.md")
+        assert f"| [`{name}`](#{anchor(f'`type: {name}`')})" in page("docs/data.md")
 
 
 def test_the_example_rows_load():
-    """Every YAML and JSON of docs/data.md, through the format it stands under."""
-    blocks = re.findall(r"```yaml\n(.*?)```\n\n```json\n(.*?)```", DATA, flags=re.DOTALL)
+    """Every YAML and JSON of the page, through the format it stands under."""
+    found = re.findall(r"```yaml\n(.*?)```\n\n```json\n(.*?)```", page("docs/data.md"), re.DOTALL)
     seen = set()
-    for text, rows in blocks:
+    for text, rows in found:
         values = yaml.safe_load(text)
         (entry,) = values["datasets"]
         seen.add(entry["type"])
@@ -90,13 +192,30 @@ def test_the_example_rows_load():
     assert seen == set(formats())
 
 
+# docs/api.md
+
+
+def code(heading: str) -> list[str]:
+    return blocks(section(page("docs/api.md"), heading), "python")
+
+
+def test_the_code_of_losses_and_models_runs(capsys):
+    shared: dict = {}
+    for text in [*code("## Compute a loss"), *code("## Get log-probabilities from a model")]:
+        exec(text, shared)
+    printed = capsys.readouterr().out
+    assert "torch.Size([4, 3])" in printed
+    assert shared["choice"].layout == "packed"
+    assert shared["loss"].isfinite()
+
+
 def test_the_format_of_ones_own_works(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", DATA, flags=re.DOTALL)
+    (text,) = code("## A dataset format of your own")
     (tmp_path / "my_package").mkdir()
-    (tmp_path / "my_package" / "forum.py").write_text(code, encoding="utf-8")
+    (tmp_path / "my_package" / "forum.py").write_text(text, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     rows = [{"question": "Why?", "answers": [{"body": b, "help": n} for b, n in ("a1", "b9")]}]
-    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    data = runs.write_jsonl(tmp_path / "data.jsonl", rows)
     cfg = {"base_model": "x", "datasets": [{"path": str(data), "type": "my_package.forum"}]}
     prepare_entries(cfg, AMoPOConfig(dimensions=["help"]))
     (entry,) = cfg["datasets"]
@@ -107,6 +226,38 @@ def test_the_format_of_ones_own_works(tmp_path, monkeypatch):
         ("a", {"help": 1}),
         ("b", {"help": 9}),
     ]
+
+
+def test_the_code_of_commands_runs(tmp_path, monkeypatch, tiny_model):
+    monkeypatch.chdir(tmp_path)
+    held_out = {"path": str(ROOT / "quickstart" / "heldout.jsonl"), "type": "amopo.rated"}
+    values = runs.config(
+        Path(), tiny_model, ROOT / "quickstart" / "train.jsonl", **runs.LORA, max_steps=2
+    )
+    values |= {
+        "output_dir": "outputs/adapter",
+        "test_datasets": [held_out | {"scale": [1, 5], "split": "train"}],
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    values["amopo"] = {"dimensions": ["helpfulness", "honesty"], "pairs": "best_worst"}
+    runs.train(runs.write_config(tmp_path, values))
+
+    shared: dict = {}
+    for text in [*code("## Steer a trained model"), *code("## Do what a command does")]:
+        exec(text, shared)
+    assert "helpfulness" in shared["messages"][-1]["content"]
+    assert shared["data"].entries[0].pairs_kept == 56
+    assert shared["plan"].fits
+    assert shared["report"].page.is_file()
+    assert len(shared["answers"]) == 2
+    assert shared["scores"].rows[0].prompting == "own"
+    assert isinstance(shared["run"].change("amopo/honesty/margin").difference, float)
+    for name in ("data", "plan", "report", "scores"):
+        json.dumps(shared[name].to_json(), default=str)
+
+
+# Packaging
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "CITATION.cff", "CHANGELOG.md"])
