@@ -84,8 +84,8 @@ def response_logps(
             not a matter of hidden states alone.
 
     Returns:
-        token_logps [B, K, N, T] in float32, and their mask (true at response tokens); both are
-        empty where no criterion reads a response under a prompt.
+        token_logps [B, K, N, T] in float32 (in float64 where the model is), and their mask (true at
+        response tokens); both are empty where no criterion reads a response under a prompt.
     """
     causal = causal_model(unwrap(model))
     tokens_N, positions_N = batch["input_ids"][0], batch["position_ids"][0]
@@ -122,8 +122,10 @@ def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside torch.compile, DDP or a DeepSpeed engine."""
     # Not transformers' or accelerate's own function: it imports DeepSpeed to look, and leaves a
     # compiled DDP model without its DDP.
-    while inner := getattr(model, "_orig_mod", None) or getattr(model, "module", None):
-        model = inner
+    for name in ("_orig_mod", "module"):
+        # Not its truth: a compiled module's asks for a length, which models lack.
+        if isinstance(inner := getattr(model, name, None), nn.Module):
+            return unwrap(inner)
     return model
 
 

@@ -22,8 +22,8 @@ KEPT_BYTES = 600 * 2**20
 
 @torch.compiler.disable
 def head_logps(causal: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Return log-probabilities of `targets` [M] from hidden states [M, H], in float32."""
-    (head,) = causal.amopo_head
+    """Return log-probabilities of `targets` [M] from hidden states [M, H], see `wide`."""
+    (head,) = vars(causal)["amopo_head"]
     scale, softcap = logit_options(causal.config.get_text_config())
     if getattr(head.forward, "__func__", None) is linear_or_logps:
         return head(hidden, targets=targets, scale=scale, softcap=softcap)
@@ -55,12 +55,17 @@ def logit_options(config: Any) -> tuple[float, float | None]:
 def gather_logps(
     logits: Tensor, targets: Tensor, *, scale: float = 1.0, softcap: float | None = None
 ) -> Tensor:
-    """Return log softmax of `logits` [M, V] at `targets` [M], in float32."""
-    logits = logits.float() * scale
+    """Return log softmax of `logits` [M, V] at `targets` [M], see `wide`."""
+    logits = logits.to(wide(logits.dtype)) * scale
     if softcap:
         logits = softcap * (logits / softcap).tanh()
     chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return chosen - logits.logsumexp(-1)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which logits are summed up: float32, or that of wider ones."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def chunked(
@@ -138,26 +143,27 @@ class LinearLogps(torch.autograd.Function):
         targets: Tensor,  # [M]
         scale: float,
         softcap: float | None,
-    ) -> Tensor:  # [M] float32
+    ) -> Tensor:  # [M], see `wide`
         size = len(hidden), len(weight)
         rows = min(_chunk_rows(size[1], 2 if softcap else 1), max(1, size[0]))
         trained = any(ctx.needs_input_grad[1:3])
         keep = trained and size[0] * size[1] * weight.itemsize <= KEPT_BYTES
         kept = weight.new_empty(size) if keep else None  # softmax - 1 at the target, sloped
         buffer = weight.new_empty(rows, size[1])  # made once: fresh pages cost as much as a softmax
-        logps, highest, total = (hidden.new_empty(size[0], dtype=torch.float32) for _ in range(3))
+        dtype = wide(weight.dtype)
+        logps, highest, total = (hidden.new_empty(size[0], dtype=dtype) for _ in range(3))
         unit_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # of each logp
         for start in range(0, size[0], rows):
             chunk = slice(start, start + rows)
             target = targets[chunk].unsqueeze(-1)
-            place = kept[chunk] if keep else buffer[: len(target)]
+            place = buffer[: len(target)] if kept is None else kept[chunk]
             logits, slope = _logits(hidden[chunk], weight, bias, scale, softcap, out=place)
             highest[chunk] = logits.amax(-1)
             picked = logits.gather(-1, target).squeeze(-1)
             residual = logits.sub_(highest[chunk].unsqueeze(-1)).exp_()
             total[chunk] = residual.sum(-1)
             logps[chunk] = picked - highest[chunk] - total[chunk].log()
-            if unit_grad is None and not keep:
+            if unit_grad is None and kept is None:
                 continue
             residual.div_(total[chunk].unsqueeze(-1))
             residual.scatter_add_(-1, target, residual.new_full(target.shape, -1.0))
@@ -174,7 +180,8 @@ class LinearLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
         hidden, weight, bias, targets, unit_grad, kept, highest, total = ctx.saved_tensors
         scale, softcap = ctx.options
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -219,11 +226,12 @@ def _logits(
     softcap: float | None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return final logits in float32 (in `out`, if that is), and their derivative under a cap."""
+    """Return final logits, see `wide` (in `out`, if that has its type), and their derivative under
+    a cap."""
     logits = torch.mm(hidden, weight.t(), out=out)
     if bias is not None:
         logits += bias
-    logits = logits.float()
+    logits = logits.to(wide(logits.dtype))
     if scale != 1.0:
         logits *= scale
     if not softcap:
