@@ -1,7 +1,6 @@
 """Every dataset format: rows in the published layout, and rows that hypothesis breaks."""
 
 import copy
-import math
 import os
 from collections import Counter
 
@@ -11,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import data_format, read_all
 
-from axolotl_amopo.commands.inspect.gather import gather
+from axolotl_amopo.commands.inspect.gather import describe
 from axolotl_amopo.config.datasets import formats
 from axolotl_amopo.data.pairing import PairRule
-from axolotl_amopo.data.pipeline import Survey, scales_of
+from axolotl_amopo.data.pipeline import Survey, scales_of, watch_preparations
 from axolotl_amopo.data.prompts import prompted
 from axolotl_amopo.data.rows import RatedPrompt, Row
 from axolotl_amopo.errors import AMoPOError, ConfigError, DataError
@@ -232,7 +231,8 @@ def pairs_of(name, **block):
 def test_the_formats_know_what_is_better():
     (pair,), rule = pairs_of("safe_rlhf", dimensions=["severity"])
     assert pair.responses == (1, 0)  # "No." has the lower severity
-    assert [rule.ratings(pair.prompt, i) for i in (0, 1)] == [[1 / 3] * 2, [1, 1]]
+    assert rule.ratings(pair.prompt, 0) == pytest.approx([1 / 3, 1 / 3])
+    assert rule.ratings(pair.prompt, 1) == [1, 1]
     (pair,), *_ = pairs_of("safe_rlhf", winner="per_dimension")
     assert pair.signs[1:] == [-1, 1, 1, 1] and pair.responses == (1, 0)
     (pair,), *_ = pairs_of("beavertails", dimensions=list(BEAVER))
@@ -313,8 +313,8 @@ def test_axolotl_loads_what_the_yaml_describes(tmp_path, tiny_model):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_is_shown_and_trained(name, tmp_path, tiny_model):
-    """Through axolotl, from a file: what `inspect` shows is what a step is made on."""
+def test_is_shown_and_prepared(name, tmp_path, tiny_model):
+    """Through axolotl, from a file: what `inspect` shows of what a run is given."""
     kind, rows, ratings, changes = PUBLISHED[name]
     data = runs.write_jsonl(tmp_path / "data.jsonl", rows)
     entry = {"path": str(data), "type": f"amopo.{kind}"} | changes.get("options", {})
@@ -325,20 +325,20 @@ def test_is_shown_and_trained(name, tmp_path, tiny_model):
         datasets=[entry],
         amopo={"dimensions": list(ratings[0]), "winner": "per_dimension"}
         | {key: value for key, value in changes.items() if key != "options"},
-        max_steps=1,
-        micro_batch_size=1,
     )
     path = runs.write_config(tmp_path, values)
-    (shown,) = gather(str(path)).entries
+    with watch_preparations() as preparations:
+        _, datasets = runs.prepare(path)
+    shown, _ = describe(*preparations, rows=1)
     assert (shown.rows, shown.prompts, shown.responses, shown.pairs_kept) == (len(rows), 1, 2, 1)
-    trainer = runs.train(path)
-    assert len(trainer.train_dataset) == 1
-    first, *_ = trainer.state.log_history
-    assert math.isfinite(first["loss"]) and first["grad_norm"] > 0
-    rated = {key.split("/")[1] for key in first if key.endswith("/margin")}
+    (row,) = datasets.train_dataset
+    (example,) = shown.examples
+    assert len(row["response_ids"]) == len(example.responses) == 2
+    signs = dict(zip(["overall", *ratings[0]], row["signs"], strict=True))
     yes, no = ratings
     differ = {key for key in yes if None not in (yes[key], no[key]) and yes[key] != no[key]}
-    assert rated - {"overall"} == differ
+    assert {name for name, sign in signs.items() if sign} - {"overall"} == differ
+    assert [seen.weighs for seen in example.seen] == [sign != 0 for sign in row["signs"]]
 
 
 # Broken rows: a value somewhere in a good row is taken out or replaced by anything.
