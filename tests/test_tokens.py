@@ -8,34 +8,67 @@ import re
 import pytest
 from axolotl.utils.chat_templates import get_chat_template
 from conftest import CHATML, ROOT
-from datasets import Dataset
-from hypothesis import HealthCheck, given, settings
+from datasets import Dataset, concatenate_datasets, load_from_disk
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import ASKED, PER, SCALED, SCALES, SYSTEM, TALK, assistant, strategy, user
+from test_data import ASKED, PER, SCALED, SCALES, SYSTEM, TALK, assistant, data_format, user
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from axolotl_amopo.data import format as strategies
+from axolotl_amopo.config.through_axolotl import stamped
+from axolotl_amopo.data import pipeline
 from axolotl_amopo.data import tokenizer as tokens
-from axolotl_amopo.data.examples import ALIKE, BAD_PAIR, SHORTENED, TOO_LONG, prepare_row
-from axolotl_amopo.data.tokenizer import (
+from axolotl_amopo.data.examples import (
+    ALIKE,
+    BAD_PAIR,
     MIN_QUESTION_TOKENS,
-    SPANNING,
-    WHOLE,
-    ChatTokenizer,
-    instructed,
+    SHORTENED,
+    TOO_LONG,
+    prepare_row,
     shorten,
-    tokenize_pair,
-    total,
+    tokenize_example,
 )
+from axolotl_amopo.data.pairing import SINGLE
+from axolotl_amopo.data.prompts import instructed
+from axolotl_amopo.data.tokenizer import SPANNING, WHOLE, ChatTokenizer
 from axolotl_amopo.errors import DataError
+from axolotl_amopo.example import Example
+from axolotl_amopo.model.batch import make_batch
 
 EOS, EOT, START = "<|im_end|>", "<end_of_turn>", "<|im_start|>assistant\n"
 
 
 def chat(tokenizer, template=CHATML, eot_tokens=()):
     return ChatTokenizer(tokenizer, template, {}, eot_tokens)
+
+
+@pytest.fixture(scope="session")
+def ours(tokenizer):
+    return chat(tokenizer)
+
+
+def as_text(messages, responses, instructions, signs=None):
+    """An example as text: its first two responses, under a prompt for each instruction."""
+    prompts = range(len(instructions))
+    return {
+        "messages": json.dumps(messages),
+        "tools": "null",
+        "responses": [json.dumps(turn) for turn in responses],
+        "instructions": instructions,
+        "where": "data.jsonl, row 1",
+        "follows": [k for k in prompts for _ in responses],
+        "comparisons": [0, 1],
+        "reads": [*prompts],
+        "signs": signs or [1 for _ in prompts],
+        "ratings": [0.5 for _ in prompts for _ in responses],
+        "points": [1.0 for _ in prompts],
+    }
+
+
+def tokenized(ours, messages, responses, instructions):
+    row = as_text(messages, responses, instructions)
+    return tokenize_example(ours, row, messages, "before")
 
 
 def chatml(messages):
@@ -113,22 +146,21 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40
 
 @settings(max_examples=100, deadline=None)
 @given(question=TEXT, response=TEXT.filter(str.strip), instruction=TEXT)
-def test_texts_come_back_from_the_ids(question, response, instruction, tokenizer):
+def test_texts_come_back_from_the_ids(question, response, instruction, ours, tokenizer):
     talk, told = ([*TALK[:-1], user(text)] for text in (question, f"{instruction}\n\n{question}"))
-    pair = tokenize_pair(chat(tokenizer), talk, [response, "No."], ["", instruction], [0, 0], "")
-    assert tokenizer.batch_decode(pair.prompts) == [chatml(talk), chatml(told)]
-    assert tokenizer.batch_decode(pair.responses) == [response + EOS, "No." + EOS]
+    made = tokenized(ours, talk, [response, "No."], ["", instruction])
+    assert tokenizer.batch_decode(made.prompts) == [chatml(talk), chatml(told)]
+    assert tokenizer.batch_decode(made.responses) == [response + EOS, "No." + EOS]
 
 
-def test_prompt_and_response_are_the_whole_conversation(tokenizer):
+def test_prompt_and_response_are_the_whole_conversation(ours):
     for one in map(json.loads, (ROOT / "quickstart" / "train.jsonl").open(encoding="utf-8")):
         for messages in ([user(one["prompt"])], [*TALK[:-1], user(one["prompt"])]):
-            ours = tokenize_pair(
-                chat(tokenizer), messages, [r["text"] for r in one["responses"]], [""], [0], ""
-            )
-            for response, ids in zip(one["responses"], ours.responses, strict=True):
-                whole = chatml([*messages, assistant(response["text"])]).removesuffix("\n" + START)
-                assert ours.prompts[0] + ids == chat(tokenizer).ids(whole)
+            texts = [response["text"] for response in one["responses"]]
+            made = tokenized(ours, messages, texts, [""])
+            for text, ids in zip(texts, made.responses, strict=True):
+                whole = chatml([*messages, assistant(text)]).removesuffix("\n" + START)
+                assert made.prompts[0] + ids == ours.ids(whole)
 
 
 def metaspace(kind):
@@ -178,22 +210,27 @@ PARTS = ["<s>", EOS, "<|im_start|>", "<a>", "<b>", "a<b>", "it", "is.", "a", " "
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("beside", BESIDE)
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(parts=st.lists(st.sampled_from(PARTS)), at=st.integers(0, 9), written=st.booleans())
-def test_ids_of_the_pieces_are_those_of_the_text(beside, split, parts, at, written, any_kind):
+def test_ids_of_the_pieces_are_those_of_the_text(beside, split, any_kind):
     for content, flags in BESIDE[beside].items():
         any_kind.add_tokens([AddedToken(content, special=True, **dict.fromkeys(flags, True))])
     any_kind.split_special_tokens = split
-    ours = chat(any_kind, CHATML + "".join(f"{{# {text} #}}" for text in BESIDE[beside]) * written)
+    mentioned = "".join(f"{{# {text} #}}" for text in BESIDE[beside])
+    both = chat(any_kind), chat(any_kind, CHATML + mentioned)
 
     def whole(text):
         return any_kind(text, add_special_tokens=False).input_ids
 
-    prompt, response = "".join(parts[:at]), "".join(parts[at:])
-    assert ours.ids(prompt + response) == whole(prompt + response)
-    head, ids = whole(prompt), whole(prompt + response)
-    expected = ids[len(head) :] if ids[: len(head)] == head else whole(response)
-    assert ours.ids_behind(prompt, response) == expected
+    @settings(max_examples=100, deadline=None)
+    @given(parts=st.lists(st.sampled_from(PARTS)), at=st.integers(0, 9), written=st.booleans())
+    def alike(parts, at, written):
+        ours = both[written]
+        prompt, response = "".join(parts[:at]), "".join(parts[at:])
+        assert ours.ids(prompt + response) == whole(prompt + response)
+        head, ids = whole(prompt), whole(prompt + response)
+        expected = ids[len(head) :] if ids[: len(head)] == head else whole(response)
+        assert ours.ids_behind(prompt, response) == expected
+
+    alike()
 
 
 # fmt: off
@@ -280,12 +317,12 @@ def test_turns_and_words_are_not_tokenised_again(any_kind, monkeypatch):
     done = []
     encode = ours._encode
     monkeypatch.setattr(ours, "_encode", lambda texts: done.extend(texts) or encode(texts))
-    tokenize_pair(ours, TALK, ["Yes.", "No."], ["a", "b"], [0, 0], "")
+    tokenized(ours, TALK, ["Yes.", "No."], ["a", "b"])
     pieces = "".join(done)
     for text in ("Be kind.", "Hi.", "Hello.", "Yes.", "No."):
         assert pieces.count(text) == 1
     before = len(done)
-    tokenize_pair(ours, TALK, ["Yes.", "No."], ["b", "a"], [0, 0], "")
+    tokenized(ours, TALK, ["Yes.", "No."], ["b", "a"])
     assert len(done) == before
 
 
@@ -297,14 +334,14 @@ def test_truncation_of_the_tokenizers_own_is_ended(tokenizer):
     assert chat(other).ids("Is it so? " * 9) == chat(tokenizer).ids("Is it so? " * 9)
 
 
-def test_a_pair_tokenises_each_prompt_and_response_once(tokenizer, monkeypatch):
+def test_each_prompt_and_response_is_tokenised_once(tokenizer, monkeypatch):
     done = []
     for name in ("prompt_ids", "response_ids"):
         method = getattr(ChatTokenizer, name)
         monkeypatch.setattr(
             ChatTokenizer, name, lambda *args, method=method: done.append(args[1:]) or method(*args)
         )
-    tokenize_pair(chat(tokenizer), TALK, ["Yes.", "No."], ["a", "b", ""], [0, 1, 0], "")
+    tokenized(chat(tokenizer), TALK, ["Yes.", "No.", "Yes."], ["a", "b", ""])
     told = [*TALK[:-1], user("a\n\nIs it?")], [*TALK[:-1], user("b\n\nIs it?")], TALK
     assert done == [
         *((messages, None) for messages in told),
@@ -326,7 +363,7 @@ def rated(prompt, *ratings, texts=("Yes.", "No.", "Maybe.", "So.")):
 
 
 def wrap(tokenizer, rows, kind="rated", **changes):
-    wanted = strategy(kind, tokenizer, **{"dimensions": SCALED} | NO_INSTRUCTION | changes)
+    wanted = data_format(kind, tokenizer, **{"dimensions": SCALED} | NO_INSTRUCTION | changes)
     return wanted.wrap_dataset(Dataset.from_list(rows))
 
 
@@ -339,8 +376,8 @@ AFTER = {"instruction_place": "after"}
     [
         (SHOW, [f"{text}\n\nIs it?" for text in SHOWN]),
         (SHOW | AFTER, [f"Is it?\n\n{text}" for text in SHOWN]),
-        (NO_INSTRUCTION, ["Is it?"] * 3),
-        (NO_INSTRUCTION | AFTER, ["Is it?"] * 3),
+        (NO_INSTRUCTION, ["Is it?"]),
+        (NO_INSTRUCTION | AFTER, ["Is it?"]),
     ],
     ids=["instruction", "after the question", "empty instruction", "empty, after"],
 )
@@ -349,7 +386,11 @@ def test_prepared_row(block, asked, tokenizer):
     prompts = [chatml([user(text)]) for text in asked]
     assert tokenizer.batch_decode(row["prompt_ids"]) == prompts
     assert tokenizer.batch_decode(row["response_ids"]) == ["No." + EOS, "Yes." + EOS]
-    assert (row["winners"], row["dimension_mask"]) == ([0, 0, 1], [1, 1, 1])
+    assert row["follows"] == [k for k in range(len(asked)) for _ in "NY"]
+    assert row["reads"] == [0, 1, 2] if len(asked) == 3 else [0, 0, 0]
+    assert (row["comparisons"], row["signs"]) == ([0, 1], [1, 1, -1])
+    assert row["ratings"] == pytest.approx([0.575, 0.9, 0.25, 0.475, 0.2, 0.75])
+    assert row["points"] == [52, 100, 4]
     for column in ("input_ids", "labels", "attention_mask"):
         assert len(row[column]) == longest(row)
 
@@ -492,7 +533,7 @@ def test_thinking_behind_ended_thinking(tokenizer):
     ours = ChatTokenizer(tokenizer, QWEN3, {"enable_thinking": False})
     assert tokenizer.decode(ours.response_ids(ASKED, "Yes.")) == "Yes." + EOS
     with pytest.raises(DataError, match="it thinks, but the generation prompt ends with"):
-        tokenize_pair(ours, ASKED, [THOUGHT, "Yes."], [""], [0], "row 1")
+        tokenized(ours, ASKED, [THOUGHT, "Yes."], [""])
 
 
 @pytest.mark.parametrize(
@@ -555,21 +596,74 @@ def test_prompts_with_the_instruction_after_the_question_begin_alike(tokenizer):
     assert tokenizer.decode(shared).startswith(chatml(TALK).removesuffix(f"{EOS}\n{START}"))
 
 
+@pytest.mark.parametrize("block", [{}, {"rating_in_prompt": "own"}, {"group_by_prompt": True}])
+def test_equal_prompts_run_once(block, tokenizer):
+    """Without instructions the model sees each text once, however many criteria read it."""
+    rows = wrap(tokenizer, [rated("Is it?", *BOTH), rated("Why?", *BOTH)], **block)
+    batch = make_batch(list(map(Example.from_row, rows)))
+    texts = [chatml([user("Is it?")]), "Yes." + EOS, "No." + EOS]
+    texts += [chatml([user("Why?")]), *texts[1:]]
+    assert tokenizer.decode(batch["input_ids"][0]) == "".join(texts)
+    assert batch["reads"].tolist() == [[0, 0, 0]] * 2
+
+
+GROUP = [rated("Is it?", (90, 2), (20, 4), (50, 2)), rated("And so?", *BOTH)]
+TEXTS = ["Yes." + EOS, "No." + EOS, "Maybe." + EOS]
+
+
+def test_a_group_is_one_row(tokenizer, caplog):
+    """Of one question; each of its responses stands there once, in however many pairs it is."""
+    dataset = wrap(tokenizer, GROUP, group_by_prompt=True, **SHOW)
+    row, other = dataset
+    assert tokenizer.batch_decode(row["response_ids"]) == TEXTS
+    assert tokenizer.batch_decode(other["response_ids"]) == TEXTS[:2]
+    assert (row["comparisons"], other["comparisons"]) == ([0, 1, 0, 2, 1, 2], [0, 1])
+    asked = ["all", "help=90", "truth=2", "help=20", "truth=4"]
+    prompts = [chatml([user(f"{text}\n\nIs it?")]) for text in asked]
+    assert tokenizer.batch_decode(row["prompt_ids"]) == prompts
+    assert row["reads"] == [0, 1, 2, 0, 1, 2, 0, 3, 4]
+    assert row["follows"] == [k for k in range(5) for _ in range(3)]
+    assert row["signs"] == [1] * 9
+    by_response = [0.575, 0.9, 0.25, 0.475, 0.2, 0.75, 0.375, 0.5, 0.25]
+    assert row["ratings"] == pytest.approx(by_response)
+    (facts,) = stamped(dataset)
+    assert (facts["examples"], facts["pairs"], facts["prompts"]) == (2, 4, 2)
+    assert "2 prompts, 4 pairs made, 4 kept in 2 groups; nothing left out" in caplog.messages[-1]
+
+
+def test_the_facts_outlive_all_that_axolotl_does_with_a_dataset(tokenizer, tmp_path):
+    """Merging, shuffling, splitting, saving and loading."""
+    one = wrap(tokenizer, GROUP, group_by_prompt=True)
+    other = wrap(tokenizer, [rated("And?", *BOTH), rated("Alone?", (90, 4))])
+    merged = concatenate_datasets([one, other]).shuffle(seed=1)
+    merged.save_to_disk(tmp_path / "merged")
+    parts = load_from_disk(tmp_path / "merged").train_test_split(0.34, seed=1)
+    for part in (merged, parts["train"], parts["test"].select([0])):
+        first, second = stamped(part)
+        assert (first["examples"], first["pairs"], first["dropped"]) == (2, 4, {})
+        assert (second["examples"], second["pairs"]) == (1, 1)
+        assert second["dropped"] == {SINGLE: 1}
+        assert first["scales"] == {name: [*scale] for name, scale in SCALES.items()}
+        assert (first["split"], first["lower_is_better"], first["rows"]) == ("train", [], 2)
+
+
 def test_several_processes_prepare_the_same_rows(tokenizer, monkeypatch, caplog):
     rows = [rated(f"Is it {i}?" * (1 + i % 9), *BOTH, (50, 3)) for i in range(300)]
     rows[7] = rated("Ends?", *BOTH, texts=["Yes.", "N<|im_end|>o."])
-    monkeypatch.setattr(strategies, "ROWS_PER_PROCESS", 1)
+    monkeypatch.setattr(pipeline, "ROWS_PER_PROCESS", 1)
     results = []
-    for processes in (1, 3):
-        wanted = strategy("rated", tokenizer, sequence_len=120, dimensions=SCALED, bad_rows="drop")
+    for processes in (1, 2):
+        wanted = data_format(
+            "rated", tokenizer, sequence_len=120, dimensions=SCALED, bad_rows="drop"
+        )
         prepared = wanted.wrap_dataset(Dataset.from_list(rows), process_count=processes)
         results.append((prepared.to_list(), caplog.messages[-1]))
     assert results[0] == results[1]
     assert "can't be tokenised" in results[0][1] and "longer than" in results[0][1]
 
-    wanted = strategy("rated", tokenizer, dimensions=SCALED)
+    wanted = data_format("rated", tokenizer, dimensions=SCALED)
     with pytest.raises(DataError, match=r"^data.jsonl, row 8: the response can't be used"):
-        wanted.wrap_dataset(Dataset.from_list(rows), process_count=3)
+        wanted.wrap_dataset(Dataset.from_list(rows), process_count=2)
 
 
 def test_many_dropped_pairs_before_the_first_good_one(tokenizer):
@@ -585,12 +679,10 @@ INSTRUCTIONS = ["Aim high.", "Be kind and clear.", "Be true."]
 
 def prepared(tokenizer, sequence_len=2048, excess="drop", drop_bad=False, **changes):
     """A pair's prepared row."""
-    row = {"messages": ASKED, "responses": ["Yes.", "No."], "instructions": INSTRUCTIONS} | changes
-    row |= {"messages": json.dumps(row["messages"]), "where": "data.jsonl, row 1"}
-    row |= {"responses": [json.dumps(turn) for turn in row["responses"]]}
-    row |= {"tools": "null"}
+    texts = {"messages": ASKED, "responses": ["Yes.", "No."], "instructions": INSTRUCTIONS}
+    texts |= {"signs": [1, 1, -1]} | changes
     return prepare_row(
-        row | {"winners": [0, 0, 1], "dimension_mask": [1, 1, 1]},
+        as_text(**texts),
         chat=chat(tokenizer),
         sequence_len=sequence_len,
         excess_length=excess,
@@ -599,7 +691,8 @@ def prepared(tokenizer, sequence_len=2048, excess="drop", drop_bad=False, **chan
 
 
 def longest(row):
-    return max(map(len, row["prompt_ids"])) + max(map(len, row["response_ids"]))
+    """The tokens of the longest prompt with the longest response; 0 of a row that is dropped."""
+    return sum(max(map(len, row[column]), default=0) for column in ("prompt_ids", "response_ids"))
 
 
 def test_drop_is_exact(tokenizer):
@@ -616,31 +709,30 @@ def test_pair_that_can_not_be_used_is_dropped(excess, tokenizer):
     assert row["outcome"] == BAD_PAIR
 
 
-def fit(tokenizer, messages, responses, sequence_len, place="before"):
+def fit(ours, messages, responses, sequence_len, place="before"):
     """`shorten`: what is left before the question, of the question and of the responses."""
     calls = []
 
     def tokenize(conversation):
         calls.append(conversation)
         assert len(calls) < 200, "no end"
-        return tokenize_pair(
-            chat(tokenizer), conversation, responses, INSTRUCTIONS, [0, 0, 1], "", place
-        )
+        row = as_text(messages, responses, INSTRUCTIONS)
+        return tokenize_example(ours, row, conversation, place)
 
-    pair = shorten(tokenize, chat(tokenizer), messages, sequence_len)
-    if pair is None:
+    made = shorten(tokenize, ours, messages, sequence_len)
+    if made is None:
         return None
-    assert max(map(total, pair.sequences())) <= sequence_len
+    assert longest({"prompt_ids": made.prompts, "response_ids": made.responses}) <= sequence_len
     left = set()
-    for ids, instruction in zip(pair.prompts, INSTRUCTIONS, strict=True):
-        before, turn, asked = tokenizer.decode(ids).rpartition("<|im_start|>user\n")
+    for ids, instruction in zip(made.prompts, INSTRUCTIONS, strict=True):
+        before, turn, asked = ours.tokenizer.decode(ids).rpartition("<|im_start|>user\n")
         begin, end = f"{instruction}\n\n", f"{EOS}\n{START}"
         if place == "after":
             begin, end = "", f"\n\n{instruction}{end}"
         assert asked.startswith(begin) and asked.endswith(end)
         left.add((before + turn, asked.removeprefix(begin).removesuffix(end)))
     assert len(left) == 1, "the prompts are not cut alike"
-    return *left.pop(), pair.responses
+    return *left.pop(), made.responses
 
 
 EARLIER = [
@@ -654,15 +746,15 @@ ANSWERS = ["Yes. " * 12, "No. " * 9]
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
-def test_what_is_cut_first(place, tokenizer):
+def test_what_is_cut_first(place, ours):
     """At every length: the oldest turns go, then the question's beginning, then responses' ends."""
-    ours, question = chat(tokenizer), LONG[-1]["content"]
+    question = LONG[-1]["content"]
     whole = [ours.response_ids(LONG, text) for text in ANSWERS]
     kept_turns = [chatml(m).removesuffix(START) for m in (LONG[:5], [SYSTEM, *LONG[3:5]], [SYSTEM])]
     length = len(ours.prompt_ids(instructed(LONG, INSTRUCTIONS[1], place)))
     length += max(map(len, whole))
     stages = []
-    while result := fit(tokenizer, LONG, ANSWERS, length, place):
+    while result := fit(ours, LONG, ANSWERS, length, place):
         before, end, responses = result
         turns = kept_turns.index(before.removesuffix("<|im_start|>user\n"))
         assert question.endswith(end)
@@ -688,26 +780,24 @@ WORDS = st.lists(WORD, min_size=1, max_size=30).map(" ".join)
     sequence_len=st.integers(1, 300),
     place=st.sampled_from(["before", "after"]),
 )
-def test_shortened_pairs_always_fit(
-    turns, question, responses, system, sequence_len, place, tokenizer
-):
+def test_shortened_pairs_always_fit(turns, question, responses, system, sequence_len, place, ours):
     talk = [message for text in turns for message in (user(text), assistant("Hm."))]
     begin = [SYSTEM] * system
     talk = [*begin, *talk, user(question)]
-    result = fit(tokenizer, talk, responses, sequence_len, place)
+    result = fit(ours, talk, responses, sequence_len, place)
     if result:
         assert result[1] and question.endswith(result[1])
         assert result[0].startswith(chatml(begin).removesuffix(START))
     else:  # what has to stay is too long (2: cut at another place, text may merge into fewer ids)
-        while len(chat(tokenizer).ids(question[1:])) > MIN_QUESTION_TOKENS:
+        while len(ours.ids(question[1:])) > MIN_QUESTION_TOKENS:
             question = question[1:]
         least = instructed([*begin, user(question)], INSTRUCTIONS[1], place)
-        assert len(chat(tokenizer).prompt_ids(least)) + 2 >= sequence_len
+        assert len(ours.prompt_ids(least)) + 2 >= sequence_len
 
 
-def test_white_space_after_the_question_is_not_its_end(tokenizer):
+def test_white_space_after_the_question_is_not_its_end(ours):
     question = "Well. " * 50 + "Is it? " + "\n\t" * 60
-    assert "Is it?" in fit(tokenizer, [user(question)], ["Yes.", "No."], 80)[1]
+    assert "Is it?" in fit(ours, [user(question)], ["Yes.", "No."], 80)[1]
 
 
 @pytest.mark.parametrize(
@@ -732,7 +822,9 @@ def test_outcome_of_truncation(change, sequence_len, outcome, tokenizer):
 def test_example_id_is_the_content(tokenizer):
     changes = [{}, {"messages": [user("Is it so?")]}, {"messages": TALK}]
     changes += [{"responses": texts} for texts in (["Yes!", "No."], ["No.", "Yes."])]
-    changes += [{"instructions": texts} for texts in (INSTRUCTIONS[::-1], INSTRUCTIONS * 2)]
+    changes += [{"instructions": texts} for texts in (INSTRUCTIONS[::-1], INSTRUCTIONS[:2])]
+    changes[-1]["signs"] = [1, 1]
+    changes += [{"signs": signs} for signs in ([1, 1, 1], [1, 1, 0], [-1, 1, -1])]
     ids, again = ([prepared(tokenizer, **c)["example_id"] for c in changes] for _ in range(2))
     assert ids == again
     assert len(set(ids)) == len(changes)
