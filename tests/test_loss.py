@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.experimental.cpo import CPOTrainer
@@ -12,63 +13,138 @@ from trl.experimental.cpo import CPOTrainer
 from axolotl_amopo.loss import MIN_LOGP, WEIGHTINGS, amopo_loss, response_stats
 
 PROMPTS = 4  # of the golden cases
+# Rounding of float64 on numbers of about 1 is a million times smaller.
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def published(case):
+    """The published computation, from its description (DESIGN.md, section 2), in its own order:
+    rows are prompt by prompt, chosen before rejected, then example by example.
+
+    Returns what each row, each pair and the batch come to. Its loss is a mean over all rows, and
+    so a quarter of ours with four prompts; its softmax runs over the examples of a batch too.
+    """
+    labels = case["labels"][:, 1:]
+    mask = labels != -100
+    logps = case["logits"][:, :-1].log_softmax(-1)
+    logps = logps.gather(-1, labels.masked_fill(~mask, 0).unsqueeze(-1)).squeeze(-1)
+    averages = (logps * mask).sum(-1) / mask.sum(-1)
+    probs = [row[kept].detach().exp() for row, kept in zip(logps, mask, strict=True)]
+    means = torch.stack([row.mean() for row in probs])
+    stds = torch.stack([row.std() for row in probs])
+    scores = means + case["z"] * stds
+    # [prompt, side, example]
+    by_side = [values.view(PROMPTS, 2, -1) for values in (averages, scores)]
+    chosen, rejected = by_side[0].unbind(1)
+    losses = -F.logsigmoid(case["beta"] * (chosen - rejected) - case["gamma"])
+    weights = by_side[1].sum(1).flatten().softmax(0).view_as(losses)
+    return {
+        "avg_logp": averages,
+        "mean": means,
+        "std": stds,
+        "sample": scores,
+        "pair_losses": losses,
+        "loss": (weights * losses).mean(),
+    }
+
+
+def made_up(seed, batch=1):
+    """A case of random numbers."""
+    random = torch.Generator().manual_seed(seed)
+    rows, tokens, vocabulary = 2 * PROMPTS * batch, 9, 11
+    lengths = torch.randint(2, tokens, (rows, 1), generator=random)
+    labels = torch.randint(vocabulary, (rows, tokens), generator=random)
+    return {
+        "batch": batch,
+        "logits": 3 * torch.randn(rows, tokens, vocabulary, generator=random).double(),
+        "labels": labels.masked_fill(torch.arange(tokens) < tokens - lengths, -100),
+        "beta": 0.1 + 2 * torch.rand((), generator=random).item(),
+        "gamma": 2 * torch.rand((), generator=random).item(),
+        "z": torch.randn(rows, generator=random).double(),
+    }
 
 
 def golden_cases(shared):
-    return json.loads((shared / "golden" / "reference_cases.json").read_text())
+    """Cases that the published code has computed, with what it gave; the rows of the draws are
+    recorded for the chosen ones first."""
+    recorded = json.loads((shared / "golden" / "reference_cases.json").read_text())
+    for case in recorded:
+        made = {name: case[name] for name in ("batch", "beta", "gamma")}
+        made["logits"] = torch.tensor(case["logits"], dtype=torch.float64)
+        made["labels"] = torch.tensor(case["labels"])
+        expected = case["expected"]
+        draws = {
+            name: torch.tensor([draw[name] for draw in expected["draws"]], dtype=torch.float64)
+            .view(2, PROMPTS, -1)
+            .transpose(0, 1)
+            .flatten()
+            for name in ("mean", "std", "z", "sample")
+        }
+        made["z"] = draws.pop("z")
+        yield made, expected | draws
 
 
 def by_example(values, batch):
-    """The golden rows' order (dimension, then chosen/rejected, then example) -> [B, K, 2, ...]."""
+    """Rows as published -> [B, K, 2, ...]."""
     return values.view(PROMPTS, 2, batch, *values.shape[1:]).movedim(2, 0)
 
 
-def golden_logps(case):
-    logits = torch.tensor(case["logits"], requires_grad=True)
-    labels = torch.tensor(case["labels"])[:, 1:]
-    mask = labels != -100
-    logps = logits[:, :-1].log_softmax(-1)
+def ours(case):
+    labels = case["labels"][:, 1:]
+    logps = case["logits"][:, :-1].log_softmax(-1)
     logps = logps.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return logits, by_example(logps, case["batch"]), by_example(mask, case["batch"])
+    logps, mask, noise = (
+        by_example(values, case["batch"]) for values in (logps, labels != -100, case["z"])
+    )
+    return amopo_loss(logps, mask, beta=case["beta"], gamma=case["gamma"], noise=noise)
 
 
-def golden_draws(case, name):
-    # Recorded for the chosen rows first, then for the rejected ones.
-    values = torch.tensor([draw[name] for draw in case["expected"]["draws"]])
-    return values.view(2, PROMPTS, case["batch"]).permute(2, 1, 0)  # [B, K, 2]
-
-
-@pytest.mark.parametrize("index", range(5))
-def test_equals_the_published_computation(shared, index):
-    case = golden_cases(shared)[index]
-    expected, batch = case["expected"], case["batch"]
-    logits, logps, mask = golden_logps(case)
-    noise = golden_draws(case, "z")
-    result = amopo_loss(logps, mask, beta=case["beta"], gamma=case["gamma"], noise=noise)
-
-    close = {"rtol": 1e-5, "atol": 1e-5}
-    avg_logp = by_example(torch.tensor(expected["avg_logp"]), batch)
-    torch.testing.assert_close(result.stats.avg_logp, avg_logp, **close)
-    torch.testing.assert_close(result.stats.prob_mean, golden_draws(case, "mean"), **close)
-    torch.testing.assert_close(result.stats.prob_std, golden_draws(case, "std"), **close)
-    margins = case["beta"] * (avg_logp[..., 0] - avg_logp[..., 1])
-    pair_losses = torch.log1p(torch.exp(case["gamma"] - margins))
-    torch.testing.assert_close(result.pair_losses, pair_losses, **close)
-
-    scores = golden_draws(case, "sample").sum(-1)
-    torch.testing.assert_close(result.weights, scores.softmax(-1), **close)
-    if batch == 1:  # with more, the published softmax runs over the examples too
-        assert result.loss.item() == pytest.approx(4 * expected["loss"], rel=1e-5)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_the_published_computation(seed, batch):
+    case = made_up(seed, batch)
+    inputs = [case["logits"].clone().requires_grad_() for _ in range(2)]
+    wanted, result = published(case | {"logits": inputs[0]}), ours(case | {"logits": inputs[1]})
+    stats = result.stats
+    for name, values in zip(
+        ("avg_logp", "mean", "std"), (stats.avg_logp, stats.prob_mean, stats.prob_std), strict=True
+    ):
+        torch.testing.assert_close(values, by_example(wanted[name], batch), **EXACT)
+    torch.testing.assert_close(result.pair_losses.t(), wanted["pair_losses"], **EXACT)
+    scores = by_example(wanted["sample"], batch).sum(-1)
+    torch.testing.assert_close(result.weights, scores.softmax(-1), **EXACT)
+    if batch == 1:
+        torch.testing.assert_close(result.loss, 4 * wanted["loss"], **EXACT)
         (result.loss / 4).backward()
-        assert logits.grad.norm().item() == pytest.approx(expected["grad_norm"], rel=1e-5)
-        assert logits.grad.abs().sum().item() == pytest.approx(expected["grad_sum_abs"], rel=1e-5)
+        wanted["loss"].backward()
+        torch.testing.assert_close(inputs[1].grad, inputs[0].grad, **EXACT)
+
+
+def test_equals_what_the_published_code_gave(shared):
+    """Which was in float32, and is recorded: what it is off by is the same on any machine."""
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    for case, recorded in golden_cases(shared):
+        logits = case["logits"].requires_grad_()
+        made = published(case)
+        for name in ("avg_logp", "mean", "std", "sample"):
+            value = torch.as_tensor(recorded[name], dtype=torch.float64)
+            torch.testing.assert_close(made[name], value, **close)
+        result = ours(case)
+        torch.testing.assert_close(result.pair_losses.t(), made["pair_losses"], **EXACT)
+        assert made["loss"].item() == pytest.approx(recorded["loss"], rel=1e-5)
+        if case["batch"] == 1:
+            assert result.loss.item() == pytest.approx(4 * recorded["loss"], rel=1e-5)
+            (result.loss / 4).backward()
+            grad = logits.grad
+            assert grad.norm().item() == pytest.approx(recorded["grad_norm"], rel=1e-5)
+            assert grad.abs().sum().item() == pytest.approx(recorded["grad_sum_abs"], rel=1e-5)
 
 
 def test_one_dimension_is_simpo():
     """TRL's own SimPO loss on the same log-probabilities, value and gradient."""
     torch.manual_seed(0)
     beta, gamma = 2.5, 1.4
-    logps = -3 * torch.rand(6, 1, 2, 9)
+    logps = -3 * torch.rand(6, 1, 2, 9).double()
     mask = torch.arange(9) < torch.randint(1, 10, (6, 1, 2, 1))
     ours_in, theirs_in = (logps.clone().requires_grad_() for _ in range(2))
     ours = amopo_loss(ours_in, mask, beta=beta, gamma=gamma, weighting="uniform").loss
@@ -80,17 +156,17 @@ def test_one_dimension_is_simpo():
     averages = (theirs_in * mask).sum(-1) / mask.sum(-1)
     losses, rewards_chosen, _ = trainer.cpo_loss(averages[:, 0, 0], averages[:, 0, 1])
 
-    assert ours.item() == pytest.approx(losses.mean().item(), rel=1e-6)
+    torch.testing.assert_close(ours, losses.mean(), **EXACT)
     result = amopo_loss(logps, mask, beta=beta, gamma=gamma, weighting="uniform")
-    torch.testing.assert_close(result.rewards_chosen[:, 0], rewards_chosen)
+    torch.testing.assert_close(result.rewards_chosen[:, 0], rewards_chosen, **EXACT)
     ours.backward()
     losses.mean().backward()
-    torch.testing.assert_close(ours_in.grad, theirs_in.grad)
+    torch.testing.assert_close(ours_in.grad, theirs_in.grad, **EXACT)
 
 
 def test_by_hand():
     # Two prompts; responses of 2 and 1 tokens; beta 1, gamma 0.
-    probs = torch.tensor([[[[0.5, 0.25], [0.5, 9.0]], [[0.2, 0.4], [0.1, 9.0]]]])
+    probs = torch.tensor([[[[0.5, 0.25], [0.5, 9.0]], [[0.2, 0.4], [0.1, 9.0]]]]).double()
     mask = torch.tensor([[[[1, 1], [1, 0]], [[1, 1], [1, 0]]]])
     result = amopo_loss(probs.log(), mask, beta=1.0, gamma=0.0, weighting="mean")
     margin = [
@@ -111,7 +187,7 @@ def test_by_hand():
 
 def test_weights_carry_no_gradient():
     """The loss' gradient is that of the same loss with the weights as constants."""
-    logps = -torch.rand(2, 3, 2, 5)
+    logps = -torch.rand(2, 3, 2, 5).double()
     mask = torch.ones(2, 3, 2, 5)
     noise = torch.randn(2, 3, 2)
     one, other = (logps.clone().requires_grad_() for _ in range(2))
@@ -119,12 +195,12 @@ def test_weights_carry_no_gradient():
     result.loss.backward()
     again = amopo_loss(other, mask, beta=2.0, gamma=1.0, noise=noise)
     (result.weights.detach() * again.pair_losses).sum(-1).mean().backward()
-    torch.testing.assert_close(one.grad, other.grad)
+    torch.testing.assert_close(one.grad, other.grad, **EXACT)
     assert not result.weights.requires_grad
 
 
 def test_masked_dimensions_weigh_nothing():
-    logps = -torch.rand(3, 4, 2, 5)
+    logps = -torch.rand(3, 4, 2, 5).double()
     mask = torch.ones_like(logps)
     noise = torch.randn(3, 4, 2)
     keep = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]]).bool()
@@ -151,7 +227,7 @@ def test_masked_dimensions_weigh_nothing():
             static_weights=None if static is None else static[::2],
             noise=noise[1:2, ::2],
         )
-        torch.testing.assert_close(result.weights[1, ::2], alone.weights[0])
+        torch.testing.assert_close(result.weights[1, ::2], alone.weights[0], **EXACT)
         assert result.loss.isfinite()
 
 
@@ -175,7 +251,7 @@ def test_padding_order_and_company_change_nothing(data):
     tokens = data.draw(st.integers(1, 6), label="tokens")
     padding = data.draw(st.integers(0, 5), label="padding")
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
-    logps = -5 * torch.rand(size, prompts, 2, tokens, generator=generator)
+    logps = -5 * torch.rand(size, prompts, 2, tokens, generator=generator).double()
     lengths = torch.randint(1, tokens + 1, (size, prompts, 2, 1), generator=generator)
     mask = torch.arange(tokens) < lengths
     noise = torch.randn(size, prompts, 2, generator=generator)
@@ -183,7 +259,7 @@ def test_padding_order_and_company_change_nothing(data):
     keep[:, 0] = True
 
     def loss(rows, extra=0):
-        junk = torch.full((len(rows), prompts, 2, extra), torch.nan)
+        junk = torch.full((len(rows), prompts, 2, extra), torch.nan).double()
         result = amopo_loss(
             torch.cat([logps[rows], junk], -1),
             torch.cat([mask[rows], torch.zeros(junk.shape, dtype=torch.bool)], -1),
@@ -197,8 +273,8 @@ def test_padding_order_and_company_change_nothing(data):
     order = torch.randperm(size, generator=generator)
     together, mean = loss(order.tolist(), padding)
     alone = torch.cat([loss([row])[0] for row in order.tolist()])
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(mean, alone.mean(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(together, alone, **EXACT)
+    torch.testing.assert_close(mean, alone.mean(), **EXACT)
 
 
 @pytest.mark.parametrize(

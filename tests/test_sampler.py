@@ -1,10 +1,18 @@
 """The order of training: every row once, the same optimizer steps however they are cut."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from datasets import Dataset
 
-from axolotl_amopo.training.sampler import GROUPED_PASSES, LengthGroupedSampler, row_lengths
+from axolotl_amopo.example import pair
+from axolotl_amopo.training.sampler import (
+    GROUPED_PASSES,
+    LengthGroupedSampler,
+    pairs_in,
+    row_lengths,
+)
 
 LENGTHS = np.random.default_rng(0).integers(10, 1000, 203)
 
@@ -54,14 +62,32 @@ def test_passes_are_not_in_order_of_length():
     assert abs(np.corrcoef(longest, range(50))[0, 1]) < 0.4
 
 
-def test_row_lengths():
-    rows = {
-        "prompt_ids": [[[1, 2], [3]], [[1, 2, 3, 4], [5] * 9]],
-        "response_ids": [[[7], [8, 9]], [[1] * 5, [2] * 6]],
-        "winners": [[0, 1], [0, 0]],
-        "input_ids": [[0]] * 2,
-    }
-    dataset = Dataset.from_dict(rows)
-    assert row_lengths(dataset).tolist() == [3 + 2 * 3, 13 + 2 * 11]
+@pytest.fixture(scope="module")
+def prepared():
+    """Two pairs under two prompts each, one under a text per response, a group under one prompt."""
+    own = replace(pair([[1] * 5], [[2] * 3, [3] * 4]), prompts=[[1] * 5, [1] * 6], follows=[[0, 1]])
+    group = replace(
+        pair([[5] * 10], [[1] * 2, [2] * 3, [3] * 4]),
+        follows=[[0, 0, 0]],
+        comparisons=[(0, 1), (2, 0)],
+        reads=[[0], [0]],
+        signs=[[1], [-1]],
+    )
+    two = [
+        pair([[1, 2], [3]], [[7], [8, 9]]),
+        pair([[1, 2, 3, 4], [5] * 9], [[1] * 5, [2] * 6]),
+    ]
+    return Dataset.from_list([example.to_row() for example in [*two, own, group]])
+
+
+def test_row_lengths(prepared):
+    expected = [3 + 2 * 3, 13 + 2 * 11, 11 + 7, 10 + 9]
+    assert row_lengths(prepared).tolist() == expected
     # As after axolotl's split: behind an indices mapping, out of order.
-    assert row_lengths(dataset.select([1, 0, 1])).tolist() == [35, 9, 35]
+    order = [3, 1, 0, 1]
+    assert row_lengths(prepared.select(order)).tolist() == [expected[i] for i in order]
+
+
+def test_pairs_are_counted(prepared):
+    assert pairs_in(prepared) == 1 + 1 + 1 + 2
+    assert pairs_in(prepared.select([3, 0])) == 3
