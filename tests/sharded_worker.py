@@ -2,8 +2,8 @@
 
 Every case builds the same tiny model, wraps it as its kind says (ddp, fsdp2, zero3), gives each
 process an example of its own, and compares with both examples as plain sequences through the
-unwrapped model's own forward. All cases share one process group: making one takes longer than any
-of them.
+unwrapped model's own forward, in float64, see `test_layouts`; DeepSpeed makes a model float32. All
+cases share one process group: making one takes longer than any of them.
 
 Each process writes FOLDER/RANK.json, {case: what is wrong with it}; before a case too, so that one
 that hangs or dies is named.
@@ -11,33 +11,49 @@ that hangs or dies is named.
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from fork_server import PATIENCE
-from test_layouts import VOCABULARY, batch_of, build, rows, slow_logps
+from test_layouts import (
+    EXACT,
+    OBJECTIVE,
+    VOCABULARY,
+    Apart,
+    Doubles,
+    apart,
+    batch_of,
+    build,
+    gradient_difference,
+    pairs,
+    relative,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from axolotl_amopo.loss import amopo_loss
-from axolotl_amopo.model import choose as sharing
-from axolotl_amopo.model import forward as logprobs
+from axolotl_amopo.example import Example
+from axolotl_amopo.model import choose
+from axolotl_amopo.model import head as logprobs
+from axolotl_amopo.model.batch import responses
 from axolotl_amopo.model.choose import choose_layout
-from axolotl_amopo.model.forward import causal_model, prepare_model, response_logps
+from axolotl_amopo.model.forward import causal_model, response_logps, teach, unwrap
+from axolotl_amopo.objectives import example_losses
 
 LAYOUTS = ("packed", "tree", "sequences")
 MODELS = {"untied": "llama", "tied": "qwen2"}
 LORA = {"full": None, "lora": "trunk", "lora on the head": "head", "head saved": "saved head"}
-RELATIVE = 1e-5
+# What float32 rounds is 1e-6 of the largest number; a wrong share of a gradient is tenths.
+FLOAT32 = 1e-3
 # Ten rows of logits a chunk: the two examples have different numbers of chunks.
 CHUNK_BYTES = 4 * VOCABULARY * 10
 UNFINISHED = "did not end"
@@ -81,31 +97,22 @@ def cases(kind: str) -> Iterator[Case]:
     yield Case("untied", "full", how="root" * (kind == "fsdp2"), masked=True)
 
 
-def two_rows(masked: bool) -> list[dict]:
-    first, second, _ = rows()
-    return [first, second | {"dimension_mask": [0, 0, 0]} if masked else second]
+def two_examples(masked: bool) -> list[Example]:
+    first, second, _ = pairs()
+    return [first, replace(second, signs=[[0, 0, 0]]) if masked else second]
 
 
-_references: dict[tuple, tuple[Tensor, dict[str, Tensor]]] = {}
-
-
-def reference(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
+@cache
+def reference(head: str, train: str, masked: bool) -> Apart:
     """Loss and gradients of both examples in one process."""
-    key = (case.head, case.train, case.masked)
-    if key not in _references:
-        model = build(MODELS[case.head], "sdpa", LORA[case.train])
-        both = two_rows(case.masked)
-        logps = slow_logps(model, both)
-        loss = loss_of(batch_of(both), logps, logps != 0)  # padding is exactly 0, nothing else is
-        loss.backward()
-        _references[key] = loss.detach(), whole_gradients(model)
-    return _references[key]
+    model = build(MODELS[head], "sdpa", LORA[train])
+    with Doubles():
+        return apart(model, two_examples(masked))
 
 
 def loss_of(batch: dict, logps: Tensor, mask: Tensor) -> Tensor:
-    keep = batch["dimension_mask"]
-    options = {"beta": 2.0, "gamma": 0.5, "weighting": "mean", "dimension_mask": keep}
-    return amopo_loss(logps, mask, **options).loss
+    given = responses(batch, logps, mask)
+    return example_losses(OBJECTIVE(given, None), given).mean()
 
 
 def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -129,7 +136,7 @@ class Wrapped:
 
 
 def ddp(model: nn.Module, case: Case) -> Wrapped:
-    prepare_model(model)
+    teach(model)
     # To find parameters without a gradient, DDP follows what its forward returns.
     wrapped = DistributedDataParallel(model, find_unused_parameters=case.how == "finding unused")
     return Wrapped(wrapped, Tensor.backward, lambda: whole_gradients(model), wrapped.zero_grad)
@@ -148,7 +155,7 @@ def fsdp2(model: nn.Module, case: Case) -> Wrapped:
     head = causal.get_output_embeddings()
     last = "prepared last" in case.how
     if not last:
-        prepare_model(model)
+        teach(model)
     for layer in causal.model.layers:
         fully_shard(layer, mesh=mesh)
     if case.how == "tail":
@@ -158,7 +165,7 @@ def fsdp2(model: nn.Module, case: Case) -> Wrapped:
         fully_shard(head, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=case.how != "root kept")
     if last:
-        prepare_model(model)
+        teach(model)
     return Wrapped(model, Tensor.backward, lambda: whole_gradients(model), model.zero_grad)
 
 
@@ -189,7 +196,7 @@ def zero3(folder: Path, model: nn.Module, case: Case) -> Wrapped:
         sharded = HfDeepSpeedConfig(config)  # from_pretrained looks for it as long as it lives
         model = type(model).from_pretrained(path, attn_implementation="sdpa").train()
         del sharded
-    prepare_model(model)
+    teach(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -201,16 +208,24 @@ def zero3(folder: Path, model: nn.Module, case: Case) -> Wrapped:
     return Wrapped(engine, engine.backward, gradients, engine.step)
 
 
-def run(case: Case, wrap: Callable[[nn.Module, Case], Wrapped]) -> list[str]:
-    """What is wrong with a case on this process."""
-    wanted_loss, wanted = reference(case)
-    batch = batch_of([two_rows(case.masked)[dist.get_rank()]])
-    wrapped = wrap(build(MODELS[case.head], "sdpa", LORA[case.train], case.checkpointing), case)
+def run(
+    case: Case, wrap: Callable[[nn.Module, Case], Wrapped], dtype: torch.dtype, fault: str
+) -> list[str]:
+    """What is wrong with a case on this process, with a planted fault or none."""
+    wanted = reference(case.head, case.train, case.masked)
+    batch = batch_of([two_examples(case.masked)[dist.get_rank()]])
+    if fault == "positions" and dist.get_rank() == 1:
+        batch["position_ids"][0, -batch["forest"].lengths[-1] :] += 1
+    model = build(MODELS[case.head], "sdpa", LORA[case.train], case.checkpointing, dtype)
+    wrapped = wrap(model, case)
+    exact = dtype == torch.float64
     wrong = []
+    if case.how != "loaded in shards" and unwrap(wrapped.model) is not model:
+        wrong.append(f"unwrapped to {type(unwrap(wrapped.model)).__name__}")
 
     with finding_fault(case.disagree and dist.get_rank() == 1):
         choice = choose_layout(wrapped.model, batch, "auto", agree=highest)
-    if choice != ("tree" if case.disagree else "packed", False):
+    if choice[:2] != ("tree" if case.disagree else "packed", False):
         wrong.append(f"chose {choice}")
 
     # The packed layout needs the attention that its choice has set.
@@ -218,9 +233,11 @@ def run(case: Case, wrap: Callable[[nn.Module, Case], Wrapped]) -> list[str]:
         # The head's softmax is kept for the backward pass, or made again, which takes its weight.
         again = layout != "tree"
         logprobs.KEPT_BYTES = 0 if again else 2**30
-        with head_rows() as forward_rows:
+        with head_rows() as forward_rows, Doubles() if exact else nullcontext():
             logps, mask = response_logps(wrapped.model, batch, layout)
         loss = loss_of(batch, logps, mask)
+        if fault == "loss":
+            loss = loss * (1 + 0.01 * dist.get_rank())
         with head_rows() as backward_rows:
             wrapped.backward(loss)
         if case.train in ("full", "lora"):  # no adapter on the head: no logits in autograd
@@ -231,13 +248,13 @@ def run(case: Case, wrap: Callable[[nn.Module, Case], Wrapped]) -> list[str]:
         mean = loss.detach() / dist.get_world_size()
         dist.all_reduce(mean)
         gradients = wrapped.gradients()
-        if not close(mean, wanted_loss):
-            wrong.append(f"{layout}: loss {mean.item():.7g} instead of {wanted_loss.item():.7g}")
-        if gradients.keys() != wanted.keys():
-            wrong.append(f"{layout}: gradients of {gradients.keys() ^ wanted.keys()}")
-        other = [n for n in gradients if n in wanted and not close(gradients[n], wanted[n])]
-        if other:
-            wrong.append(f"{layout}: {len(other)} wrong gradients, such as {other[-1]}")
+        allowed = EXACT if exact else FLOAT32
+        if (off := relative(mean, wanted.loss)) > allowed:
+            wrong.append(f"{layout}: loss off by {off:.1e}")
+        if gradients.keys() != wanted.gradients.keys():
+            wrong.append(f"{layout}: gradients of {gradients.keys() ^ wanted.gradients.keys()}")
+        elif (off := gradient_difference(gradients, wanted.gradients)) > allowed:
+            wrong.append(f"{layout}: gradients off by {off:.1e}")
         wrapped.end_step()
     return wrong
 
@@ -245,12 +262,6 @@ def run(case: Case, wrap: Callable[[nn.Module, Case], Wrapped]) -> list[str]:
 def highest(worst: Tensor) -> Tensor:
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return worst
-
-
-def close(got: Tensor, wanted: Tensor) -> bool:
-    if got.shape != wanted.shape:
-        return False
-    return bool((got - wanted).abs().max() <= RELATIVE * wanted.abs().max() + 1e-8)
 
 
 @contextmanager
@@ -271,25 +282,27 @@ def head_rows() -> Iterator[list[int]]:
 @contextmanager
 def finding_fault(here: bool) -> Iterator[None]:
     """Let the proof of the packed layout fail, if only `here`."""
-    plain = sharing._Proof._logps
+    plain = choose._Proof._logps
 
     def shifted(self: Any, layout: str, *rest: Any, **options: Any) -> Tensor:
         return plain(self, layout, *rest, **options) + float(here and layout == "packed")
 
-    sharing._Proof._logps = shifted
+    choose._Proof._logps = shifted
     yield
-    sharing._Proof._logps = plain
+    choose._Proof._logps = plain
 
 
-def main(kind: str, folder: str) -> None:
+def main(kind: str, folder: str, fault: str = "") -> None:
+    """Run all cases of a kind, or the first one with a planted fault."""
     logprobs.CHUNK_BYTES = CHUNK_BYTES
     dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
     wrap = {"ddp": ddp, "fsdp2": fsdp2, "zero3": partial(zero3, Path(folder))}[kind]
     path = Path(folder, f"{dist.get_rank()}.json")
     report: dict[str, str] = {}
-    for case in cases(kind):
+    dtype = torch.float32 if kind == "zero3" else torch.float64
+    for case in islice(cases(kind), 1 if fault else None):
         report[str(case)] = UNFINISHED
         path.write_text(json.dumps(report), encoding="utf-8")
-        report[str(case)] = "; ".join(run(case, wrap))
+        report[str(case)] = "; ".join(run(case, wrap, dtype, fault))
     path.write_text(json.dumps(report), encoding="utf-8")
     dist.destroy_process_group()
