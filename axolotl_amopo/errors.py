@@ -1,7 +1,14 @@
 """Errors for people: what is wrong, where, and what to write instead."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Callable, Iterable
+from types import TracebackType
+
+# Set in the environment, this variable brings the traceback of an error of ours back.
+TRACEBACK = "AXOLOTL_AMOPO_TRACEBACK"
 
 
 class AMoPOError(ValueError):
@@ -20,3 +27,34 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for a near miss, else nothing."""
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def wants_traceback() -> bool:
+    """Return whether the environment asks for tracebacks of errors of ours."""
+    return os.environ.get(TRACEBACK, "0") not in ("", "0")
+
+
+def print_sentences() -> None:
+    """Let an error of ours that ends this process print its sentence alone; exit code 1 stays.
+
+    Every other exception goes on to the hook that was there.
+    """
+    if not isinstance(sys.excepthook, _SentenceHook):
+        sys.excepthook = _SentenceHook(sys.excepthook)
+
+
+class _SentenceHook:
+    """Stand in for `sys.excepthook`."""
+
+    def __init__(self, before: Callable[..., object]):
+        self.before = before
+
+    def __call__(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if not issubclass(kind, AMoPOError) or wants_traceback():
+            self.before(kind, error, trace)
+            return
+        with contextlib.suppress(OSError, ValueError):  # a pipe or file that is closed
+            sys.stdout.flush()  # or what was logged before would follow, where both go to one place
+        print(f"Error: {error}", file=sys.stderr)
