@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+from collections.abc import Set
 from dataclasses import fields
 
 from axolotl.cli.args import EvaluateCliArgs, InferenceCliArgs, PreprocessCliArgs, TrainerCliArgs
@@ -94,8 +95,12 @@ COMMAND_LINE_KEYS = {
 }
 
 
-def check_axolotl_keys(cfg: dict) -> list[str]:
+def check_axolotl_keys(cfg: dict, known: Set[str] | None = None) -> list[str]:
     """Return the keys of axolotl's that are set and have no effect with `rl: amopo`.
+
+    Args:
+        known: the keys that there are; by default those of axolotl's schema and of the plugins of
+            this run.
 
     Raises:
         ConfigError: for a key that can't work with it, naming what to write instead.
@@ -129,7 +134,7 @@ def check_axolotl_keys(cfg: dict) -> list[str]:
             "accelerator_config.dispatch_batches: true can't work with rl: amopo, whose batches "
             "can't be cut into one slice per process; remove it: every process makes its own."
         )
-    _check_spelling(cfg)
+    _check_spelling(cfg, schema_keys() if known is None else known)
     without_effect = [key for key in NO_EFFECT if cfg.get(key)]
     named = any("CutCrossEntropyPlugin" in str(plugin) for plugin in cfg.get("plugins") or [])
     if named and cfg.get("cut_cross_entropy") is None:  # naming its plugin turns it on
@@ -137,20 +142,26 @@ def check_axolotl_keys(cfg: dict) -> list[str]:
     return without_effect
 
 
-def _check_spelling(cfg: dict) -> None:
-    """Refuse a key that is one letter off one of axolotl's, which axolotl would drop in silence.
-
-    A key that resembles none stays: people keep YAML anchors and notes there.
-    """
+def schema_keys() -> set[str]:
+    """Return the keys that axolotl and the plugins of this run know."""
     from axolotl.integrations.base import PluginManager
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
-    known = {*AxolotlInputConfig.model_fields, "plugins", "amopo"}
+    known = {*AxolotlInputConfig.model_fields}
     for name, field in AxolotlInputConfig.model_fields.items():
         known |= {name, str(field.validation_alias or name), str(field.alias or name)}
     for schema in PluginManager.get_instance().get_input_args():  # of every plugin in this run
         module, _, name = schema.rpartition(".")
         known |= set(getattr(importlib.import_module(module), name).model_fields)
+    return known
+
+
+def _check_spelling(cfg: dict, known: Set[str]) -> None:
+    """Refuse a key that is one letter off one of axolotl's, which axolotl would drop in silence.
+
+    A key that resembles none stays: people keep YAML anchors and notes there.
+    """
+    known = {*known, "plugins", "amopo"}
     for key in cfg:
         close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.85)
         if key not in known and key not in COMMAND_LINE_KEYS and close:

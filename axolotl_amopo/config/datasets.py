@@ -5,15 +5,15 @@ under the fingerprint of their entry.
 """
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from axolotl.utils.schemas.datasets import SFTDataset
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from axolotl_amopo.config.block import AMoPOConfig, Scale, check_scale, parse_block, plain
-from axolotl_amopo.config.files import check_loads
 from axolotl_amopo.config.fingerprint import entry_facts, fingerprint, shared_facts
 from axolotl_amopo.config.instructions import ENVIRONMENT
 from axolotl_amopo.config.through_axolotl import mark
@@ -70,6 +70,40 @@ def formats() -> list[str]:
     return sorted(PREFIX + path.stem.rstrip("_") for path in folder.glob("[a-z]*.py"))
 
 
+class Entry(NamedTuple):
+    """An entry of `datasets:` or `test_datasets:`, its keys checked."""
+
+    where: str  # as an error names it: datasets[0]
+    section: str
+    values: dict  # as it stands in the config
+    options: DatasetOptions
+    module: str  # which its `type:` names
+
+
+def read_entries(cfg: dict) -> Iterator[Entry]:
+    """Check the entries of a raw config, one by one.
+
+    Raises:
+        ConfigError: for a type or key that is unknown.
+    """
+    if not cfg.get("datasets"):
+        raise ConfigError(
+            "datasets: is missing or empty; write at least one entry with path: and type:, e.g. "
+            "type: amopo.helpsteer."
+        )
+    for section in ("datasets", "test_datasets"):
+        entries = cfg.get(section) or []
+        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+            raise ConfigError(f"{section}: must be a list of entries with path: and type:.")
+        for i, values in enumerate(entries):
+            where = f"{section}[{i}]"
+            options = _read_options(values, where)
+            module = _module_of(values.get("type"), where)
+            if not values.get("path"):
+                raise ConfigError(f"{where}.path: is missing; name a file, folder or hub dataset.")
+            yield Entry(where, section, values, options, module)
+
+
 def prepare_entries(cfg: dict, config: AMoPOConfig) -> dict[str, dict[str, Any]]:
     """Rewrite `datasets:` and `test_datasets:` in place; return what axolotl would drop of them.
 
@@ -80,41 +114,32 @@ def prepare_entries(cfg: dict, config: AMoPOConfig) -> dict[str, dict[str, Any]]
         ConfigError: for a type or key that is unknown.
         DataError: for a local file that can't be loaded, naming file and row.
     """
-    if not cfg.get("datasets"):
-        raise ConfigError(
-            "datasets: is missing or empty; write at least one entry with path: and type:, e.g. "
-            "type: amopo.helpsteer."
-        )
+    # The check before a launch reads the entries too, and must not wait for `datasets`.
+    from axolotl_amopo.config.loading import check_loads
+
     stored: dict[str, dict[str, Any]] = {}
     shared = shared_facts(cfg, config)
-    for section in ("datasets", "test_datasets"):
-        entries = cfg.get(section) or []
-        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-            raise ConfigError(f"{section}: must be a list of entries with path: and type:.")
-        for i, entry in enumerate(entries):
-            where = f"{section}[{i}]"
-            options = _take_options(entry, where)
-            kind = entry.get("type")
-            entry["type"] = _module_of(kind, where)
-            if not entry.get("path"):
-                raise ConfigError(f"{where}.path: is missing; name a file, folder or hub dataset.")
-            check_loads(entry, where)
-            facts = entry_facts(entry, kind, ours=kind.startswith(PREFIX))
-            facts |= {
-                "shared": shared,
-                "options": options.model_dump(),
-                "eval": section == "test_datasets",
-            }
-            name = fingerprint(facts)
-            mark(entry, name)
-            stored[name] = {
-                "options": options.model_dump(exclude_none=True),
-                "eval_split": section == "test_datasets",
-            }
+    for where, section, entry, options, module in read_entries(cfg):
+        for key in DatasetOptions.model_fields:
+            entry.pop(key, None)
+        kind, entry["type"] = entry["type"], module
+        check_loads(entry, where)
+        facts = entry_facts(entry, kind, ours=kind.startswith(PREFIX))
+        facts |= {
+            "shared": shared,
+            "options": options.model_dump(),
+            "eval": section == "test_datasets",
+        }
+        name = fingerprint(facts)
+        mark(entry, name)
+        stored[name] = {
+            "options": options.model_dump(exclude_none=True),
+            "eval_split": section == "test_datasets",
+        }
     return stored
 
 
-def _take_options(entry: dict, where: str) -> DatasetOptions:
+def _read_options(entry: dict, where: str) -> DatasetOptions:
     own = set(DatasetOptions.model_fields)
     for key in entry:
         if key not in SFTDataset.model_fields and key not in own:
@@ -123,8 +148,8 @@ def _take_options(entry: dict, where: str) -> DatasetOptions:
                 f"{where}.{key}: unknown key.{did_you_mean(key, known)} Keys here are axolotl's "
                 f"own (path, type, split, ...) and {', '.join(sorted(own))}."
             )
-    taken = {key: entry.pop(key) for key in own if key in entry}
-    return parse_block(DatasetOptions, plain(taken), where)
+    given = {key: entry[key] for key in own if key in entry}
+    return parse_block(DatasetOptions, plain(given), where)
 
 
 def _module_of(kind: Any, where: str) -> str:

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from axolotl.loaders.utils import load_model_config
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from axolotl_amopo.config.block import plain
 from axolotl_amopo.errors import ConfigError, did_you_mean
@@ -226,6 +224,10 @@ def check_layers(cfg: Any) -> None:
     named = (cfg.fsdp_config or {}).get("transformer_layer_cls_to_wrap")
     if not named:
         return
+    # The check before a launch needs `check_parallel` alone, and must not wait for these.
+    from axolotl.loaders.utils import load_model_config
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     config = load_model_config(cfg)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None or config.get_text_config() is not config:

@@ -3,16 +3,15 @@
 import functools
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
-from axolotl.utils.data.shared import get_dataset_type
-from axolotl.utils.dict import DictDefault
-from datasets import load_dataset
 
 from axolotl_amopo.errors import ConfigError, DataError
 
+SPACE = re.compile(r"\s*")
 TEXT = (".json", ".jsonl", ".csv", ".txt")
 
 
@@ -34,6 +33,20 @@ def local_files(entry: dict[str, Any]) -> list[Path]:
     if path.is_dir():
         return sorted(p for p in path.rglob("*") if p.is_file() and ".cache" not in p.parts)
     return [path] if path.is_file() else []
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds.
+
+    Raises:
+        ConfigError: naming file and line, where it is not YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: is not YAML ({problem or error}).") from None
 
 
 def check_yaml(path: Any) -> None:
@@ -68,34 +81,29 @@ def _check_mapping(node: yaml.Node | None, path: Any) -> None:
         seen[key.value] = line
 
 
-def check_loads(entry: dict[str, Any], where: str) -> None:
-    """Load local files once, the way axolotl will, to say clearly what is wrong with them.
-
-    `datasets` keeps what it loaded, so axolotl's own load right after costs nothing.
+def check_files(entry: dict[str, Any], where: str) -> list[Path]:
+    """Return the local files that an entry's rows come from, one by one; of a folder none.
 
     Raises:
         ConfigError: for a path that looks local and isn't there.
-        DataError: naming file and row.
+        DataError: for a file that is empty or not UTF-8, or a folder without files.
     """
     path = Path(str(entry["path"]))
     if not path.exists():
         if path.is_absolute() or path.suffix in (*TEXT, ".parquet"):
             raise ConfigError(f"{where}.path: there is no file or folder '{path}'.")
-        return
+        return []
     files = local_files(entry)
     if not files:
         raise DataError(f"{where}: '{path}' holds no data files.")
     if path.is_dir() and not entry.get("data_files"):
-        return
+        return []
     for file in files:
         if file.stat().st_size == 0:
             raise DataError(f"{where}: '{file}' is empty: no rows to train on.")
         if file.suffix in TEXT:
             _check_utf8(file)  # `datasets` would find out only when it reads that row
-        try:
-            load_dataset(get_dataset_type(DictDefault(entry)), data_files=str(file), split="train")
-        except Exception as error:  # by kind of damage, `datasets` raises a dozen different ones
-            raise _diagnose(file, error) from None
+    return files
 
 
 def _check_utf8(path: Path) -> None:
@@ -111,17 +119,38 @@ def _check_utf8(path: Path) -> None:
                 ) from None
 
 
-def _diagnose(path: Path, error: Exception) -> DataError:
-    """Return why `datasets` could not load a file; of JSON lines, the first row that is none."""
-    if path.suffix == ".jsonl":
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    row = json.loads(line) if line.strip() else {}
-                except json.JSONDecodeError as broken:
-                    return DataError(f"{path}, row {number}: is not JSON ({broken}).")
-                if not isinstance(row, dict):
-                    return DataError(
-                        f"{path}, row {number}: must be an object, got {line.strip()[:60]}."
-                    )
-    return DataError(f"{path}: can't be loaded: {error.__cause__ or error}")
+def check_json_lines(path: Path) -> None:
+    """Refuse a file with a line that is not a JSON object, unless it is JSON of another shape.
+
+    `datasets` loads objects over several lines too, and one list of objects.
+
+    Raises:
+        DataError: naming the first such row.
+    """
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if wrong := _wrong_with_row(line):
+                if not _is_other_json(path):
+                    raise DataError(f"{path}, row {number}: {wrong}.")
+                return
+
+
+def _wrong_with_row(line: str) -> str:
+    try:
+        row = json.loads(line) if line.strip() else {}
+    except json.JSONDecodeError as broken:
+        return f"is not JSON ({broken})"
+    return "" if isinstance(row, dict) else f"must be an object, got {line.strip()[:60]}"
+
+
+def _is_other_json(path: Path) -> bool:
+    text = path.read_text(encoding="utf-8-sig").strip()
+    decoder, at, kinds = json.JSONDecoder(), 0, []
+    while at < len(text):
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError:
+            return False
+        kinds.append(type(value))
+        at = SPACE.match(text, at).end()
+    return kinds == [list] or set(kinds) <= {dict}

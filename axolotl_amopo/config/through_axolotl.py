@@ -14,9 +14,10 @@ as JSON. The day axolotl hands a format's own facts to the trainer, `stamp` and 
 """
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def mark(entry: dict[str, Any], fingerprint: str) -> None:
@@ -29,13 +30,13 @@ def mark_of(ds_cfg: Any) -> str:
     return ds_cfg.get("conversation") or ""
 
 
-def stamp(dataset: Dataset, facts: dict[str, Any]) -> Dataset:
+def stamp(dataset: "Dataset", facts: dict[str, Any]) -> "Dataset":
     """Let a prepared dataset carry facts about its making, as plain values."""
     dataset.info.description = json.dumps(facts)
     return dataset
 
 
-def stamped(dataset: Dataset) -> list[dict[str, Any]]:
+def stamped(dataset: "Dataset") -> list[dict[str, Any]]:
     """Return the facts of every dataset that this one was merged from."""
     # `datasets` joins the descriptions of what it merges so; JSON has no empty line of its own.
     texts = (dataset.info.description or "").split("\n\n")
