@@ -2,6 +2,8 @@
 
 import csv
 import itertools
+import json
+import logging
 import os
 import re
 import signal
@@ -17,7 +19,11 @@ import runs
 import torch
 import yaml
 from axolotl.cli import main as axolotl
+from click.testing import CliRunner
+from test_report import healthy, written
 
+from axolotl_amopo.commands import amopo
+from axolotl_amopo.commands.kit.options import library_output, write_json
 from axolotl_amopo.config.overrides import apply_overrides
 
 DIMENSIONS = ("overall", "helpfulness", "honesty")
@@ -121,6 +127,7 @@ def test_overrides_reach_what_loads_the_config(name, launcher, tmp_path, monkeyp
         received.append(options)
 
     def launch(arguments, **_):
+        assert ("--quiet" in arguments) == (launcher == "accelerate")
         after = arguments[arguments.index("-m") + 2 :]  # what fire gets in the launched process
         fire.Fire(do_cli, command=after)
 
@@ -129,7 +136,7 @@ def test_overrides_reach_what_loads_the_config(name, launcher, tmp_path, monkeyp
     monkeypatch.setattr(f"axolotl.cli.{name.replace('-', '_')}.do_cli", do_cli)
     monkeypatch.setattr(os, "environ", os.environ.copy())  # the commands change it
     config = tmp_path / "config.yml"
-    config.write_text("rl: amopo\n")
+    config.write_text("rl: amopo\ndatasets: [{path: a/b, type: amopo.helpsteer}]\n")
     arguments = [str(config), "--learning-rate", "1e-5"]
     for key, value in OVERRIDES.items():
         arguments += [f"--amopo.{key.replace('_', '-')}", yaml.safe_dump(value)]
@@ -158,6 +165,73 @@ def test_overrides_that_axolotl_would_lose_are_refused(text, option, said, tmp_p
         axolotl.cli.main(
             ["amopo", "train", str(config), "--amopo.gamma", "1", *option], standalone_mode=False
         )
+
+
+def test_what_a_launched_process_says_is_enough(tmp_path, monkeypatch):
+    """Its launcher's own exception adds nothing, unless there is no launcher."""
+
+    def fail(*_, **__):
+        raise subprocess.CalledProcessError(1, "accelerate")
+
+    monkeypatch.setattr("axolotl.cli.main.subprocess.run", fail)
+    monkeypatch.setattr("axolotl.cli.evaluate.do_cli", fail)
+    config = tmp_path / "config.yml"
+    config.write_text("rl: amopo\ndatasets: [{path: a/b, type: amopo.helpsteer}]\n")
+    evaluate = ["evaluate", str(config)]
+    done = CliRunner().invoke(amopo, evaluate)
+    assert done.exit_code == 1 and done.output == ""
+    done = CliRunner().invoke(amopo, [*evaluate, "--launcher", "python"])
+    assert isinstance(done.exception, subprocess.CalledProcessError)
+
+
+# `axolotl-amopo`, and JSON.
+
+
+def test_configs_as_json_alone(tmp_path):
+    done = runs.command("axolotl-amopo", "configs", "--json", cwd=tmp_path)
+    assert {"name", "what", "hardware"} == set(json.loads(done.stdout)[0])
+
+
+@pytest.mark.parametrize("name", ["plan", "inspect"])
+def test_stdout_is_json_alone(name, tmp_path, tiny_model, data):
+    """And the same is in the file, which is not overwritten."""
+    path = str(runs.write_config(tmp_path, runs.config(tmp_path, tiny_model, data)))
+    whole = ("axolotl-amopo", name, path, "--json", "--output", "facts.json")
+    done = runs.command(*whole, cwd=tmp_path)
+    facts = json.loads(done.stdout)
+    assert set(facts) >= {"plan": {"total", "changes"}, "inspect": {"train_rows"}}[name]
+    assert json.loads((tmp_path / "facts.json").read_text()) == facts
+    again = runs.command(*whole, cwd=tmp_path, check=False)
+    assert again.returncode == 1 and again.stdout == ""
+    assert again.stderr == "Error: facts.json is there already; name another, or add --force.\n"
+
+
+def test_what_else_is_printed_goes_to_stderr(capfd):
+    """By Python, by libraries below it, by processes, and by loggers that are made meanwhile."""
+    print("a banner")
+    with library_output(quiet=False, as_json=True):
+        print("print")
+        os.write(1, b"a library\n")
+        subprocess.run(["echo", "a process"], check=True)
+        log = logging.StreamHandler(sys.stdout)
+    log.emit(logging.makeLogRecord({"msg": "a log, later"}))
+    write_json({"a": 1}, as_json=True)
+    printed = capfd.readouterr()
+    assert printed.out == 'a banner\n{"a": 1}\n'
+    for said in ("print", "a library", "a process", "a log, later"):
+        assert said in printed.err
+
+
+def test_a_report_has_its_json_beside_the_page(tmp_path):
+    run = written(tmp_path / "run", healthy())
+    done = CliRunner().invoke(amopo, ["report", str(run), "--json"])
+    facts = json.loads(done.stdout)
+    assert json.loads((run / "amopo_report" / "report.json").read_text()) == facts
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.json").write_text("mine")
+    done = CliRunner().invoke(amopo, ["report", str(run), "--output", str(tmp_path / "mine")])
+    assert done.exit_code == 1 and "--force" in done.output
+    assert (tmp_path / "mine" / "report.json").read_text() == "mine"
 
 
 def test_inference_with_the_trained_config(tmp_path, tiny_model, data):

@@ -1,6 +1,11 @@
-"""`axolotl amopo ...`: commands of ours, and axolotl's with `--amopo.*` overrides."""
+"""`axolotl amopo ...`: commands of ours, and axolotl's with `--amopo.*` overrides.
+
+axolotl's own start prints a banner to stdout before it imports anything of ours. The console script
+`axolotl-amopo` is the same group without it, for programs that read stdout.
+"""
 
 import click
+from dotenv import load_dotenv
 
 from axolotl_amopo.commands.chat.command import chat
 from axolotl_amopo.commands.configs.command import configs
@@ -21,7 +26,21 @@ def amopo() -> None:
     hand the option to the launcher. These take it, and everything that axolotl's command takes:
 
         axolotl amopo train config.yml --amopo.gamma 1.5 --learning-rate 1e-5
+
+    `axolotl-amopo COMMAND` is the same without axolotl's banner: with --json, stdout is JSON alone.
+    An error is one sentence; AXOLOTL_AMOPO_TRACEBACK=1 adds where it was raised.
     """
+
+
+def main() -> None:
+    """Run `axolotl-amopo`."""
+    from axolotl.utils import set_misc_env, set_pytorch_cuda_alloc_conf
+
+    # What axolotl's own start does beside its banner.
+    load_dotenv()
+    set_pytorch_cuda_alloc_conf()
+    set_misc_env()
+    amopo(prog_name="axolotl-amopo")
 
 
 for _command in (chat, configs, generate, inspect, plan, report, score, template):

@@ -6,7 +6,6 @@ from axolotl_amopo.commands.kit.options import (
     BASE_MODEL,
     MODEL,
     command,
-    plain_errors,
     quiet_transformers,
 )
 
@@ -32,14 +31,13 @@ def chat(
     beside a whole model, the base is loaded too where --base-model names it.
     Prints the address and opens no browser; Ctrl-C ends it.
     """
-    with plain_errors():
-        from axolotl_amopo.commands.chat.app import ComparedModels, chat_page, free_port, serve
-        from axolotl_amopo.commands.kit.models import find_model
+    from axolotl_amopo.commands.chat.app import ComparedModels, chat_page, free_port, serve
+    from axolotl_amopo.commands.kit.models import find_model
 
-        trained = find_model(model, base_model)
-        trained.steering  # noqa: B018, refuses a folder without steering before the model is loaded
-        port = free_port(host, port)
-        if quiet:
-            quiet_transformers()
-        models = ComparedModels(trained, with_base=trained.is_adapter or base_model is not None)
-        serve(chat_page(models), host=host, port=port, share=share)
+    trained = find_model(model, base_model)
+    trained.steering  # noqa: B018, refuses a folder without steering before the model is loaded
+    port = free_port(host, port)
+    if quiet:
+        quiet_transformers()
+    models = ComparedModels(trained, with_base=trained.is_adapter or base_model is not None)
+    serve(chat_page(models), host=host, port=port, share=share)

@@ -1,12 +1,11 @@
 """The click command `axolotl amopo configs`."""
 
-import json
 from pathlib import Path
 
 import click
 
 from axolotl_amopo.commands.configs.examples import FOLDER, copy_configs, list_configs
-from axolotl_amopo.commands.kit.options import JSON, QUIET, command, plain_errors
+from axolotl_amopo.commands.kit.options import JSON, QUIET, command, write_json
 
 
 @command()
@@ -32,10 +31,9 @@ def configs(names: tuple[str, ...], output: Path, force: bool, quiet: bool, as_j
     With a config goes what it refers to, such as a DeepSpeed file.
     """
     if names:
-        with plain_errors():
-            made = copy_configs(names, output, force=force)
+        made = copy_configs(names, output, force=force)
         if as_json:
-            click.echo(json.dumps([str(path) for path in made]))
+            write_json([str(path) for path in made], as_json=True)
         elif not quiet:
             for path in made:
                 click.echo(f"Written: {path}")
@@ -43,7 +41,7 @@ def configs(names: tuple[str, ...], output: Path, force: bool, quiet: bool, as_j
     known = list_configs()
     if as_json:
         facts = [{"name": c.name, "what": c.what, "hardware": c.hardware} for c in known]
-        click.echo(json.dumps(facts))
+        write_json(facts, as_json=True)
     elif not quiet:
         for config in known:
             click.echo(click.style(config.name, bold=True))

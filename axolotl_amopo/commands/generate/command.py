@@ -1,7 +1,6 @@
 """The click command `axolotl amopo generate`."""
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +20,9 @@ from axolotl_amopo.commands.kit.options import (
     check_free,
     command,
     library_output,
-    plain_errors,
     quiet_transformers,
     steering_settings,
+    write_json,
 )
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ def generate(
             "--sweep."
         )
     check_free(output, force)
-    with plain_errors(), library_output(quiet=False, as_json=as_json):
+    with library_output(quiet=False, as_json=as_json):
         from axolotl_amopo.commands.generate.answers import generate_answers
         from axolotl_amopo.commands.generate.export import answer_row, check_style, export_answers
         from axolotl_amopo.commands.generate.questions import read_prompts, text_prompt
@@ -149,7 +148,7 @@ def generate(
     }
     if as_json:
         rows = {} if output else {"rows": [answer_row(one, model_name) for one in answers]}
-        click.echo(json.dumps(facts | rows))
+        write_json(facts | rows, as_json=True)
     elif output and not quiet:
         cut = f", {facts['unfinished']} cut off" if facts["unfinished"] else ""
         click.echo(f"Written: {output} ({len(answers)} answers{cut})")

@@ -1,17 +1,18 @@
 """The click command `axolotl amopo inspect`."""
 
-import json
 from pathlib import Path
 
 import click
 
 from axolotl_amopo.commands.kit.options import (
+    FORCE_FILES,
     JSON,
+    OUTPUT,
     QUIET,
     check_free,
     command,
     library_output,
-    plain_errors,
+    write_json,
 )
 
 
@@ -20,7 +21,8 @@ from axolotl_amopo.commands.kit.options import (
 @click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Pairs to show.")
 @click.option("--find", metavar="TEXT", help="Show pairs with this text in them.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page.")
-@click.option("--force", is_flag=True, help="Overwrite the page where there is one.")
+@OUTPUT
+@FORCE_FILES
 @QUIET
 @JSON
 def inspect(
@@ -28,6 +30,7 @@ def inspect(
     rows: int,
     find: str | None,
     html: Path | None,
+    output: Path | None,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -41,19 +44,22 @@ def inspect(
     again; the model itself is not loaded. Colours of a pair: special tokens dim,
     the instruction cyan, what bears the loss green.
     """
-    check_free(html, force)
-    with plain_errors(), library_output(quiet=quiet, as_json=as_json):
+    written = [path for path in (html, output) if path]
+    for path in written:
+        check_free(path, force)
+    with library_output(quiet=quiet, as_json=as_json):
         from axolotl_amopo.commands.inspect.gather import gather
         from axolotl_amopo.commands.inspect.page import inspection_page
 
         report = gather(config, rows, find)
         if html:
             html.write_text(inspection_page(report), encoding="utf-8")
-    if as_json:
-        click.echo(json.dumps(report.to_json()))
-    elif html and not quiet:
-        click.echo(f"Written: {html}")
-    elif not quiet:
+    write_json(report.to_json(), as_json=as_json, output=output)
+    if as_json or quiet:
+        return
+    for path in written:
+        click.echo(f"Written: {path}")
+    if not written:
         from axolotl_amopo.commands.inspect.text import print_inspection
 
         print_inspection(report)

@@ -2,24 +2,54 @@
 
 import contextlib
 import io
+import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
+
+from axolotl_amopo.errors import AMoPOError, wants_traceback
 
 # The exit code where a command found what it was asked to look for, e.g. by `report --fail-on`.
 EXIT_FOUND = 3
 EXITS = "Exits with 0 when done, 1 on an error, 2 on wrong use"
 
+
+class Command(click.Command):
+    """A command that says an error of ours in one sentence, as click does its own, and exits 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except AMoPOError as error:
+            if wants_traceback():
+                raise
+            raise click.ClickException(str(error)) from None
+
+
 # A command whose help fits 80 columns and ends with its exit codes.
-command = partial(click.command, context_settings={"max_content_width": 80}, epilog=f"{EXITS}.")
+command = partial(
+    click.command, cls=Command, context_settings={"max_content_width": 80}, epilog=f"{EXITS}."
+)
 
 QUIET = click.option("--quiet", is_flag=True, help="Print nothing but errors (and --json).")
 JSON = click.option(
-    "--json", "as_json", is_flag=True, help="For programs: the last line of stdout."
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="For programs: the last line of stdout; all of it by `axolotl-amopo`.",
+)
+OUTPUT = click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the JSON to a file.",
 )
 
 # Of the commands that use a trained model.
@@ -39,17 +69,7 @@ ALL_DIMENSIONS = click.option(
     "--overall", is_flag=True, help="Ask for all dimensions at their best."
 )
 FORCE = click.option("--force", is_flag=True, help="Overwrite the output where there is one.")
-
-
-@contextlib.contextmanager
-def plain_errors() -> Iterator[None]:
-    """Print an error of ours as a sentence, without a traceback, and exit with 1."""
-    from axolotl_amopo.errors import AMoPOError
-
-    try:
-        yield
-    except AMoPOError as error:
-        raise click.ClickException(str(error)) from None
+FORCE_FILES = click.option("--force", is_flag=True, help="Overwrite files that are there.")
 
 
 @contextlib.contextmanager
@@ -67,13 +87,37 @@ def library_output(*, quiet: bool, as_json: bool) -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         elif as_json:
-            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            stack.enter_context(_stdout_to_stderr())
         # This logger prints the whole validated config, 150 lines that matter to training alone.
         # axolotl sets its level when it is imported, so a filter and not a level silences it.
         config = logging.getLogger("axolotl.cli.config")
         config.addFilter(_is_warning)
         stack.callback(config.removeFilter, _is_warning)
         yield
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send what Python, C libraries and the processes started meanwhile print to stderr."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def write_json(facts: Any, *, as_json: bool, output: Path | None = None) -> None:
+    """Write what a command found as JSON, to a file that is named and with --json to stdout."""
+    text = json.dumps(facts)
+    if output:
+        output.write_text(f"{text}\n", encoding="utf-8")
+    if as_json:
+        click.echo(text)
 
 
 def _is_warning(record: logging.LogRecord) -> bool:

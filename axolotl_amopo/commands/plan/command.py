@@ -1,7 +1,7 @@
 """The click command `axolotl amopo plan`."""
 
-import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -9,11 +9,14 @@ import click
 from axolotl_amopo.commands.kit.options import (
     EXIT_FOUND,
     EXITS,
+    FORCE_FILES,
     JSON,
+    OUTPUT,
     QUIET,
+    check_free,
     command,
     library_output,
-    plain_errors,
+    write_json,
 )
 
 
@@ -33,9 +36,19 @@ from axolotl_amopo.commands.kit.options import (
     show_default=True,
     help="Share of the card's speed that training reaches.",
 )
+@OUTPUT
+@FORCE_FILES
 @QUIET
 @JSON
-def plan(config: str, gpus: int, quiet: bool, as_json: bool, **options: Any) -> None:
+def plan(
+    config: str,
+    gpus: int,
+    output: Path | None,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Estimate a run's tokens, memory and time, and what would make it fit.
 
     \b
@@ -47,16 +60,18 @@ def plan(config: str, gpus: int, quiet: bool, as_json: bool, **options: Any) -> 
     default HelpSteer's means; memory is that of the largest pair that
     sequence_len lets through.
     """
-    with plain_errors(), library_output(quiet=quiet, as_json=as_json):
+    check_free(output, force)
+    with library_output(quiet=quiet, as_json=as_json):
         from axolotl_amopo.commands.plan.load import plan_config
 
         made, advice = plan_config(config, gpus=gpus, **options)
-    if as_json:
-        changes = [{"change": text} | other.to_json() for text, other in advice]
-        click.echo(json.dumps(made.to_json() | {"changes": changes}))
-    elif not quiet:
+    changes = [{"change": text} | other.to_json() for text, other in advice]
+    write_json(made.to_json() | {"changes": changes}, as_json=as_json, output=output)
+    if not as_json and not quiet:
         from axolotl_amopo.commands.plan.text import print_plan
 
         print_plan(made, advice)
+        if output:
+            click.echo(f"Written: {output}")
     if made.fits is False:
         sys.exit(EXIT_FOUND)

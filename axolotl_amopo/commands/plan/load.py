@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-import yaml
 from axolotl.integrations.base import PluginManager, normalize_plugin_name
 from axolotl.utils.config import prepare_plugins, validate_config
 from axolotl.utils.dict import DictDefault
@@ -14,6 +13,7 @@ from axolotl_amopo.commands.plan.estimate import Plan, advise, estimate
 from axolotl_amopo.commands.plan.models import model_config
 from axolotl_amopo.commands.plan.step import PairShape
 from axolotl_amopo.config.block import AMoPOConfig, read_block
+from axolotl_amopo.config.files import read_yaml
 from axolotl_amopo.config.take_over import take_over
 from axolotl_amopo.errors import AMoPOError, ConfigError
 
@@ -76,10 +76,7 @@ def load(path: str, device: str, gpus: int) -> tuple[DictDefault, AMoPOConfig]:
     Raises:
         AMoPOError: saying what is wrong with it.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML: {error}.") from None
+    values = read_yaml(Path(path))
     if not isinstance(values, dict) or values.get("rl") != "amopo":
         raise ConfigError(f"{path}: has no `rl: amopo`; there is nothing to plan.")
     cfg = DictDefault(values | {"axolotl_config_path": path})

@@ -1,6 +1,5 @@
 """The click command `axolotl amopo report`."""
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -15,7 +14,8 @@ from axolotl_amopo.commands.kit.options import (
     JSON,
     QUIET,
     command,
-    plain_errors,
+    library_output,
+    write_json,
 )
 
 if TYPE_CHECKING:
@@ -52,16 +52,17 @@ def report(
         axolotl amopo report outputs/qwen2.5-7b-amopo
 
     Reads a run's log from its output_dir, also while it is training, and writes
-    index.html, one page that needs nothing else, and its plots as SVG and PNG.
+    index.html, one page that needs nothing else, its plots as SVG and PNG, and
+    report.json, which is what --json prints.
     Several runs are drawn over each other, with the settings that differ.
 
     Called again for the same runs it writes the page anew; anything else that is
     there already is only overwritten with --force.
     """
-    from axolotl_amopo.commands.report.findings import SEVERITIES
-    from axolotl_amopo.commands.report.report import write_report
+    with library_output(quiet=False, as_json=as_json):
+        from axolotl_amopo.commands.report.findings import SEVERITIES
+        from axolotl_amopo.commands.report.report import write_report
 
-    with plain_errors():
         made = write_report(
             [Path(folder) for folder in run_dirs],
             output,
@@ -69,7 +70,7 @@ def report(
             progress=partial(_track, quiet=quiet),
         )
     if as_json:
-        click.echo(json.dumps(made.to_json()))
+        write_json(made.to_json(), as_json=True)
     elif not quiet:
         from axolotl_amopo.commands.report.text import print_report
 

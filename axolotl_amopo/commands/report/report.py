@@ -6,6 +6,7 @@ Example:
     report.runs[0].findings
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.training.runs import COMPARED_METRICS, Change, TrainingRun, read_run
 
 PAGE = "index.html"
+FACTS = "report.json"
 PROMPT_METRICS = (*COMPARED_METRICS, "loss", "prob", "reward_chosen", "reward_rejected")
 TOTALS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/longer_wins")
 
@@ -78,7 +80,9 @@ def write_report(
     force: bool = False,
     progress: Callable[[Sequence[Plot]], Iterable[Plot]] = lambda plots: plots,
 ) -> TrainingReport:
-    """Read runs, and write a page with their plots, each plot also as SVG and PNG beside it.
+    """Read runs, and write a page with their plots.
+
+    Beside it each plot stands as SVG and PNG, and what programs read in `report.json`.
 
     Args:
         folders: the output folders of runs, finished or in progress.
@@ -96,7 +100,9 @@ def write_report(
         output = (folders[0] if len(folders) == 1 else Path()) / "amopo_report"
     named = name_runs([read_run(folder) for folder in folders])
     runs = [describe_run(name, run) for name, run in named.items()]
-    return TrainingReport(_write(runs, output, force, progress), runs)
+    report = TrainingReport(output / PAGE, runs)
+    _write(report, force, progress)
+    return report
 
 
 def name_runs(runs: list[TrainingRun]) -> dict[str, TrainingRun]:
@@ -135,12 +141,12 @@ def _ends(changes: dict[str, Change]) -> dict[str, dict[str, float | None]]:
 
 
 def _write(
-    runs: list[ReportedRun],
-    folder: Path,
+    report: TrainingReport,
     force: bool,
     progress: Callable[[Sequence[Plot]], Iterable[Plot]],
-) -> Path:
-    path, marker = folder / PAGE, page_marker([one.run for one in runs], folder)
+) -> None:
+    path, folder, runs = report.page, report.page.parent, report.runs
+    marker = page_marker([one.run for one in runs], folder)
     try:
         if folder.is_dir() and any(folder.iterdir()) and not force:
             page_there = (
@@ -159,9 +165,9 @@ def _write(
         for plot, svg, png in drawn:
             (folder / f"{plot.name}.svg").write_text(svg, encoding="utf-8")
             (folder / f"{plot.name}.png").write_bytes(png)
+        (folder / FACTS).write_text(f"{json.dumps(report.to_json())}\n", encoding="utf-8")
     except OSError as error:
         raise AMoPOError(
             f"{error.filename or folder} can't be written ({error.strerror}); name another "
             "--output."
         ) from None
-    return path

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from axolotl_amopo.commands.kit.options import (
+    FORCE_FILES,
     JSON,
+    OUTPUT,
     QUIET,
     check_free,
     command,
     library_output,
-    plain_errors,
+    write_json,
 )
 
 if TYPE_CHECKING:
@@ -61,8 +63,9 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--html", type=FILE, metavar="FILE", help="Write a page with plots.")
 @click.option("--markdown", type=FILE, metavar="FILE", help="Write the tables as Markdown.")
 @click.option("--pairs", type=FILE, metavar="FILE", help="Write every pair's margins (JSON lines).")
+@OUTPUT
 @JSON
-@click.option("--force", is_flag=True, help="Overwrite files that are there.")
+@FORCE_FILES
 @QUIET
 def score(
     config: str,
@@ -71,6 +74,7 @@ def score(
     html: Path | None,
     markdown: Path | None,
     pairs: Path | None,
+    output: Path | None,
     as_json: bool,
     force: bool,
     quiet: bool,
@@ -87,14 +91,14 @@ def score(
     instruction (which is fair to models trained by other methods). Models are
     compared on the same pairs, with 95 % intervals and p-values by prompt.
     """
-    targets = {"html": html, "markdown": markdown, "pairs": pairs}
+    targets = {"html": html, "markdown": markdown, "pairs": pairs, "output": output}
     for path in targets.values():
         check_free(path, force)
     if no_base and options["base"]:
         raise click.UsageError("--base and --no-base can't go together.")
     named = parse_models(models)
 
-    with plain_errors(), library_output(quiet=quiet, as_json=as_json):
+    with library_output(quiet=quiet, as_json=as_json):
         from axolotl_amopo.commands.score import report as scoring
         from axolotl_amopo.commands.score.text import print_scores, to_markdown
 
@@ -111,13 +115,12 @@ def score(
     if pairs:
         lines = (json.dumps(line) + "\n" for line in scored.lines())
         pairs.write_text("".join(lines), encoding="utf-8")
+    write_json(report.to_json(), as_json=as_json, output=output)
     if not quiet:
         if not as_json:
             print_scores(report)
         for path in filter(None, targets.values()):
             click.echo(f"Written: {path}", err=as_json)
-    if as_json:
-        click.echo(json.dumps(report.to_json()))
 
 
 def parse_models(values: tuple[str, ...]) -> "list[ModelPath] | None":

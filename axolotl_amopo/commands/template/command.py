@@ -12,7 +12,6 @@ from axolotl_amopo.commands.kit.options import (
     QUIET,
     check_free,
     command,
-    plain_errors,
     steering_settings,
 )
 
@@ -44,11 +43,10 @@ def template(
     (with --force), everything that loads the folder steers.
     """
     check_free(output, force)
-    with plain_errors():
-        from axolotl_amopo.commands.kit.models import find_model
-        from axolotl_amopo.commands.template.steered import steered_template
+    from axolotl_amopo.commands.kit.models import find_model
+    from axolotl_amopo.commands.template.steered import steered_template
 
-        made = steered_template(find_model(model), steering_settings(dimensions, overall))
+    made = steered_template(find_model(model), steering_settings(dimensions, overall))
     output.write_text(made, encoding="utf-8")
     if not quiet:
         click.echo(f"Written: {output}")
