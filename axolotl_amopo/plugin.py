@@ -14,6 +14,8 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin, PluginManager
 
+from axolotl_amopo.errors import print_sentences
+
 
 class AMoPOPlugin(BasePlugin):
     """Registered through the `axolotl.plugins` entry point, or named under `plugins:`."""
@@ -37,6 +39,8 @@ class AMoPOPlugin(BasePlugin):
         )
 
         self.enabled = self._is_first() and (is_asked_for(cfg) or is_taken_over(cfg))
+        if self.enabled:
+            print_sentences()
         suit_inference(cfg)
         if self.enabled and is_asked_for(cfg):
             with_data = not cfg.get("merge_lora")  # which loads the config alone
