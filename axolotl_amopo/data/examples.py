@@ -143,8 +143,9 @@ def prepare_row(
             "excess_length_strategy: drop."
         )
     if example is None:
-        lists = {name: [] for name in FEATURES if name not in ("example_id", "outcome")}
-        return lists | {"example_id": 0, "outcome": outcome}
+        nothing = {name: [] for name in FEATURES}
+        counted = {"comparisons": row["comparisons"], "outcome": outcome}
+        return nothing | {"example_id": 0} | counted
     example.id = example_id(example, own)
     return example.to_row() | {"outcome": outcome}
 

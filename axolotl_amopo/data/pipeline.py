@@ -271,7 +271,7 @@ def tokenize(
     kept, pairs = [], 0
     for i, (outcome, count) in enumerate(outcomes(prepared)):
         if outcome:
-            dropped[outcome] += 1
+            dropped[outcome] += count
         if outcome in ("", SHORTENED):
             kept.append(i)
             pairs += count
