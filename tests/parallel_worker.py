@@ -15,8 +15,8 @@ from launch_on_cpu import no_gpu
 from torch.distributed import device_mesh
 from transformers import TrainerCallback
 
-import axolotl_amopo.training.trainer  # noqa: F401, imports what training needs
 from axolotl_amopo.config import take_over
+from axolotl_amopo.training import trainer
 
 if is_deepspeed_available():
     import deepspeed
@@ -25,8 +25,8 @@ if is_deepspeed_available():
     deepspeed.ops.__compatible_ops__ = {}
 
 
-def train(kind: str, config: str, folder: str) -> None:
-    """axolotl's own `train`; leaves FOLDER/RANK.json:
+def train(kind: str, config: str, folder: str, fault: str = "") -> None:
+    """axolotl's own `train`, with a planted fault if one is named; leaves FOLDER/RANK.json:
 
     log: the trainer's log history; collectives: in how many collective operations this process had
     taken part after each pass and at the end of each step.
@@ -34,6 +34,8 @@ def train(kind: str, config: str, folder: str) -> None:
     rank = os.environ.get("RANK", "0")
     if "RANK" in os.environ:
         pretend(kind)
+    if fault:
+        plant(fault, int(rank))
     cfg, datasets = runs.prepare(Path(config))
     cfg.device_map = None
     axolotl.train.train(cfg=cfg, dataset_meta=datasets)
@@ -54,6 +56,23 @@ def pretend(kind: str) -> None:
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
     make = device_mesh.init_device_mesh
     device_mesh.init_device_mesh = lambda _, *shape, **names: make("cpu", *shape, **names)
+
+
+def plant(fault: str, rank: int) -> None:
+    """`padding`: rows that pad a pass count; `draws`: each process has draws of its own."""
+    if fault == "draws":
+        draw = trainer.Draw
+        trainer.Draw = lambda seed, step: draw(seed + rank, step)
+        return
+    plain = trainer.AMoPOTrainer.get_batch_samples
+
+    def counted(self, *args):
+        batches, count = plain(self, *args)
+        for batch in batches:
+            batch["counts"].fill_(1)
+        return batches, count
+
+    trainer.AMoPOTrainer.get_batch_samples = counted
 
 
 class Recorder(BasePlugin, TrainerCallback):
