@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from axolotl_amopo.config.block import AMoPOConfig, parse_block
 from axolotl_amopo.errors import ConfigError
+from axolotl_amopo.example import Example
 from axolotl_amopo.training.eval_table import FILE, LONGEST
 
 PROMPTS = ["overall", "helpfulness", "honesty"]
@@ -115,9 +116,9 @@ def test_the_numbers_are_the_models_own(run, tiny_model):
             if name not in seen:
                 continue
             order = [int(number) - 1 for number in row[f"{name}/winner"].split(">")]
-            sides = [
-                token_logps(prepared["prompt_ids"][k], prepared["response_ids"][i]) for i in order
-            ]
+            example = Example.from_row(prepared)
+            texts = example.follows[example.reads[0][k]]
+            sides = [token_logps(example.prompts[texts[i]], example.responses[i]) for i in order]
             margin = 0.8 * float(sides[0].mean() - sides[1].mean())
             probs = [float(side.exp().mean()) for side in sides]
             scores.append(sum(probs))
@@ -150,7 +151,7 @@ def test_off_by_default(run, tiny_model, data):
     changes = {"output_dir": str(folder / "without"), "group_by_length": True}
     trainer = runs.train(settings(folder, tiny_model, data, block={"eval_table": 0}, **changes))
     assert not (folder / "without" / FILE).exists()
-    assert trainer.evaluated is None
+    assert trainer.evaluated == {}
     assert len([path for path in (folder / "prepared").iterdir() if path.is_dir()]) == 2
 
 

@@ -11,7 +11,7 @@ from runs import config, prepare, write_config, write_jsonl
 from axolotl_amopo.commands import amopo
 from axolotl_amopo.commands.inspect.gather import gather
 from axolotl_amopo.commands.inspect.page import inspection_page
-from axolotl_amopo.data.format import AMoPOStrategy
+from axolotl_amopo.data.pipeline import watch_preparations
 
 
 def row(question, *answers):
@@ -125,7 +125,23 @@ def test_the_page_has_the_numbers_and_runs_nothing(report):
     assert len(re.findall(r'<i style="height', text)) == sum(
         len(counts) for e in report.entries for counts in [e.token_counts, *e.ratings.values()]
     )
-    assert AMoPOStrategy.observer is None
+
+
+def test_who_watches_sees_what_is_prepared_meanwhile(path):
+    """In order, each watcher its own, and nobody once the block is left, also by an error."""
+    with watch_preparations() as outer:
+        with pytest.raises(ZeroDivisionError), watch_preparations() as inner:
+            gather(str(path), rows=0)  # watches by itself
+            prepare(path, dataset_prepared_path=str(path.parent / "watched"))
+            raise ZeroDivisionError
+        assert [p.format.eval_split for p in inner] == [False, True]
+        assert not outer
+    train, test = inner
+    assert (len(train.dataset), len(train.prepared), train.kept) == (4, 3, [0, 1, 2])
+    assert [len(pairs) for _, pairs in train.prompts()] == [1, 1, 0, 1]
+    assert (len(test.prepared), test.dropped.total()) == (1, 0)
+    prepare(path, dataset_prepared_path=str(path.parent / "unwatched"))
+    assert len(inner) == 2
 
 
 def run(*arguments):
