@@ -69,7 +69,7 @@ class AMoPOPlugin(BasePlugin):
         if not self._runs(cfg):
             return
         from axolotl_amopo.config.devices import check_layers
-        from axolotl_amopo.model.choose import check_before_loading
+        from axolotl_amopo.training.sharing import check_before_loading
 
         check_layers(cfg)
         if cfg.amopo.share_prompt is True:
