@@ -4,9 +4,10 @@
         [--output FOLDER]
     python benchmarks/gpu.py --dry-run      # anywhere: a tiny model of the same family
 
-The model has the shape of a public one (`axolotl_amopo/plan/models.py` has their names) and random
-weights, so nothing is downloaded: memory and speed don't depend on what the weights say. Its pairs
-are made up, all as long as `sequence_len` lets through, for that is what a plan's memory is of.
+The model has the shape of a public one (their names are in `axolotl_amopo/commands/plan/models.py`)
+and random weights, so nothing is downloaded: memory and speed don't depend on what the weights say.
+Its pairs are made up, all as long as `sequence_len` lets through, for that is what a plan's memory
+is of.
 
     lora        bf16, every linear layer adapted, none of axolotl's fused kernels
     kernels     the same with the fused LoRA kernels and Liger's norms
@@ -34,7 +35,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -132,6 +132,7 @@ def make_model(folder: Path, name: str, tiny: bool) -> None:
     shape = KNOWN[name]
     if tiny:
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        sizes["vocab_size"] = 2000  # of the tokenizer below
         shape = shape | sizes | {"num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -333,14 +334,20 @@ def main() -> None:
     args = parse()
     args.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(dir=args.output) as folder:
-        runner = Runner(args, Path(folder))
+    # Not a random name: axolotl takes a model with "mpt" in its path for one of MPT's.
+    folder = args.output / "gpu-work"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        runner = Runner(args, folder)
         for name in args.cases:
             print(f"{name} ...", file=sys.stderr, flush=True)
             results[name] = runner.run(name)
             judge(results)
             # After every case, so that a run that is cut short leaves what it has.
             write(args, results)
+    finally:
+        shutil.rmtree(folder)
     if not all(result.get("good", True) for result in results.values()):
         sys.exit(1)
 

@@ -79,11 +79,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import _ChunkedLogProbFunction
 
+from axolotl_amopo.example import pair
 from axolotl_amopo.loss import amopo_loss
+from axolotl_amopo.model.batch import make_batch
 from axolotl_amopo.model.choose import MASKED, _Attention, choose_layout
-from axolotl_amopo.model.forward import LinearLogps, prepare_model, response_logps
+from axolotl_amopo.model.forward import response_logps, teach
+from axolotl_amopo.model.head import LinearLogps
 from axolotl_amopo.model.layout import LayoutName, lay_out
-from axolotl_amopo.training.collator import AMoPOCollator
 
 OUTPUT = Path(__file__).parents[1] / "build" / "benchmarks"  # git ignores build/
 VARIANTS = ["published", "unshared", "tree", "default", "after", "dpo", "floor"]
@@ -408,7 +410,7 @@ class Rig:
                 if "lora_B" in name:
                     nn.init.normal_(parameter, std=0.01)
         self.model.to(self.device).eval()  # for dropout's sake; gradients don't care
-        prepare_model(self.model)
+        teach(self.model)
         self.vocabulary = self.causal.config.get_text_config().vocab_size
         self.attention = self.causal.config.get_text_config()._attn_implementation
         case = made_up(60, 20, 2, 30, self.vocabulary)
@@ -425,9 +427,7 @@ class Rig:
         return {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
     def batch(self, prompts: list[list[int]], responses: list[list[int]]) -> dict[str, Any]:
-        row = {"prompt_ids": prompts, "response_ids": responses, "winners": [0] * len(prompts)}
-        row |= {"dimension_mask": [1] * len(prompts), "example_id": 0}
-        return self.moved(AMoPOCollator(None)([row]))
+        return self.moved(make_batch([pair(prompts, responses)]))
 
     def run(self, case: Case, names: list[str], repeats: int) -> dict[str, dict[str, Any]]:
         """Figures of the named variants."""
