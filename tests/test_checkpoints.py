@@ -322,7 +322,7 @@ def test_a_disk_that_never_had_it_whole(tmp_path, caplog):
 
 def on_two_disks(folder: Path, run: Run) -> Checkpoints:
     checkpoints = Checkpoints(str(folder), run)
-    checkpoints.firsts = [0, 1]
+    checkpoints.first_ranks = [0, 1]
     return checkpoints
 
 

@@ -88,17 +88,19 @@ class Checkpoints:
         self.run = run
         self.rank, self.world = PartialState().process_index, PartialState().num_processes
         self.disks = self._find_disks()  # by process, the first one that has the same disk
-        self.firsts = sorted(set(self.disks))
-        self.mates = [r for r in range(self.world) if self.disks[r] == self.disks[self.rank]]
+        self.first_ranks = sorted(set(self.disks))
+        self.ranks_on_disk = [
+            r for r in range(self.world) if self.disks[r] == self.disks[self.rank]
+        ]
 
     @property
     def first_of_disk(self) -> bool:
-        return self.rank == self.mates[0]
+        return self.rank == self.ranks_on_disk[0]
 
     @property
     def separate(self) -> bool:
         """Whether the folder is on several disks."""
-        return len(self.firsts) > 1
+        return len(self.first_ranks) > 1
 
     def each_saves(self) -> bool:
         """Whether the first process of every machine has to save, not the main process alone."""
@@ -108,7 +110,8 @@ class Checkpoints:
             LOG.warning("AMoPO: CHECKPOINTS OF THIS RUN CAN'T BE RESUMED: %s", reason)
             return False
         LOG.info(
-            "AMoPO: output_dir is on %s disks: every machine saves checkpoints.", len(self.firsts)
+            "AMoPO: output_dir is on %s disks: every machine saves checkpoints.",
+            len(self.first_ranks),
         )
         return True
 
@@ -146,15 +149,17 @@ class Checkpoints:
         # A process sees at least its own files, whatever a network file system caches.
         seen = self._everywhere(lambda: set(_files(folder)))
         mine = []
-        for i, name in enumerate(sorted(set().union(*(seen[mate] for mate in self.mates)))):
-            readers = [mate for mate in self.mates if name in seen[mate]]
+        for i, name in enumerate(sorted(set().union(*(seen[rank] for rank in self.ranks_on_disk)))):
+            readers = [rank for rank in self.ranks_on_disk if name in seen[rank]]
             if readers[i % len(readers)] == self.rank:
                 mine.append(name)
         sums = self._everywhere(lambda: _checksums(folder, mine, sync=True))
         save = self._everywhere(lambda: secrets.token_hex(8))[0]
 
         def seal() -> None:
-            files = {name: entry for mate in self.mates for name, entry in sums[mate].items()}
+            files = {
+                name: entry for rank in self.ranks_on_disk for name, entry in sums[rank].items()
+            }
             _write_manifest(folder, {"save": save, "run": asdict(self.run), "files": files})
 
         self._everywhere(seal if self.first_of_disk else _nothing)
@@ -214,7 +219,7 @@ class Checkpoints:
             raise AMoPOError(reason)
         self._everywhere(self._recover if self.first_of_disk else _nothing)
         looks = self._everywhere(lambda: _outline(Path(path)) if self.first_of_disk else Outline())
-        outlines = [looks[first] for first in self.firsts]
+        outlines = [looks[rank] for rank in self.first_ranks]
         wrong = self._compare(outlines) or self._contents(Path(path))
         if wrong:
             number, _, _ = self._search()
@@ -239,7 +244,7 @@ class Checkpoints:
         number, outline, rejected = None, Outline(), {}
         for n in sorted(set().union(*looks), reverse=True):
             missing = Outline("it is not there")
-            outlines = [looks[first].get(n, missing) for first in self.firsts]
+            outlines = [looks[rank].get(n, missing) for rank in self.first_ranks]
             wrong = self._compare(outlines)
             # Contents take long to read: only until a complete one is found.
             if number is None and not wrong and not (wrong := self._contents(self._path(n))):
@@ -262,7 +267,7 @@ class Checkpoints:
         def check() -> str:
             manifest = _read_manifest(folder)
             names = sorted(manifest["files"] if manifest else _files(folder))
-            mine = names[self.mates.index(self.rank) :: len(self.mates)]
+            mine = names[self.ranks_on_disk.index(self.rank) :: len(self.ranks_on_disk)]
             if manifest is None:
                 return _together(_unreadable(folder / name) for name in mine)
             entries = manifest["files"]
@@ -342,8 +347,8 @@ class Checkpoints:
         if not (self.separate and self.run.sharding):
             return ""
         return (
-            f"output_dir: {self.folder} is on {len(self.firsts)} disks, and a checkpoint under "
-            f"{self.run.sharding} is in pieces on all of them; put output_dir where all machines "
+            f"output_dir: {self.folder} is on {len(self.first_ranks)} disks, and a checkpoint "
+            f"under {self.run.sharding} is in pieces on all of them; put output_dir where all machines "
             "share it."
         )
 

@@ -168,6 +168,8 @@ class AMoPOTrainer(AxolotlTrainer):
             resizable=resizable,
         )
 
+    # Private, as the next two: transformers 5.20 deletes older checkpoints inside it (trainer.py,
+    # line 3380, `rotate_checkpoints`), and no callback runs before that.
     @override
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         args, name = self.args, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -190,7 +192,9 @@ class AMoPOTrainer(AxolotlTrainer):
 
     @override
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # axolotl's writes the model on the main process alone, even where every machine saves.
+        # axolotl 0.21 takes every caller for the main process (core/trainers/base.py, line 1360)
+        # and hands `is_main_process` on to save_pretrained, which then writes nothing; where every
+        # machine saves, transformers' own method is the one that does.
         parent = super() if self.is_world_process_zero() else super(AxolotlTrainer, self)
         parent._save(output_dir, state_dict=state_dict)
         self._save_steering(output_dir or self.args.output_dir)
@@ -245,6 +249,8 @@ class AMoPOTrainer(AxolotlTrainer):
                 loss = loss * share
         return (loss, values) if return_outputs else loss
 
+    # The one place where transformers 5.20 asks for a sampler (trainer.py, line 1068); axolotl's
+    # own trainer overrides it too.
     @override
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         cfg = self.axolotl_cfg
