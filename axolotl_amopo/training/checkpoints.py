@@ -348,8 +348,8 @@ class Checkpoints:
             return ""
         return (
             f"output_dir: {self.folder} is on {len(self.first_ranks)} disks, and a checkpoint "
-            f"under {self.run.sharding} is in pieces on all of them; put output_dir where all machines "
-            "share it."
+            f"under {self.run.sharding} is in pieces on all of them; put output_dir where all "
+            "machines share it."
         )
 
     def _recover(self) -> None:
