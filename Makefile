@@ -28,7 +28,7 @@ lint: $(STAMP)
 	$(BIN)/pip install --quiet --no-deps --force-reinstall .
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyrefly check --output-format min-text
+	$(BIN)/pyrefly check --output-format min-text --python-interpreter-path $(BIN)/python
 
 $(STAMP):
 	./find-python -m venv --clear $(VENV)
