@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; two threads only w
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is tested is the same everywhere
 
 import pytest
+import runs
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -22,6 +23,11 @@ CHATML = (
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def pytest_collection_finish() -> None:
+    if "datasets" in sys.modules:  # else nothing is prepared, and it need not be imported
+        runs.save_in_this_process()
 
 
 @pytest.fixture(scope="session")

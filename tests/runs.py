@@ -1,5 +1,6 @@
 """Running axolotl from tests: in this process where that proves the same, else as a command."""
 
+import functools
 import json
 import os
 import subprocess
@@ -11,6 +12,23 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 LAUNCHER = Path(__file__).parent / "launch_on_cpu.py"
+
+
+@functools.cache
+def save_in_this_process() -> None:
+    """Let prepared rows be saved without a process that imports everything anew for each few rows.
+
+    `datasets` spawns one wherever it is told a number of processes, and axolotl always tells one.
+    """
+    from datasets import Dataset
+
+    save = Dataset.save_to_disk
+
+    @functools.wraps(save)
+    def saved(*args: Any, num_proc: int | None = None, **options: Any) -> None:
+        save(*args, **options)
+
+    Dataset.save_to_disk = saved
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
@@ -59,6 +77,7 @@ def load(path: Path, **overrides: Any):
     """axolotl's own loading and validation of a config file."""
     from axolotl.cli.config import load_cfg
 
+    save_in_this_process()
     return load_cfg(str(path), **overrides)
 
 
