@@ -84,12 +84,15 @@ def main(folder: Path) -> None:
     paths = sorted(folder.glob("*.yml"))
     measure(paths[0])  # what the first training imports and starts is nobody's
     for path in paths:
-        for _ in range(2):
-            seen, batch = measure(path)
-            result = {"measured": seen, "planned": planned(path, batch)}
-            # Pages of files that come back after other processes took their room only ever add.
-            if seen["memory"] < 1.1 * result["planned"]["memory"]:
+        seen, batch = measure(path)
+        plan = planned(path, batch)
+        # Pages of files that come back after other processes took their room only ever add.
+        for _ in range(3):
+            if seen["memory"] < 1.1 * plan["memory"]:
                 break
+            again, _ = measure(path)
+            seen = min(seen, again, key=lambda one: one["memory"])
+        result = {"measured": seen, "planned": plan}
         path.with_suffix(".json").write_text(json.dumps(result))
 
 

@@ -1,5 +1,6 @@
 """Processes that prepare data with axolotl: killed amid it, or several at once."""
 
+import copy
 import os
 import shutil
 import signal
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from axolotl.common.datasets import load_datasets
 from runs import load, prepare
+
+from axolotl_amopo.data.cache import set_aside_unfinished
 
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
@@ -59,22 +62,27 @@ def killed_at_every_moment(config: str, over: str) -> None:
         over: "older" where a whole preparation is there already, which `axolotl preprocess`
             writes over; else there is nothing.
     """
-    cfg, whole = prepare(Path(config))
+    cfg = load(Path(config))
     folder = Path(cfg.dataset_prepared_path)
-    expected = whole.train_dataset.to_list()
-    del whole
+
+    def prepared(over: bool) -> list:
+        # The config is loaded once, and the plugin does this whenever it is.
+        set_aside_unfinished(str(folder))
+        own = copy.deepcopy(cfg)
+        own.is_preprocess = over
+        return load_datasets(cfg=own).train_dataset.to_list()
+
+    expected = prepared(False)
     for moment in count(1):
         if over != "older":
             shutil.rmtree(folder)
 
         def disturbed(moment: int = moment) -> None:
             die_amid(moment, folder)
-            cfg = load(Path(config))
-            cfg.is_preprocess = over == "older"
-            load_datasets(cfg=cfg)
+            prepared(over == "older")
 
         def undisturbed() -> None:
-            assert prepare(Path(config))[1].train_dataset.to_list() == expected
+            assert prepared(False) == expected
 
         status = status_of(in_a_fork(disturbed))
         if status not in (0, -signal.SIGKILL):

@@ -1,6 +1,7 @@
 """Prepared datasets that an interrupted command left behind are not trained on."""
 
 import re
+import shutil
 
 import pyarrow as pa
 import pytest
@@ -21,16 +22,26 @@ ROWS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, tiny_model):
+    """What a config's data is prepared into, and what writes that config anew."""
+    folder = tmp_path_factory.mktemp("prepared")
+    data = write_jsonl(folder / "data.jsonl", ROWS)
+
+    def write(folder):
+        return write_config(folder, config(folder, tiny_model, data))
+
+    prepare(write(folder))
+    return folder / "prepared", write
+
+
 @pytest.fixture
-def prepared(tmp_path, tiny_model):
+def prepared(tmp_path, written):
     """A config whose data is prepared, and the folder of that."""
-    path = write_config(
-        tmp_path, config(tmp_path, tiny_model, write_jsonl(tmp_path / "data.jsonl", ROWS))
-    )
-    prepare(path)
+    shutil.copytree(written[0], tmp_path / "prepared")
     (folder,) = [p for p in (tmp_path / "prepared").iterdir() if p.is_dir()]
     assert unfinished(folder) is None
-    return path, folder
+    return written[1](tmp_path), folder
 
 
 def missing_state(folder):

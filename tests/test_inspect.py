@@ -6,7 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 from click.testing import CliRunner
+from datasets import Dataset
 from runs import config, prepare, write_config, write_jsonl
+from test_data import data_format
 
 from axolotl_amopo.commands import amopo
 from axolotl_amopo.commands.inspect.gather import gather
@@ -42,6 +44,11 @@ def path(tmp_path_factory, tiny_model):
 
 
 @pytest.fixture(scope="module")
+def datasets(path):
+    return prepare(path)[1]
+
+
+@pytest.fixture(scope="module")
 def report(path):
     return gather(str(path), rows=2)
 
@@ -54,11 +61,6 @@ def test_counts(report):
     assert train.dropped == {"pairs whose responses tie": 1}
     assert (train.repeated_prompts, train.repeated_pairs) == (1, 1)
     assert (report.train_rows, report.eval_rows, report.shared_prompts) == (3, 1, 1)
-
-
-def test_the_config_is_not_shown(path):
-    done = CliRunner().invoke(amopo, ["inspect", str(path), "--rows", "0"])
-    assert "3 pairs to train on" in done.output and '"base_model"' not in done.output
 
 
 def test_ratings(report):
@@ -74,15 +76,13 @@ def test_ratings(report):
     assert train.longer_wins["honesty"] == 0
 
 
-def test_tokens_are_those_of_the_rows(report, path):
-    _, datasets = prepare(path)
+def test_tokens_are_those_of_the_rows(report, datasets):
     lengths = [len(ids) for ids in datasets.train_dataset["input_ids"]]
     assert report.entries[0].tokens["longest"] == max(lengths)
     assert sum(count for _, count in report.entries[0].token_counts) == 3
 
 
-def test_the_model_sees_what_is_shown(report, path, tokenizer):
-    _, datasets = prepare(path)
+def test_the_model_sees_what_is_shown(report, datasets, tokenizer):
     example = report.entries[0].examples[0]
     rows = {tokenizer.decode(r["prompt_ids"][0]): r["response_ids"] for r in datasets.train_dataset}
     shown = "".join(piece.text for piece in example.seen[0].pieces)
@@ -127,21 +127,27 @@ def test_the_page_has_the_numbers_and_runs_nothing(report):
     )
 
 
-def test_who_watches_sees_what_is_prepared_meanwhile(path):
+def test_who_watches_sees_what_is_prepared_meanwhile(tokenizer):
     """In order, each watcher its own, and nobody once the block is left, also by an error."""
+
+    def wrap(rows, **block):
+        block = {"dimensions": ["helpfulness", "honesty"]} | block
+        data_format("rated", tokenizer, **block).wrap_dataset(Dataset.from_list(rows))
+
     with watch_preparations() as outer:
         with pytest.raises(ZeroDivisionError), watch_preparations() as inner:
-            gather(str(path), rows=0)  # watches by itself
-            prepare(path, dataset_prepared_path=str(path.parent / "watched"))
+            wrap([*ROWS, ROWS[1]])
+            wrap(EVAL, group_by_prompt=True)
             raise ZeroDivisionError
-        assert [p.format.eval_split for p in inner] == [False, True]
         assert not outer
-    train, test = inner
-    assert (len(train.dataset), len(train.prepared), train.kept) == (4, 3, [0, 1, 2])
-    assert [len(pairs) for _, pairs in train.prompts()] == [1, 1, 0, 1]
-    assert (len(test.prepared), test.dropped.total()) == (1, 0)
-    prepare(path, dataset_prepared_path=str(path.parent / "unwatched"))
-    assert len(inner) == 2
+        wrap(EVAL)
+    wrap(EVAL)
+    first, second = inner
+    assert (len(first.dataset), len(first.prepared), first.kept) == (4, 3, [0, 1, 2])
+    assert [len(examples) for _, examples in first.prompts()] == [1, 1, 0, 1]
+    assert (len(second.prepared), second.dropped.total()) == (1, 0)
+    assert second.format.config.group_by_prompt
+    assert len(outer) == 1
 
 
 def run(*arguments):
@@ -152,6 +158,7 @@ def test_the_command(path, tmp_path):
     done = run(path, "--rows", 1, "--find", "“très” one")
     assert done.exit_code == 0, done.output
     assert "A longer answer than that." in done.output and "Short." not in done.output
+    assert "3 pairs to train on" in done.output and '"base_model"' not in done.output
     assert max(map(len, done.output.splitlines()[-20:])) <= 80
     html = tmp_path / "data.html"
     done = run(path, "--html", html, "--json")

