@@ -143,5 +143,5 @@ def test_every_metric_is_described(trainer):
     ours = {key for key in logged if key.startswith(("amopo/", "rewards/", "logps/", "terms/"))}
     assert len(ours) > 3 * len(PER_CRITERION)
     for name in ours:
-        described = re.sub("amopo/.+/", "amopo/<prompt>/", name)
+        described = re.sub("amopo/.+/", "amopo/<criterion>/", name)
         assert f"| `{described}` |" in METRICS, name
