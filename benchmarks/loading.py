@@ -43,7 +43,9 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from axolotl_amopo.data.pairing import Pair, PairRule
-from axolotl_amopo.data.tokenizer import PairTokens, instructed
+from axolotl_amopo.data.pipeline import read_prompts, scales_of, survey_rows
+from axolotl_amopo.data.prompts import instructed, instruction_of
+from axolotl_amopo.example import Example
 
 ROOT = Path(__file__).parent.parent
 DIMENSIONS = ["helpfulness", "correctness", "coherence"]
@@ -90,7 +92,7 @@ def made_up_rows(tokenizer: Any, pairs: int, lengths: str) -> Iterator[dict[str,
             yield {"prompt": " ".join(prompt), "response": " ".join(words(*of_response))} | rated
 
 
-def real_strategy(folder: Path, model: Path, data: Path, processes: int) -> Any:
+def real_format(folder: Path, model: Path, data: Path, processes: int) -> Any:
     """What axolotl loads for a config like the README's."""
     config = {
         "base_model": str(model),
@@ -125,10 +127,20 @@ class Clock:
         self.processor_seconds = sum(os.times()[:4]) - self.began[1]
 
 
+def instructions_of(pair: Pair, rule: PairRule) -> list[str]:
+    """The instruction of each criterion's prompt, which asks for the winner's ratings."""
+    texts = []
+    for criterion in range(len(pair.signs)):
+        ratings = pair.prompt.responses[pair.responses[pair.winner(criterion)]].ratings
+        texts.append(instruction_of(rule.config, rule.scales, criterion, ratings))
+    return texts
+
+
 def naive(tokenizer: Any, pair: Pair, instructions: list[str]) -> list[list[int]]:
     """Ids of a pair's 2K sequences, for every prompt winner before loser."""
     sequences = []
-    for instruction, winner in zip(instructions, pair.winners, strict=True):
+    for criterion, instruction in enumerate(instructions):
+        winner = pair.winner(criterion)
         for side in (winner, 1 - winner):
             response = pair.prompt.responses[pair.responses[side]].text
             messages = instructed(pair.prompt.messages, instruction)
@@ -140,8 +152,12 @@ def naive(tokenizer: Any, pair: Pair, instructions: list[str]) -> list[list[int]
 
 def sequences(row: dict[str, Any]) -> list[list[int]]:
     """The same of a prepared row."""
-    pair = PairTokens(row["prompt_ids"], row["response_ids"], row["winners"])
-    return [prompt + response for prompt, response in pair.sequences()]
+    example = Example.from_row(row)
+    return [
+        example.prompts[text] + example.responses[response]
+        for criterion in range(example.criteria)
+        for text, response in example.winner_first(0, criterion)
+    ]
 
 
 def spread(lengths: list[int]) -> str:
@@ -183,27 +199,26 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for row in made_up_rows(AutoTokenizer.from_pretrained(model), args.pairs, args.lengths):
             file.write(json.dumps(row) + "\n")
     datasets.config.HF_DATASETS_CACHE = folder / "cache"  # nothing is there from an earlier run
-    strategy = real_strategy(folder, model, data, args.processes)
+    wanted = real_format(folder, model, data, args.processes)
     dataset = datasets.Dataset.from_json(str(data))
 
     memory = peak_memory()
     with Clock() as ours:
-        prepared = strategy.wrap_dataset(dataset, process_count=args.processes)
+        prepared = wanted.wrap_dataset(dataset, process_count=args.processes)
     ours_memory = peak_memory()
 
-    survey = strategy.survey(dataset, Counter())
-    scales = strategy.scales_of(survey)
-    rule = PairRule(strategy.config, scales)
+    survey = survey_rows(wanted, dataset, Counter())
+    rule = PairRule(wanted.config, scales_of(wanted, survey))
     assert len(prepared) == args.pairs, "pairs were left out"
-    prompts = strategy.prompts(dataset, survey)
+    prompts = read_prompts(wanted, dataset, survey)
     pairs = (pair for prompt in prompts for pair in rule.pairs(prompt, Counter()))
     measured = list(itertools.islice(pairs, args.naive_pairs))
-    texts = [strategy.instructions(pair, scales) for pair in measured]
+    texts = [instructions_of(pair, rule) for pair in measured]
     compared = set(range(0, len(measured), max(1, len(measured) // COMPARED)))
     expected = {}
     with Clock() as by_itself:
         for i, (pair, instructions) in enumerate(zip(measured, texts, strict=True)):
-            ids = naive(strategy.tokenizer, pair, instructions)
+            ids = naive(wanted.tokenizer, pair, instructions)
             if i in compared:
                 expected[i] = ids
     for i, ids in expected.items():
@@ -229,7 +244,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "response_tokens": spread([len(ids) for row in sample for ids in row["response_ids"]]),
         "peak_memory_gib": {"before": memory, "ours": ours_memory},
         "pairs_compared": len(expected),
-        "tokenizer": type(strategy.tokenizer).__name__ + " of " + model.name,
+        "tokenizer": type(wanted.tokenizer).__name__ + " of " + model.name,
         "machine": f"{os.cpu_count()} cores, {platform.platform()}",
         "date": time.strftime("%Y-%m-%d"),
     }

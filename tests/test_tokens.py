@@ -631,6 +631,14 @@ def test_a_group_is_one_row(tokenizer, caplog):
     assert "2 prompts, 4 pairs made, 4 kept in 2 groups; nothing left out" in caplog.messages[-1]
 
 
+def test_dropped_pairs_of_groups_are_counted_one_by_one(tokenizer):
+    """And as what they were dropped for: here, all three of the long question."""
+    long, short = rated("Is it? " * 50, (90, 2), (20, 4), (50, 2)), GROUP[1]
+    dataset = wrap(tokenizer, [long, short], group_by_prompt=True, sequence_len=60)
+    (facts,) = stamped(dataset)
+    assert (facts["examples"], facts["pairs"], facts["dropped"]) == (1, 1, {TOO_LONG: 3})
+
+
 def test_the_facts_outlive_all_that_axolotl_does_with_a_dataset(tokenizer, tmp_path):
     """Merging, shuffling, splitting, saving and loading."""
     one = wrap(tokenizer, GROUP, group_by_prompt=True)
