@@ -242,7 +242,8 @@ def test_same_seed_same_run(tmp_path, tiny_model, data):
         )
     assert histories[0] == histories[1]
     weights = [[entry["amopo/helpfulness/weight"] for entry in one] for one in histories]
-    assert abs(weights[0][0] - weights[2][0]) > 1e-5  # rounding would be 1e-8
+    # The tokens of an untrained model are improbable, so what is drawn moves little; rounding less.
+    assert abs(weights[0][0] - weights[2][0]) > 1e-6
     # Gaussian weights differ from step to step and from the deterministic ones.
     assert len(set(weights[0])) == len(weights[0]) == 3
 
