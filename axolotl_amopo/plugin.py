@@ -114,12 +114,16 @@ class AMoPOPlugin(BasePlugin):
     ) -> tuple[type, dict[str, Any]] | None:
         if not self._runs(cfg):
             return None
+        import torch
+
         from axolotl_amopo.training.collator import AMoPOCollator
 
-        # axolotl pads to 64 unless told otherwise, which is a fifth of a short pair. Products in
-        # 8 bits take multiples of 16.
-        chosen = cfg.pad_to_sequence_len or cfg.pad_to_multiple_of
-        return AMoPOCollator, {} if chosen else {"pad_to_multiple_of": 16 if cfg.fp8 else 8}
+        # axolotl pads to 64 unless told otherwise, which is a fifth of a short pair. A GPU likes
+        # multiples of 8, and products in 8 bits take multiples of 16 alone.
+        if cfg.pad_to_sequence_len or cfg.pad_to_multiple_of:
+            return AMoPOCollator, {}
+        multiple = 8 if torch.accelerator.is_available() else 1
+        return AMoPOCollator, {"pad_to_multiple_of": 16 if cfg.fp8 else multiple}
 
     def _runs(self, cfg: Any) -> bool:
         return self.enabled and bool(cfg.amopo and cfg.amopo.enabled)

@@ -312,7 +312,8 @@ class Variants:
 
     def ours(self, batch: dict[str, Any], layout: LayoutName) -> Tensor:
         own_logits = self.rig.choice.own_logits
-        return self.loss(*response_logps(self.model, batch, layout, own_logits=own_logits))
+        made = response_logps(self.model, batch, layout, own_logits=own_logits)
+        return self.loss(made.logps, made.mask)
 
     def dpo(self, batch: dict[str, Tensor], chunked: bool) -> Tensor:
         self.rig.trainer.use_liger_kernel = chunked
@@ -416,8 +417,7 @@ class Rig:
         case = made_up(60, 20, 2, 30, self.vocabulary)
         with self.autocast():
             batch = self.batch(case.before, case.responses)
-            half = self.dtype.itemsize < 4
-            self.choice = choose_layout(self.model, batch, "auto", half_precision=half)
+            self.choice = choose_layout(self.model, batch, "auto")
         self.causal.set_attn_implementation(self.attention)  # it keeps what it chose
 
     def autocast(self) -> AbstractContextManager:

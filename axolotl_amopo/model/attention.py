@@ -5,6 +5,7 @@ the attention (https://huggingface.co/docs/transformers/en/attention_interface),
 functions are registered by name, and keyword arguments of the model's forward reach them.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,21 +14,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask, sdpa_mask
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.utils.generic import is_flash_attention_requested
 
 from axolotl_amopo.model.forest import Forest
 from axolotl_amopo.model.layout import Layout
 
-FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
-# The packed counterpart of an attention implementation, by the name it is registered under.
-# (transformers takes a name with "flash" in it for a kernel to be downloaded.)
-PACKED = {"sdpa": "amopo_packed_sdpa"} | {name: f"amopo_packed_varlen_{name[-1]}" for name in FLASH}
+# What our own attention functions are registered under begins so.
+PREFIX = "amopo_packed_"
+PACKED_SDPA = f"{PREFIX}sdpa"
 # Keywords that change the scores, which SDPA can't follow.
 UNKNOWN_SCORES = ("softcap", "s_aux", "position_bias", "cache")
+
+
+def packed_name(implementation: str) -> str | None:
+    """Return the name of an attention implementation's packed counterpart; None if it has none.
+
+    Every kind of FlashAttention has one, by whatever name: where the package is missing,
+    transformers replaces `flash_attention_2` by the name of a repository of kernels.
+    """
+    if implementation.startswith(PREFIX):
+        return implementation
+    if implementation == "sdpa":
+        return PACKED_SDPA
+    if not is_flash_attention_requested(requested_attention_implementation=implementation):
+        return None
+    # transformers takes a name with "flash" or a slash in it for a kernel to be downloaded.
+    name = PREFIX + re.sub(r"\W", "_", implementation.replace("flash", "varlen"))
+    AttentionInterface.register(name, partial(packed_flash, implementation=implementation))
+    AttentionMaskInterface.register(name, flash_attention_mask)
+    return name
 
 
 def attention_inputs(
@@ -39,14 +60,15 @@ def attention_inputs(
         layout: on the model's device.
         positions_RL: positions of the layout's tokens.
         config: the text model's.
-        dtype: of the hidden states; eager attention adds its mask to the scores.
+        dtype: in which the attention computes; a mask that is added to its scores has it.
     """
     if layout.name == "sequences":
         return {"attention_mask": (layout.index_RL >= 0).long()}
     if layout.name == "packed":
         # Any 4D mask is passed through, which keeps transformers from making one of [N, N].
         anything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=positions_RL.device)
-        return {"attention_mask": anything, "amopo_forest": PackedForest(layout.forest)}
+        padding = layout.index_RL.shape[1] - sum(layout.forest.lengths)
+        return {"attention_mask": anything, "amopo_forest": PackedForest(layout.forest, padding)}
 
     sees = visible(layout, positions_RL)
     masks = {}
@@ -80,8 +102,8 @@ def visible(layout: Layout, positions_RL: Tensor) -> Callable[..., Tensor]:
             row, layout.segments_RL[row, query], layout.segments_RL[row, key]
         ] & (key <= query)
         if window is not None:
-            near = positions_RL[row, query] - positions_RL[row, key] < window
-            allowed = allowed & near
+            # Not their difference, which would be eight bytes per entry of the mask.
+            allowed = allowed & (positions_RL[row, query] < positions_RL[row, key] + window)
         return allowed
 
     return sees
@@ -103,7 +125,8 @@ def _prepared(
     row = torch.arange(rows, device=device)[:, None, None, None]
     place = torch.arange(length, device=device)
     mask = sees(row, None, place[:, None], place, window)  # [R, 1, L, L]
-    if config._attn_implementation == "eager":
+    # On a GPU, SDPA would make a boolean mask into one to add in every layer, and keep them all.
+    if config._attn_implementation == "eager" or mask.is_cuda:
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     return mask
 
@@ -111,10 +134,11 @@ def _prepared(
 class PackedForest:
     """What the packed attention needs of a forest, made once per batch and used by every layer."""
 
-    def __init__(self, forest: Forest):
-        self.lengths = forest.lengths
-        self.parents = forest.parents
+    def __init__(self, forest: Forest, padding: int = 0):
+        """Make it of a forest, with a segment of its own for the tokens that pad the row."""
+        self.lengths = forest.lengths + [padding] * (padding > 0)
         self.paths = [forest.path(segment) for segment in range(len(forest.parents))]
+        self.paths += [[len(self.paths)]] * (padding > 0)
         self._masks: dict[tuple, Tensor] = {}
         self._varlen: tuple[Tensor, dict[str, Any]] | None = None
 
@@ -176,17 +200,20 @@ def packed_sdpa(
     amopo_forest: PackedForest | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend over packed segments, one kernel call per segment; SDPA's own without a forest.
+    """Attend over packed segments; SDPA's own without a forest.
 
     A segment's queries meet the keys of its path alone, so nothing is computed to be masked away
     but the upper half of a response's own square: fewer scores than causal attention over whole
-    sequences.
+    sequences. On a GPU that is one kernel call (`packed_varlen`), elsewhere one per segment.
 
     Args:
         query: [1, heads, N, D]; key and value [1, key heads, N, D].
 
     Returns:
         [1, N, heads, D]
+
+    Raises:
+        NotImplementedError: for what would change the scores in a way that SDPA doesn't know.
     """
     if amopo_forest is None:
         return sdpa_attention_forward(
@@ -195,6 +222,10 @@ def packed_sdpa(
     if unknown := [name for name in UNKNOWN_SCORES if kwargs.get(name) is not None]:
         raise NotImplementedError(f"packed attention does not know {', '.join(unknown)}")
     window = kwargs.get("sliding_window")
+    if query.is_cuda:
+        if dropout:
+            raise NotImplementedError("packed attention does not know attention_dropout on a GPU")
+        return packed_varlen(module, query, key, value, amopo_forest, window, scaling), None
     groups = query.shape[1] // key.shape[1]
     # One split instead of slices: its backward is one concatenation, not a zero-filled [N] each.
     queries, keys, values = (
@@ -213,6 +244,54 @@ def packed_sdpa(
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def packed_varlen(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    forest: PackedForest,
+    window: int | None,
+    scaling: float | None,
+) -> Tensor:
+    """Attend over packed segments in one call of torch's own variable-length kernel.
+
+    It takes 16-bit numbers on a GPU alone, and how it aligns its causal mask is not documented
+    (https://docs.pytorch.org/docs/stable/nn.attention.varlen.html): see `choose`, where a model
+    has to show it.
+
+    Args:
+        query: [1, heads, N, D]; key and value [1, key heads, N, D].
+
+    Returns:
+        [1, N, heads, D]
+    """
+    places, varlen = forest.varlen(query.device)
+    size, target_dtype = value.shape[-1], get_target_dtype(query, module) or query.dtype
+    query, key, value = (
+        states.to(target_dtype)[0].transpose(0, 1)  # [N, heads, D]
+        for states in (query, key, _as_wide_as(value, query))
+    )
+    output = varlen_attn(
+        query,
+        key.index_select(0, places),
+        value.index_select(0, places),
+        varlen["cu_seq_lens_q"],
+        varlen["cu_seq_lens_k"],
+        varlen["max_length_q"],
+        varlen["max_length_k"],
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        # Also keeps cuDNN out, which plans anew for every shape and aligns its mask otherwise.
+        enable_gqa=True,
+    )
+    return output[..., :size].unsqueeze(0)
+
+
+def _as_wide_as(value: Tensor, query: Tensor) -> Tensor:
+    """Pad values to the size of the queries' heads, which kernels want (in MLA it is larger)."""
+    return F.pad(value, [0, query.shape[-1] - value.shape[-1]])
 
 
 def packed_flash(
@@ -234,9 +313,15 @@ def packed_flash(
     """
     target_dtype = get_target_dtype(query, module)
     varlen: dict[str, Any] = {}
+    size = value.shape[-1]
+    value = _as_wide_as(value, query)
     if amopo_forest is not None:
+        # Not with brackets, whose gradient sorts the places.
         places, varlen = amopo_forest.varlen(query.device)
-        key, value, attention_mask = key[:, :, places], value[:, :, places], None
+        key, value = key.index_select(2, places), value.index_select(2, places)
+        attention_mask = None
+    if (sinks := kwargs.get("s_aux")) is not None:
+        kwargs["s_aux"] = sinks.to(target_dtype or query.dtype)
     output = _flash_attention_forward(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -250,11 +335,8 @@ def packed_flash(
         **varlen,
         **{name: option for name, option in kwargs.items() if name != "is_causal"},
     )
-    return output, None
+    return output[..., :size], None
 
 
-AttentionInterface.register(PACKED["sdpa"], packed_sdpa)
-AttentionMaskInterface.register(PACKED["sdpa"], sdpa_mask)
-for _name in FLASH:
-    AttentionInterface.register(PACKED[_name], partial(packed_flash, implementation=_name))
-    AttentionMaskInterface.register(PACKED[_name], flash_attention_mask)
+AttentionInterface.register(PACKED_SDPA, packed_sdpa)
+AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)

@@ -14,9 +14,10 @@ makes all their logits at once. TRL's `patch_chunked_lm_head` changes the same m
 """
 
 import math
+import sys
 from functools import wraps
 from types import MethodType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,14 @@ from axolotl_amopo.model.head import (
     linear_or_logps,
 )
 from axolotl_amopo.model.layout import Layout, LayoutName, lay_out
+
+
+class TokenLogps(NamedTuple):
+    """What a forward pass says of a batch's responses."""
+
+    logps: Tensor  # [B, K, N, T] log pi(y_t | x_k, y_<t) in nats; 0 outside the mask
+    mask: Tensor  # [B, K, N, T] bool, true at response tokens
+    router_loss: Tensor | None = None  # what a mixture of experts adds to a loss, see `router_loss`
 
 
 def teach(model: nn.Module) -> None:
@@ -55,12 +64,14 @@ def teach(model: nn.Module) -> None:
         *args: Any,
         predict_M: Tensor | None = None,
         targets_M: Tensor | None = None,
+        real_RL: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if predict_M is None:
             return plain(*args, **kwargs)
-        hidden = self.base_model(*args, **kwargs)[0]  # [R, L, H]
-        return head_logps(self, hidden.flatten(0, 1)[predict_M], targets_M)
+        outputs = self.base_model(*args, **kwargs)
+        hidden = outputs[0].flatten(0, 1)[predict_M]
+        return head_logps(self, hidden, targets_M), router_loss(self, outputs, real_RL)
 
     causal.forward = MethodType(forward, causal)
     if is_plain_linear(head):
@@ -73,7 +84,8 @@ def response_logps(
     layout: LayoutName = "sequences",
     *,
     own_logits: bool = False,
-) -> tuple[Tensor, Tensor]:
+    dtype: torch.dtype | None = None,
+) -> TokenLogps:
     """Return log-probabilities of the response tokens, from one forward of the (wrapped) model.
 
     Args:
@@ -82,10 +94,11 @@ def response_logps(
         layout: how the batch is laid out; must be one that the model can take.
         own_logits: take the logits that the model's own forward makes, for models whose head is
             not a matter of hidden states alone.
+        dtype: in which the attention computes; the model's by default, autocast's where it is on.
 
     Returns:
-        token_logps [B, K, N, T] in float32 (in float64 where the model is), and their mask (true at
-        response tokens); both are empty where no criterion reads a response under a prompt.
+        Log-probabilities in float32 (in float64 where the model is), and their mask; both are empty
+        where no criterion reads a response under a prompt.
     """
     causal = causal_model(unwrap(model))
     tokens_N, positions_N = batch["input_ids"][0], batch["position_ids"][0]
@@ -96,12 +109,16 @@ def response_logps(
         "input_ids": tokens_N[index_RL],
         "position_ids": positions_RL,
         "use_cache": False,
-    } | attention_inputs(laid, positions_RL, causal.config.get_text_config(), causal.dtype)
+    } | attention_inputs(laid, positions_RL, causal.config.get_text_config(), dtype or causal.dtype)
     targets_M = tokens_N[laid.targets_M]
+    if adds_router_loss(causal):
+        inputs["output_router_logits"] = True
     if own_logits:
-        logps_M = _own_logps(model, inputs, laid, targets_M)
+        logps_M, router = _own_logps(model, inputs, laid, targets_M)
     else:
-        logps_M = model(**inputs, predict_M=laid.predict_M, targets_M=targets_M)
+        logps_M, router = model(
+            **inputs, predict_M=laid.predict_M, targets_M=targets_M, real_RL=laid.index_RL >= 0
+        )
 
     forest = laid.forest
     shape = (forest.examples, forest.prompts, forest.responses, forest.longest_response)
@@ -109,12 +126,43 @@ def response_logps(
     token_logps = logps_S.new_zeros(math.prod(shape)).index_copy(0, laid.slots_S, logps_S)
     mask = torch.zeros(math.prod(shape), dtype=torch.bool, device=logps_S.device)
     mask[laid.slots_S] = True
-    return token_logps.view(shape), mask.view(shape)
+    return TokenLogps(token_logps.view(shape), mask.view(shape), router)
+
+
+def adds_router_loss(causal: PreTrainedModel) -> bool:
+    """Return whether a mixture of experts' config asks for its auxiliary loss."""
+    config = causal.config.get_text_config()
+    return bool(getattr(config, "output_router_logits", False)) and router_weight(causal) != 0
+
+
+def router_weight(causal: PreTrainedModel) -> float:
+    """Return the factor of the auxiliary loss; 0 for a model that has none."""
+    return getattr(causal, "router_aux_loss_coef", 0.0) or 0.0
+
+
+def router_loss(causal: PreTrainedModel, outputs: Any, real_RL: Tensor | None) -> Tensor | None:
+    """Return what a mixture of experts adds to a loss so that its experts get as many tokens.
+
+    None where the model's config doesn't ask for it. transformers adds it in the forward that
+    returns logits, with the function of each model's own module (Fedus et al., 2022, equations 4
+    to 6: https://arxiv.org/abs/2101.03961); a shared prompt counts once.
+
+    Args:
+        outputs: of the trunk.
+        real_RL: [R, L] true where no padding stands.
+    """
+    if not adds_router_loss(causal):
+        return None
+    model: Any = causal
+    balance = sys.modules[type(causal).__module__].load_balancing_loss_func
+    real = None if real_RL is None or real_RL.all() else real_RL.long()
+    loss = balance(outputs.router_logits, model.num_experts, model.num_experts_per_tok, real)
+    return router_weight(causal) * loss
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model inside PEFT's adapters; not inside DDP and the like."""
-    base = getattr(model, "get_base_model", None)
+    base: Any = getattr(model, "get_base_model", None)
     return cast(PreTrainedModel, base() if base else model)
 
 
@@ -129,10 +177,16 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _own_logps(model: nn.Module, inputs: dict, laid: Layout, targets_M: Tensor) -> Tensor:
+def _own_logps(
+    model: nn.Module, inputs: dict, laid: Layout, targets_M: Tensor
+) -> tuple[Tensor, Tensor | None]:
     length = laid.index_RL.shape[1]
     rows_M, columns_M = laid.predict_M // length, laid.predict_M % length
     keep = columns_M.unique()
-    logits = model(**inputs, logits_to_keep=keep).logits  # [R, len(keep), V]
-    chosen = logits[rows_M, torch.searchsorted(keep, columns_M)]  # [M, V]
-    return chunked(gather_logps, chosen, targets_M, chosen.shape[-1])
+    outputs = model(**inputs, logits_to_keep=keep)
+    chosen = outputs.logits[rows_M, torch.searchsorted(keep, columns_M)]  # [M, V]
+    router = None
+    causal = causal_model(unwrap(model))
+    if adds_router_loss(causal):
+        router = router_weight(causal) * outputs.aux_loss
+    return chunked(gather_logps, chosen, targets_M, chosen.shape[-1]), router

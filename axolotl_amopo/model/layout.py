@@ -2,7 +2,7 @@
 
 A forest of segments can be laid out in three ways:
 
-    packed     one row of all segments, no padding; needs an attention that knows the forest
+    packed     one row of all segments; needs an attention that knows the forest
     tree       a row per prompt (or per example, where that shares most), under a 4D mask
     sequences  a row per response, nothing shared: for models that can't do the others
 """
@@ -19,9 +19,10 @@ from axolotl_amopo.model.forest import Forest
 
 LayoutName = Literal["packed", "tree", "sequences"]
 
-# One row per example instead of one per prompt where that saves this share of the tokens; below,
-# the larger mask costs more than the tokens.
+# One row per example instead of one per prompt where that saves this share of the tokens, and the
+# mask has no more than so many times the entries: all of them are computed.
 MIN_SAVED_BY_ONE_ROW = 0.25
+MAX_MASK_OF_ONE_ROW = 1.5
 
 
 @dataclass
@@ -49,10 +50,10 @@ class Layout:
 
 
 def lay_out(forest: Forest, name: LayoutName, pad_to_multiple_of: int = 1) -> Layout:
-    """Return a forest laid out; `packed` is never padded."""
+    """Return a forest laid out, its rows padded to a multiple of so many columns."""
     rows = _rows(forest, name)
-    multiple = 1 if name == "packed" else pad_to_multiple_of
-    length = math.ceil(max(map(forest.count, rows)) / multiple) * multiple
+    longest_row = max(map(forest.count, rows))
+    length = math.ceil(longest_row / pad_to_multiple_of) * pad_to_multiple_of
     depth = max(map(len, rows))
     longest = forest.longest_response
 
@@ -119,8 +120,10 @@ def _rows(forest: Forest, name: LayoutName) -> list[list[int]]:
                 path = forest.path(leaf.segment)
                 by_prompt.setdefault(path[-2], path[:-1]).append(leaf.segment)
         one_row = sorted({segment for row in by_prompt.values() for segment in row})
-        apart = sum(map(forest.count, by_prompt.values()))
-        if forest.count(one_row) <= (1 - MIN_SAVED_BY_ONE_ROW) * apart:
+        together, apart = forest.count(one_row), list(map(forest.count, by_prompt.values()))
+        saves = together <= (1 - MIN_SAVED_BY_ONE_ROW) * sum(apart)
+        # The rows of a batch are as long as its longest one.
+        if saves and together**2 <= MAX_MASK_OF_ONE_ROW * len(apart) * max(apart) ** 2:
             rows.append(one_row)
         else:
             rows += by_prompt.values()

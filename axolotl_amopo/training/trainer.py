@@ -59,6 +59,7 @@ class AMoPOTrainer(AxolotlTrainer):
         # Before accelerate wraps the forward in autocast and the model in DDP and the like.
         teach(self.accelerator.unwrap_model(self.model))
         self._choice: Choice | None = None
+        self._choice_is_trained = False
         self._means = Means()
         # Of the columns that an evaluation gathers.
         self._metric_names: tuple[str, ...] = ()
@@ -206,19 +207,9 @@ class AMoPOTrainer(AxolotlTrainer):
             model: as the trainer wraps it. In evaluation mode nothing is drawn.
             inputs: of the collator.
         """
-        config = self.amopo
-        if self._choice is None:  # at the first batch, when the model is wrapped as it will be
-            self._choice = choose_layout(
-                model,
-                inputs,
-                config.share_prompt,
-                agree=lambda worst: self.accelerator.gather(worst).max(),
-                half_precision=self.accelerator.mixed_precision != "no",
-                compiled=self.args.torch_compile,
-            )
-            log_choice(self._choice)
-        logps, mask = response_logps(
-            model, inputs, self._choice.layout, own_logits=self._choice.own_logits
+        config, choice = self.amopo, self._choose(model, inputs)
+        logps, mask, router_loss = response_logps(
+            model, inputs, choice.layout, own_logits=choice.own_logits, dtype=self._autocast
         )
         weights = None
         if config.weights is not None:
@@ -226,7 +217,37 @@ class AMoPOTrainer(AxolotlTrainer):
             weights = listed.expand(len(logps), -1)  # [B, C]
         given = responses(inputs, logps, mask, weights=weights)
         draw = Draw(self.data_seed, self.state.global_step) if model.training else None
-        return given, self.objective(given, draw)
+        outcome = self.objective(given, draw)
+        if router_loss is not None:
+            terms = outcome.terms | {"router": router_loss.expand(len(logps))}
+            outcome = outcome._replace(terms=terms)
+        return given, outcome
+
+    @property
+    def _autocast(self) -> torch.dtype | None:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+
+    def _choose(self, model: nn.Module, inputs: dict[str, Any]) -> Choice:
+        """Return how batches go through the model, decided at the first one, when the model is
+        wrapped as it will be; again at the first one that is trained, if one was evaluated before.
+        """
+        trains = model.training and torch.is_grad_enabled()
+        if self._choice is None or trains > self._choice_is_trained:
+            choice = choose_layout(
+                model,
+                inputs,
+                self.amopo.share_prompt,
+                agree=lambda worst: self.accelerator.gather(worst).max(),
+                autocast=self._autocast,
+                compiled=self.args.torch_compile,
+            )
+            if choice.layout == "tree" and inputs["input_ids"].is_cuda:
+                # It plans anew for every shape, and nearly every batch is a new one.
+                torch.backends.cuda.enable_cudnn_sdp(False)
+            if choice != self._choice:
+                log_choice(choice)
+            self._choice, self._choice_is_trained = choice, trains
+        return self._choice
 
     @override
     def compute_loss(

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from axolotl_amopo.config.block import AMoPOConfig
 from axolotl_amopo.example import pair
-from axolotl_amopo.model.attention import PACKED
+from axolotl_amopo.model.attention import PACKED_SDPA
 from axolotl_amopo.model.batch import make_batch, responses
 from axolotl_amopo.model.choose import candidates, cannot_share
 from axolotl_amopo.model.forest import Forest
@@ -182,12 +182,12 @@ def _simulate(
         options = cfg.gradient_checkpointing_kwargs or {"use_reentrant": False}
         causal.gradient_checkpointing_enable(dict(options))
     if layout == "packed":
-        causal.set_attn_implementation(PACKED["sdpa"])
+        causal.set_attn_implementation(PACKED_SDPA)
     model.train()
     teach(model)
     with torch.autocast("cpu", dtype=_dtype(cfg), enabled=bool(cfg.bf16 or cfg.fp16)):
         laid_out = "packed" if layout == "packed" else "tree"
-        logps, mask = response_logps(model, batch, laid_out)
+        logps, mask, *_ = response_logps(model, batch, laid_out)
         weights = torch.ones(batch["points"].shape)
         given = responses(batch, logps, mask, weights=weights)
         loss = example_losses(objective(given, None), given).mean()

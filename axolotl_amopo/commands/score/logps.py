@@ -190,13 +190,15 @@ class _Scorer:
         made = np.full((*reads.shape, 2), np.nan)
         for indices in self.batches:
             with torch.no_grad():
-                logps = response_logps(
+                found = response_logps(
                     self.model,
                     self._batch(indices),
                     self.choice.layout,
                     own_logits=self.choice.own_logits,
                 )
-            means = response_stats(*logps).avg_logp.double().cpu().numpy()  # [B, K, 2]
+            means = (
+                response_stats(found.logps, found.mask).avg_logp.double().cpu().numpy()
+            )  # [B, K, 2]
             made[indices] = np.take_along_axis(means, reads[indices][..., None], axis=1)
             advance(len(indices))
         made[~said] = np.nan
