@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_mask
 from torch.overrides import TorchFunctionMode
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     Gemma3TextConfig,
     GraniteConfig,
@@ -547,7 +548,7 @@ def test_an_adapted_head(name, lora):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_loss_of_a_router_is_the_models_own(layout):
-    """A mixture of experts' auxiliary loss, where its config asks for it; padding is not counted."""
+    """A mixture of experts' auxiliary loss, where its config asks for it, without padding."""
     torch.manual_seed(0)
     options = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 3.0}
     config = MixtralConfig(**SIZE, **options, output_router_logits=True)
@@ -633,6 +634,64 @@ def test_variable_length_kernel(implementation, monkeypatch):
     monkeypatch.setattr(choose, "packed_name", lambda _: varlen)
     for name in ("llama", "mistral", "gemma3"):
         check(name, "packed")
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_torchs_variable_length_kernel(name, monkeypatch):
+    """What a GPU runs for SDPA, with a kernel that does what torch documents of its own."""
+
+    def kernel(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert enable_gqa and window_size[1] == 0  # causal
+        assert [t.dtype for t in (cu_q, cu_k)] == [torch.int32] * 2
+        left = window_size[0] if window_size[0] >= 0 else VOCABULARY
+        outputs = []
+        for i, (query, keys) in enumerate(torch.stack([cu_q, cu_k]).diff().t().tolist()):
+            assert query <= max_q and keys <= max_k
+            part = q[cu_q[i] : cu_q[i + 1]].transpose(0, 1)
+            of_keys = slice(cu_k[i], cu_k[i + 1])
+            distance = torch.arange(query)[:, None] + keys - query - torch.arange(keys)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    part,
+                    k[of_keys].transpose(0, 1),
+                    v[of_keys].transpose(0, 1),
+                    attn_mask=(distance >= 0) & (distance <= left),
+                    scale=scale,
+                    enable_gqa=True,
+                )
+            )
+        return torch.cat(outputs, dim=1).transpose(0, 1)
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+
+    def packed(module, query, key, value, mask, amopo_forest=None, **kwargs):
+        window, scaling = kwargs.get("sliding_window"), kwargs["scaling"]
+        made = attention.packed_varlen(module, query, key, value, amopo_forest, window, scaling)
+        return made, None
+
+    AttentionInterface.register("amopo_packed_on_a_gpu", packed)
+    monkeypatch.setattr(choose, "packed_name", lambda _: "amopo_packed_on_a_gpu")
+    check(name, "packed")
+
+
+def test_values_narrower_than_queries_are_padded(monkeypatch):
+    """Multi-head latent attention has such; kernels want one size."""
+    monkeypatch.setattr(attention, "varlen_attn", lambda q, k, v, *_, **__: v[: len(q)])
+    query, value = torch.randn(1, 4, 6, 8).half(), torch.randn(1, 4, 6, 5).half()
+    forest = attention.PackedForest(Forest.of([pair([[1, 2]], [[3], [4, 5]])])[0], padding=1)
+    places, _ = forest.varlen(query.device)
+    assert forest.lengths == [2, 1, 2, 1] and forest.paths[-1] == [3]
+    made = attention.packed_varlen(nn.Linear(1, 1), query, query, value, forest, None, 1.0)
+    assert made.equal(value[:, :, places[:6]].transpose(1, 2))
+
+
+def test_a_mask_of_one_row_per_example_is_not_too_large():
+    """Eleven prompts that share a question: a fifth of the tokens more, a fifth of the mask."""
+    (question,), answers = ids(1, 1000), ids(2, 1000, 1000)
+    prompts = [question + instruction for instruction in ids(3, *[20] * 11)]
+    assert len(lay_out(Forest.of([pair(prompts, answers)])[0], "tree").index_RL) == 11
+    short = pair([p[600:] for p in prompts[:4]], ids(4, 60, 50))
+    assert len(lay_out(Forest.of([short])[0], "tree").index_RL) == 1
 
 
 def test_flex_attention_gets_the_same_mask():
@@ -945,10 +1004,12 @@ def test_what_fails_in_the_backward_pass_alone_falls_back():
     state = torch.get_rng_state()
     choice = choose_layout(model, batch_of(pairs()), "auto")
     assert choice.layout == "tree" and not choice.why_unshared
-    with pytest.raises(AMoPOError, match=r"packed layout, in training, fails.*no such kernel"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(choose, "candidates", lambda *_: ["packed"])
-            choose_layout(model, batch_of(pairs()), True)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(AMoPOError, match=r"packed layout, in training, fails.*no such kernel"),
+    ):
+        patch.setattr(choose, "candidates", lambda *_: ["packed"])
+        choose_layout(model, batch_of(pairs()), True)
     # Nothing is left of it.
     assert model.lm_head.weight.grad is before and before.eq(1).all()
     assert all(p.grad is None for n, p in model.named_parameters() if n != "lm_head.weight")

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from test_data import data_format
-from transformers import JambaConfig, JambaForCausalLM
+from transformers import JambaConfig, JambaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.example import Example
@@ -117,6 +117,31 @@ def test_a_recurrent_model_trains_unshared(tmp_path, tokenizer, data, caplog):
         file.unlink()  # the config alone suffices to refuse
     with pytest.raises(AMoPOError, match="share_prompt: true can't work"):
         one_step(tmp_path / "true", model, data, amopo={"share_prompt": True})
+
+
+def test_the_loss_of_a_router_is_trained(tmp_path, tokenizer, data):
+    """A mixture of experts' auxiliary loss, where its config asks for it."""
+    config = MixtralConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = tmp_path / "model"
+    MixtralForCausalLM(config).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    steps = {}
+    for name, asked in [("plain", {}), ("routed", {"output_router_logits": True})]:
+        changes = {"overrides_of_model_config": asked | {"router_aux_loss_coef": 5.0}}
+        steps[name] = one_step(tmp_path / name, model, data, **changes)
+    plain, routed = (logged for logged, _ in steps.values())
+    assert "terms/router" not in plain and routed["terms/router"] > 5.0  # 1 per layer is balance
+    assert routed["loss"] == pytest.approx(plain["loss"] + routed["terms/router"], rel=1e-4)
+    assert routed["grad_norm"] > 1.1 * plain["grad_norm"]
 
 
 def test_instruction_after_the_question(tokenizer, data):

@@ -70,6 +70,8 @@ INCOMPATIBLE_VALUES: dict[str, dict[str, str]] = {
     "attn_implementation": {
         "xformers": "write sdpa or flash_attention_2: axolotl's xformers takes no padding",
         "fp8": "write sdpa or flash_attention_2: FP8 attention takes no mask, so no padding",
+        "sage": "write sdpa or flash_attention_2: axolotl's Sage attention takes no padding",
+        "varlen": "write sdpa: this is axolotl's attention for diffusion models",
     },
     "adapter": {"mixlora": "write lora: a trainer of its own saves MixLoRA's routers"},
 }

@@ -273,7 +273,7 @@ def packed_varlen(
         states.to(target_dtype)[0].transpose(0, 1)  # [N, heads, D]
         for states in (query, key, _as_wide_as(value, query))
     )
-    output = varlen_attn(
+    output: Any = varlen_attn(
         query,
         key.index_select(0, places),
         value.index_select(0, places),

@@ -13,7 +13,7 @@ numbers, such as one with other kernels, differ by hundredths of a nat, and a mo
 depth differs from another; so the plain sequences run again, nudged by as much as rounding does.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import cycle, islice
@@ -272,7 +272,7 @@ class _Proof:
             for p in trained:
                 p.grad = None
             devices = [self.device] if self.device.type == "cuda" else []
-            no_sync = getattr(self.model, "no_sync", nullcontext)  # of DDP
+            no_sync: Any = getattr(self.model, "no_sync", nullcontext)  # of DDP
             try:
                 with no_sync(), torch.random.fork_rng(devices):
                     self._run(layout, own_logits).mean().backward()
@@ -356,7 +356,7 @@ def _steps_by_itself(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
+def _without_dropout(model: nn.Module) -> Generator[None]:
     # Not model.eval(): in evaluation mode, on some CPUs, bitsandbytes repacks 4-bit weights for
     # good in a way that can't be trained. Only a module's own parameters are looked at: a weight
     # that is computed (PEFT's of its base layer, axolotl's of NF4 shards) can't be outside forward.

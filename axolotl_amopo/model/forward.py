@@ -137,7 +137,8 @@ def adds_router_loss(causal: PreTrainedModel) -> bool:
 
 def router_weight(causal: PreTrainedModel) -> float:
     """Return the factor of the auxiliary loss; 0 for a model that has none."""
-    return getattr(causal, "router_aux_loss_coef", 0.0) or 0.0
+    factor: Any = getattr(causal, "router_aux_loss_coef", None)
+    return factor or 0.0
 
 
 def router_loss(causal: PreTrainedModel, outputs: Any, real_RL: Tensor | None) -> Tensor | None:

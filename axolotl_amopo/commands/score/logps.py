@@ -196,9 +196,8 @@ class _Scorer:
                     self.choice.layout,
                     own_logits=self.choice.own_logits,
                 )
-            means = (
-                response_stats(found.logps, found.mask).avg_logp.double().cpu().numpy()
-            )  # [B, K, 2]
+            stats = response_stats(found.logps, found.mask)
+            means = stats.avg_logp.double().cpu().numpy()  # [B, K, 2]
             made[indices] = np.take_along_axis(means, reads[indices][..., None], axis=1)
             advance(len(indices))
         made[~said] = np.nan
