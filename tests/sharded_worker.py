@@ -223,7 +223,9 @@ def run(
     if case.how != "loaded in shards" and unwrap(wrapped.model) is not model:
         wrong.append(f"unwrapped to {type(unwrap(wrapped.model)).__name__}")
 
-    with finding_fault(case.disagree and dist.get_rank() == 1):
+    # What is checkpointed runs again with it on, see `build`.
+    doubles = Doubles() if exact else nullcontext()
+    with doubles, finding_fault(case.disagree and dist.get_rank() == 1):
         choice = choose_layout(wrapped.model, batch, "auto", agree=highest)
     if choice[:2] != ("tree" if case.disagree else "packed", False):
         wrong.append(f"chose {choice}")

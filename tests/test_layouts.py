@@ -8,6 +8,7 @@ allowed, on any machine, and what is allowed a million times smaller than any fa
 
 import copy
 import math
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -45,6 +46,7 @@ from axolotl_amopo.model.forest import MIN_SHARED_BEGINNING, Forest
 from axolotl_amopo.model.forward import causal_model, response_logps, teach, unwrap
 from axolotl_amopo.model.head import LinearLogps
 from axolotl_amopo.model.layout import lay_out
+from axolotl_amopo.model.parts import replayed_loss, split_batch
 from axolotl_amopo.objectives import AMoPO, example_losses
 
 VOCABULARY = 300
@@ -86,6 +88,7 @@ RECURRENT = {
     ),
 }
 LAYOUTS = ("packed", "tree", "sequences")
+MASKED_KERNELS = ("flex_attention", "sdpa")
 # The largest difference that may be, relative to the largest number of its kind.
 EXACT = 1e-9
 BETA, GAMMA = 2.0, 0.5
@@ -713,6 +716,28 @@ def test_flex_attention_gets_the_same_mask():
     assert not masks["sdpa"]["full_attention"].equal(masks["sdpa"]["sliding_attention"])
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_flex_attention():
+    """Same numbers; batches of one size are not compiled anew, whatever their forests are.
+
+    Forward alone, and sizes stay: on a CPU, torch 2.14 has no backward pass for it, and can't
+    compile it for a size that changes (its code for that is not C++).
+    """
+    flex, sdpa = (build("gemma3", name, dtype=torch.float32).eval() for name in MASKED_KERNELS)
+    teach(flex)
+    teach(sdpa)
+    graphs = []
+    for seed, lengths in enumerate([(20, 12, 9, 4), (23, 9, 7, 6), (17, 15, 5, 8)]):
+        prompt, other, *answers = lengths
+        example = pair(ids(seed, prompt, other), ids(seed + 9, *answers))
+        batch = make_batch([example], pad_to_multiple_of=64)
+        with torch.no_grad():
+            made, wanted = (response_logps(m, batch, "tree").logps for m in (flex, sdpa))
+        assert (made - wanted).abs().max() < 1e-4
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [graphs[0]] * 3
+
+
 # Planted faults: each must be far outside of what the comparison allows.
 
 
@@ -1079,3 +1104,98 @@ def test_the_saved_model_knows_nothing_of_it(tmp_path):
     logits, expected = model.eval()(**inputs).logits, again.eval()(**inputs).logits
     assert relative(logits.detach(), expected.detach()) < 1e-4
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape == (1, 5)
+
+
+# Parts.
+
+
+def in_parts(**options: Any) -> list[dict[str, Any]]:
+    return split_batch(batch_of([*groups(), *own_ratings()]), **options)
+
+
+def test_parts_hold_each_response_once_and_fit():
+    (whole,) = in_parts()
+    assert len(in_parts(max_tokens=10_000)) == 1
+    wanted = [
+        (leaf.example, leaf.response, leaf.prompts, whole["forest"].lengths[leaf.segment])
+        for leaf in whole["forest"].leaves
+    ]
+    for options in (
+        {"max_tokens": 70},
+        {"one_prompt": True},
+        {"one_prompt": True, "max_tokens": 60},
+    ):
+        parts = in_parts(**options)
+        held = [
+            (leaf.example, leaf.response, leaf.prompts, part["forest"].lengths[leaf.segment])
+            for part in parts
+            for leaf in part["forest"].leaves
+        ]
+        assert sorted(held) == sorted(wanted)
+        for part in parts:
+            forest = part["forest"]
+            assert part["input_ids"].shape[1] == sum(forest.lengths)
+            assert sum(forest.lengths) <= options.get("max_tokens", 1000)
+            if options.get("one_prompt"):
+                assert len({forest.parents[leaf.segment] for leaf in forest.leaves}) == 1
+    assert len(in_parts(max_tokens=70)) < len(in_parts(one_prompt=True))
+    # Less than a prompt and a response has is no reason to cut either.
+    assert len(in_parts(max_tokens=1)) == len(wanted)
+
+
+@pytest.mark.parametrize("which", EXAMPLES)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts_give_the_numbers_of_the_whole(layout, name, which):
+    wanted, examples = expected(name, None, which), EXAMPLES[which]()
+    model = build(name, "sdpa")
+    teach(model)
+    batch = batch_of(examples)
+    for options in ({"one_prompt": True}, {"max_tokens": 80}, {"max_tokens": 1}):
+        parts = split_batch(batch, **options)
+        model.zero_grad()
+
+        def judge(found: forward.TokenLogps) -> Tensor:
+            assert_places(found.logps, found.mask, examples, wanted)
+            given = responses(batch, found.logps, found.mask)
+            return example_losses(OBJECTIVE(given, None), given).mean()
+
+        def run(part: dict[str, Any]) -> forward.TokenLogps:
+            return response_logps(model, part, layout)
+
+        with Doubles(), choose._Attention(model, layout):
+            loss = replayed_loss(parts, run, judge, lambda loss: loss().backward(), idle=2)
+            loss.backward()
+        assert relative(loss.detach(), wanted.loss) < EXACT
+        assert gradient_difference(gradients_of(model), wanted.gradients) < EXACT
+
+
+def test_parts_drop_the_same_again():
+    """With dropout, the log-probabilities of both passes are the same, and randomness goes on as
+    it would have."""
+    model = build("llama", "sdpa", lora="trunk")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    causal = causal_model(model)
+    causal.model.layers[0].mlp.register_forward_hook(lambda m, a, out: F.dropout(out, 0.5))
+    teach(model)
+    parts = split_batch(batch_of(pairs()), one_prompt=True)
+    seen: list[Tensor] = []
+
+    def run(part: dict[str, Any]) -> forward.TokenLogps:
+        found = response_logps(model, part)
+        seen.append(found.logps.detach())
+        return found
+
+    torch.manual_seed(3)
+    replayed_loss(parts, run, lambda f: f.logps.square().sum(), lambda loss: loss().backward())
+    after = torch.rand(1)
+    first, again = seen[: len(parts)], seen[len(parts) :]
+    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        other = [run(part).logps for part in parts]
+    assert torch.rand(1).equal(after)
+    assert all(a.equal(b) for a, b in zip(first, other, strict=True))
+    assert not run(parts[0]).logps.equal(first[0])  # something was dropped

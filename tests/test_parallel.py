@@ -21,6 +21,7 @@ METHODS = {
     "full": {},
     "bf16": {"bf16": True},
     "groups": {},  # all pairs of a prompt are one row
+    "parts": {},  # one prompt at a time; in one process all together
     "lora": runs.LORA,
     "dora": runs.LORA | {"peft_use_dora": True},
     "saved head": runs.LORA
@@ -38,14 +39,14 @@ SHAPES = {
 # Left out: what takes the same paths as another, and what can't be, see `config.devices`.
 CASES = {
     ("ddp", 2): ("full", "bf16", "dora", "saved head", "qlora"),
-    ("ddp", 3): ("full", "groups", "lora"),
-    ("fsdp2", 2): ("full", "bf16", "groups", "dora", "qlora"),
+    ("ddp", 3): ("full", "groups", "lora", "parts"),
+    ("fsdp2", 2): ("full", "bf16", "groups", "parts", "dora", "qlora"),
     ("fsdp2", 3): ("full", "lora"),
     ("zero1", 2): ("dora", "saved head"),
     ("zero1", 3): ("full", "lora"),
-    ("zero2", 2): ("full", "bf16", "dora", "saved head", "qlora"),
+    ("zero2", 2): ("full", "bf16", "parts", "dora", "saved head", "qlora"),
     ("zero2", 3): ("lora",),
-    ("zero3", 2): ("full", "bf16", "groups", "saved head", "qlora"),
+    ("zero3", 2): ("full", "bf16", "groups", "parts", "saved head", "qlora"),
     ("zero3", 3): ("full", "lora"),
 }
 
@@ -83,6 +84,7 @@ def train(tmp_path_factory, tiny_model, data, forks):
                 "winner": "per_dimension",
                 "missing_ratings": "mask",
                 "group_by_prompt": method == "groups",
+                "one_prompt_at_a_time": method == "parts",
             },
             "plugins": ["parallel_worker.Recorder"],
             "dataset_prepared_path": str(prepared),
@@ -151,6 +153,7 @@ def alone(train):
     known = {}
 
     def get(kind, method):
+        method = method.replace("parts", "full")
         where = (kind, 3) if (kind, method) == ("fsdp2", "qlora") else ("one", 1)
         if (*where, method) not in known:
             known[*where, method] = train(*where, method)

@@ -162,6 +162,18 @@ class AMoPOConfig(BaseModel):
         description="Run the prompt that responses share once. auto: where the model gives the "
         "same numbers; true: always, or stop; false: never",
     )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="The most tokens of a forward pass. A batch that has more runs in parts, one "
+        "after another, with the same numbers, for one more forward pass in training; at least "
+        "sequence_len",
+    )
+    one_prompt_at_a_time: bool = Field(
+        default=False,
+        description="The same with one prompt and its responses per part, whatever their tokens: "
+        "the memory of one prompt",
+    )
     pairs: Literal["all", "best_worst"] | Annotated[int, Field(ge=1)] = Field(
         default="all",
         description="Which pairs are made of a prompt's rated responses: all, best_worst, or a "

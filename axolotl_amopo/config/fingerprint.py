@@ -20,7 +20,15 @@ ROWS_VERSION = 1
 
 # Keys of the block that change the loss, not the rows; as every hyperparameter of an objective
 # does. Of `objective` the rows know its defaults, which other keys of the block have taken.
-NOT_IN_ROWS = {"objective", "weights", "share_prompt", "eval_table", *INTERNAL}
+NOT_IN_ROWS = {
+    "objective",
+    "weights",
+    "share_prompt",
+    "max_tokens",
+    "one_prompt_at_a_time",
+    "eval_table",
+    *INTERNAL,
+}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",

@@ -174,6 +174,8 @@ class _Proof:
         self.agree = agree
         self.device = batch["input_ids"].device
         self.causal = causal_model(unwrap(model))
+        # By name, and now: under FSDP2 other tensors stand there behind a forward pass.
+        self.grads = {name: p.grad for name, p in model.named_parameters()}
         self.computes_in = autocast or self.causal.dtype
         rounding = _rounding(self.computes_in, self.device, self.causal)
         self.example = _sample(batch, responses=4 if rounding else 2)
@@ -187,8 +189,7 @@ class _Proof:
             self.leaks = self._leak("sequences", True)
         except Exception as error:  # whatever a model does
             raise AMoPOError(
-                f"The model fails on a small batch of plain sequences, with "
-                f"{type(error).__name__}: {error}"
+                f"The model fails on a small batch of plain sequences, with {_in_a_line(error)}"
             ) from error
 
     def _run(self, layout: LayoutName, own_logits: bool, example: Example | None = None) -> Tensor:
@@ -267,21 +268,21 @@ class _Proof:
             return ""
 
         def run() -> Tensor:
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            before = [p.grad for p in trained]
-            for p in trained:
-                p.grad = None
             devices = [self.device] if self.device.type == "cuda" else []
             no_sync: Any = getattr(self.model, "no_sync", nullcontext)  # of DDP
+            self._set_grads({})
             try:
                 with no_sync(), torch.random.fork_rng(devices):
                     self._run(layout, own_logits).mean().backward()
             finally:
-                for p, grad in zip(trained, before, strict=True):
-                    p.grad = grad
+                self._set_grads(self.grads)
             return torch.zeros((), device=self.device)
 
         return self._try(run, TOLERANCE, "", f"{layout} layout, in training,")
+
+    def _set_grads(self, grads: dict[str, Tensor | None]) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.grad = grads.get(name)
 
     def _try(self, difference: Callable[[], Tensor], allowed: float, what: str, layout: str) -> str:
         reason = ""
@@ -289,7 +290,7 @@ class _Proof:
             worst = difference().nan_to_num(torch.inf)
         except Exception as error:  # whatever a model does with a mask it can't take
             worst = torch.tensor(torch.inf, device=self.device)
-            reason = f"the {layout} fails with {type(error).__name__}: {error}"
+            reason = f"the {layout} fails with {_in_a_line(error)}"
         worst = self._agreed(worst / allowed) * allowed
         if worst <= allowed:
             return ""
@@ -297,6 +298,11 @@ class _Proof:
 
     def _agreed(self, number: Tensor) -> float:
         return self.agree(number.float().reshape(1)).item()
+
+
+def _in_a_line(error: Exception) -> str:
+    first, *_ = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first}"
 
 
 def _rounding(dtype: torch.dtype, device: torch.device, causal: PreTrainedModel) -> float:

@@ -44,6 +44,7 @@ class Forest:
     parents: list[int] = field(default_factory=list)  # -1 at a root
     lengths: list[int] = field(default_factory=list)  # tokens, at least one
     leaves: list[Leaf] = field(default_factory=list)
+    longest_response: int = 0  # T, the tokens of the longest response
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> tuple["Forest", list[int]]:
@@ -60,6 +61,7 @@ class Forest:
         tokens: list[int] = []
         for number, example in enumerate(examples):
             forest._add(number, example, tokens)
+        forest.longest_response = max(forest.lengths[leaf.segment] for leaf in forest.leaves)
         return forest, tokens
 
     def _add(self, number: int, example: Example, tokens: list[int]) -> None:
@@ -84,11 +86,6 @@ class Forest:
             segment = add_segment(segments[text], example.responses[response])
             prompts = (k for k, texts in enumerate(example.follows) if texts[response] == text)
             self.leaves.append(Leaf(segment, number, response, tuple(prompts)))
-
-    @property
-    def longest_response(self) -> int:
-        """Return T, the tokens of the longest response."""
-        return max(self.lengths[leaf.segment] for leaf in self.leaves)
 
     def path(self, segment: int) -> list[int]:
         """Return the segments from the root to `segment`."""

@@ -119,6 +119,8 @@ def _rows(forest: Forest, name: LayoutName) -> list[list[int]]:
             if leaf.example == example:
                 path = forest.path(leaf.segment)
                 by_prompt.setdefault(path[-2], path[:-1]).append(leaf.segment)
+        if not by_prompt:  # in another part of the batch
+            continue
         one_row = sorted({segment for row in by_prompt.values() for segment in row})
         together, apart = forest.count(one_row), list(map(forest.count, by_prompt.values()))
         saves = together <= (1 - MIN_SAVED_BY_ONE_ROW) * sum(apart)

@@ -1,6 +1,8 @@
 """AMoPOTrainer: axolotl's trainer with an objective, its metrics, a deterministic evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, override
 
@@ -18,7 +20,8 @@ from axolotl_amopo.config.through_axolotl import stamped
 from axolotl_amopo.errors import AMoPOError, ConfigError
 from axolotl_amopo.model.batch import responses
 from axolotl_amopo.model.choose import Choice, choose_layout
-from axolotl_amopo.model.forward import response_logps, teach
+from axolotl_amopo.model.forward import TokenLogps, response_logps, teach
+from axolotl_amopo.model.parts import replayed_loss, split_batch, together
 from axolotl_amopo.objectives import Draw, Objective, Outcome, Responses, example_losses
 from axolotl_amopo.steering.steering import Steering
 from axolotl_amopo.training.card import FILE as CARD
@@ -200,23 +203,34 @@ class AMoPOTrainer(AxolotlTrainer):
         parent._save(output_dir, state_dict=state_dict)
         self._save_steering(output_dir or self.args.output_dir)
 
-    def forward(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Responses, Outcome]:
-        """Return a batch's log-probabilities, and what the objective makes of them.
+    def _parts(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+        """Return what a batch runs in, and how many more passes other processes need."""
+        config = self.amopo
+        parts = split_batch(inputs, config.max_tokens, one_prompt=config.one_prompt_at_a_time)
+        if self.args.world_size == 1 or not (config.max_tokens or config.one_prompt_at_a_time):
+            return parts, 0
+        # FSDP2 and ZeRO-3 gather weights in each pass, and wait for each other there.
+        count = torch.tensor([len(parts)], device=self.args.device)
+        return parts, int(self.accelerator.gather(count).max()) - len(parts)
 
-        Args:
-            model: as the trainer wraps it. In evaluation mode nothing is drawn.
-            inputs: of the collator.
-        """
-        config, choice = self.amopo, self._choose(model, inputs)
-        logps, mask, router_loss = response_logps(
-            model, inputs, choice.layout, own_logits=choice.own_logits, dtype=self._autocast
+    def _logps(self, model: nn.Module, batch: dict[str, Any]) -> TokenLogps:
+        choice = self._choose(model, batch)
+        return response_logps(
+            model, batch, choice.layout, own_logits=choice.own_logits, dtype=self._autocast
         )
+
+    def _judge(
+        self, inputs: dict[str, Any], found: TokenLogps, *, draws: bool
+    ) -> tuple[Responses, Outcome]:
+        """Return what an objective is given, and what it makes of it; at evaluation nothing is
+        drawn."""
+        config, (logps, mask, router_loss) = self.amopo, found
         weights = None
         if config.weights is not None:
             listed = logps.new_tensor([config.weights[name] for name in config.criteria])
             weights = listed.expand(len(logps), -1)  # [B, C]
         given = responses(inputs, logps, mask, weights=weights)
-        draw = Draw(self.data_seed, self.state.global_step) if model.training else None
+        draw = Draw(self.data_seed, self.state.global_step) if draws else None
         outcome = self.objective(given, draw)
         if router_loss is not None:
             terms = outcome.terms | {"router": router_loss.expand(len(logps))}
@@ -259,16 +273,47 @@ class AMoPOTrainer(AxolotlTrainer):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         if self.args.include_tkps and model.training:
             self._accumulate_token_counts(inputs)
-        given, outcome = self.forward(model, inputs)
-        values = example_metrics(outcome, given, self.amopo.criteria)
-        loss = (example_losses(outcome, given) * given.counts).mean()
+        values: dict[str, Tensor] = {}
+
+        def judge(found: TokenLogps) -> Tensor:
+            given, outcome = self._judge(inputs, found, draws=model.training)
+            values.update(example_metrics(outcome, given, self.amopo.criteria))
+            loss = (example_losses(outcome, given) * given.counts).mean()
+            if model.training and num_items_in_batch is not None:
+                # Data-parallel ranks average their gradients, so each scales its share up.
+                loss = loss * (len(given.logps) * self.args.world_size / num_items_in_batch)
+            return loss
+
+        parts, idle = self._parts(inputs)
+        forward = partial(self._logps, model)
+        if len(parts) + idle > 1 and model.training and torch.is_grad_enabled():
+            loss = replayed_loss(parts, forward, judge, partial(self._add_gradients, model), idle)
+        else:
+            found = [forward(part) for part in parts + parts[-1:] * idle]
+            loss = judge(together(found[: len(parts)]))
         if model.training:
             self._means.add(values)
-            if num_items_in_batch is not None:
-                # Data-parallel ranks average their gradients, so each scales its share up.
-                share = len(given.logps) * self.args.world_size / num_items_in_batch
-                loss = loss * share
         return (loss, values) if return_outputs else loss
+
+    def _add_gradients(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
+        """Run a backward pass that nobody synchronises, steps behind or reports."""
+        state, deepspeed = self.accelerator.gradient_state, self.is_deepspeed_enabled
+        # DDP alone: FSDP2 would keep whole gradients, and adds up sharded ones by itself.
+        no_sync: Any = nullcontext if deepspeed else getattr(model, "no_sync", nullcontext)
+        synchronises = state.sync_gradients
+        # A DeepSpeed engine steps behind each backward pass of a step's last micro batch.
+        # transformers 5.20 sets it in the same way (trainer.py, `_set_sync_gradients`).
+        state._set_sync_gradients(False)
+        try:
+            with no_sync():
+                value = loss()
+                # On for the forward pass; transformers runs its backward pass without it.
+                with torch.autocast(value.device.type, enabled=False):
+                    self.accelerator.backward(
+                        value, **({"scale_wrt_gas": False} if deepspeed else {})
+                    )
+        finally:
+            state._set_sync_gradients(synchronises)
 
     # The one place where transformers 5.20 asks for a sampler (trainer.py, line 1068); axolotl's
     # own trainer overrides it too.
