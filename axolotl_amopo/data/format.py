@@ -31,7 +31,7 @@ from axolotl_amopo.config.through_axolotl import mark_of
 from axolotl_amopo.data.pairing import Pair
 from axolotl_amopo.data.pipeline import prepare
 from axolotl_amopo.data.rows import RatedPrompt, Response, Row, Source
-from axolotl_amopo.data.tokenizer import ChatTokenizer
+from axolotl_amopo.data.tokenizer import ChatTokenizer, generation_stops
 from axolotl_amopo.errors import AMoPOError, ConfigError
 
 __all__ = ["DatasetFormat", "RatedPrompt", "Response", "Row"]
@@ -172,6 +172,7 @@ class DatasetFormat(DatasetWrappingStrategy, ABC):
             template,
             dict(self.cfg.chat_template_kwargs or {}),
             tuple(self.cfg.eot_tokens or ()),
+            generation_stops(self.cfg.base_model, self.cfg.revision_of_model),
         )
 
     def excess_length(self) -> str:
