@@ -596,6 +596,31 @@ def test_tools_and_their_calls_reach_the_template(tokenizer):
     assert "[clock]" not in other.decode(made["prompt_ids"][0])
 
 
+def test_tools_under_another_name(tokenizer):
+    other = with_template(
+        tokenizer, "{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}" + CHATML
+    )
+    row = rated("Is it?", *BOTH) | {"tools": [{"name": "wrong"}], "functions": [{"name": "clock"}]}
+    (made,) = wrap(other, [row], entry={"field_tools": "functions"})
+    assert other.decode(made["prompt_ids"][0]).startswith("[clock]<|im_start|>user")
+
+
+@pytest.mark.parametrize("place", ["before", "system"])
+def test_the_system_message_is_dropped(place, tokenizer):
+    """Where the instruction goes there, it stands alone."""
+    block = SHOW | PER | {"instruction_place": place, "entry": {"drop_system_message": True}}
+    rows = [
+        rated("Is it?", *BOTH) | {"system": "Be kind.", "messages": None},
+        rated("", *BOTH) | {"prompt": None, "messages": [SYSTEM, *ASKED], "system": None},
+    ]
+    first, second = wrap(tokenizer, rows, **block)
+    assert first["prompt_ids"] == second["prompt_ids"]
+    asked = [[user(f"{text}\n\nIs it?")] for text in SHOWN]
+    if place == "system":
+        asked = [[{"role": "system", "content": text}, *ASKED] for text in SHOWN]
+    assert tokenizer.batch_decode(first["prompt_ids"]) == list(map(chatml, asked))
+
+
 THOUGHT = {"role": "assistant", "reasoning_content": "Is it?  So.", "content": "Yes."}
 CALL = {"function": {"name": "clock", "arguments": {"zone": "UTC"}}}
 CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}

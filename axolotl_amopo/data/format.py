@@ -99,6 +99,7 @@ class DatasetFormat(DatasetWrappingStrategy, ABC):
         mappings = self.ds_cfg.message_property_mappings or {}
         named = {
             "messages": self.ds_cfg.field_messages,
+            "tools": self.ds_cfg.field_tools,
             "role": mappings.get("role"),
             "content": mappings.get("content"),
         }
@@ -114,6 +115,7 @@ class DatasetFormat(DatasetWrappingStrategy, ABC):
             "properties": {n: k for n, k in properties.items() if n not in ("role", "content")},
             "thinking": thinking,
             "split_thinking": bool(self.ds_cfg.split_thinking),
+            "drop_system": bool(self.ds_cfg.drop_system_message),
         }
 
     def wrap_dataset(
