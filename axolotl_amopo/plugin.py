@@ -68,9 +68,11 @@ class AMoPOPlugin(BasePlugin):
     def pre_model_load(self, cfg: Any) -> None:
         if not self._runs(cfg):
             return
-        from axolotl_amopo.config.devices import check_layers
+        from axolotl_amopo.config.devices import check_layers, check_one_gpu
         from axolotl_amopo.training.sharing import check_before_loading
 
+        if not cfg.merge_lora:  # which may use the memory of several
+            check_one_gpu()  # again, for `axolotl evaluate`
         check_layers(cfg)
         if cfg.amopo.share_prompt is True:
             check_before_loading(cfg)

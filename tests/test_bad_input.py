@@ -286,6 +286,22 @@ CONFIGS = {
     "distillation": ({"kd_trainer": True}, ["kd_trainer", "a trainer and a loss of its own"]),
     "an adapter with a trainer": ({"adapter": "mixlora"}, ["adapter: 'mixlora'", "write lora"]),
     "Liger's kernel for DPO": ({"dpo_use_liger_kernel": True}, ["dpo_use_liger_kernel", "rl: dpo"]),
+    "a batch size to be found": (
+        {"auto_find_batch_size": True},
+        ["auto_find_batch_size", "set micro_batch_size; `axolotl amopo plan`"],
+    ),
+    "a default system message": (
+        {"default_system_message": "Be kind."},
+        ["default_system_message", "`system` field"],
+    ),
+    "the length of prompts alone": ({"max_prompt_len": 256}, ["max_prompt_len", "sequence_len"]),
+    "metrics of completions": (
+        {"eval_causal_lm_metrics": ["perplexity"]},
+        ["eval_causal_lm_metrics", "per-dimension metrics"],
+    ),
+    "tokens of samples": ({"eval_max_new_tokens": 64}, ["eval_max_new_tokens", "remove it"]),
+    "a number of samples": ({"num_generation_samples": 2}, ["num_generation_samples", "remove it"]),
+    "how samples are drawn": ({"generation_top_p": 0.9}, ["generation_top_p", "generate_samples"]),
     "misspelt key of axolotl's": (
         {"learning_rates": 1e-4},
         ["learning_rates", "Did you mean 'learning_rate'?"],
@@ -300,6 +316,18 @@ ENTRIES = {
     "no type": ({"type": None}, ["type", "amopo.rated"]),
     "unknown key": ({"scales": [1, 5]}, ["datasets[0].scales", "Did you mean 'scale'?"]),
     "scale not numbers": ({"scale": "1 to 5"}, ["datasets[0].scale"]),
+    "a key of another type": ({"field_human": "q"}, ["datasets[0].field_human", "`fields:`"]),
+    "other roles": (
+        {"roles_to_train": ["assistant", "user"]},
+        ["datasets[0].roles_to_train: ['assistant', 'user']", "over the responses"],
+    ),
+    "turns that are left out": ({"message_field_training": "train"}, ["message_field_training"]),
+    "parts that are left out": (
+        {"message_field_training_detail": "train"},
+        ["message_field_training_detail", "over all of each"],
+    ),
+    "without EOS": ({"train_on_eos": "none"}, ["train_on_eos: 'none'", "at its end included"]),
+    "every end of a turn": ({"train_on_eot": "all"}, ["train_on_eot: 'all'"]),
     "no path": ({"path": None}, ["datasets[0].path", "missing"]),
     "no such file": ({"path": "nowhere/data.jsonl"}, ["datasets[0].path", "nowhere/data.jsonl"]),
 }
@@ -321,6 +349,15 @@ def test_bad_entry(name, tmp_path, tiny_model):
     entry = values["datasets"][0] | changes
     values["datasets"] = [{k: v for k, v in entry.items() if v is not None}]
     _refused(tmp_path, values, parts)
+
+
+def test_keys_of_an_entry_that_ask_for_what_is_done(tmp_path, tiny_model):
+    data = runs.write_jsonl(tmp_path / "data.jsonl", [GOOD])
+    values = runs.config(tmp_path, tiny_model, data)
+    values["datasets"][0] |= {
+        "roles_to_train": ["assistant"], "train_on_eos": "turn", "train_on_eot": "last",
+    }  # fmt: skip
+    assert runs.load(runs.write_config(tmp_path, values)).datasets
 
 
 def _refused(folder, values, parts):

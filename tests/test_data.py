@@ -48,7 +48,7 @@ def data_format(kind, tokenizer=None, entry=None, options=None, sequence_len=204
     module = f"axolotl_amopo.formats.{kind}" + "_" * (kind == "user_defined")
     return importlib.import_module(module).load(
         tokenizer,
-        DictDefault(amopo=block, sequence_len=sequence_len),
+        DictDefault(amopo=block, sequence_len=sequence_len, base_model="nowhere"),
         DictDefault({"path": "data.jsonl", "conversation": "id"} | (entry or {})),
     )
 

@@ -17,9 +17,9 @@ def fingerprint_of(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps(ROW))
 
-    def of(kind="amopo.rated", **block):
-        cfg = {"base_model": "x", "datasets": [{"path": str(data), "type": kind}]}
-        (found,) = prepare_entries(cfg, AMoPOConfig(**block))
+    def of(kind="amopo.rated", cfg=(), **block):
+        base = {"base_model": "x", "datasets": [{"path": str(data), "type": kind}]}
+        (found,) = prepare_entries(base | dict(cfg), AMoPOConfig(**block))
         return found
 
     return of
@@ -44,6 +44,19 @@ def test_what_changes_the_loss_alone_keeps_the_rows(block, fingerprint_of):
 def test_an_objective_changes_the_rows_by_its_defaults(fingerprint_of):
     none = {"instruction": "", "overall_instruction": ""}
     assert fingerprint_of(objective="simpo") == fingerprint_of(**none) != fingerprint_of()
+
+
+def test_what_changes_the_tokens_changes_the_rows(fingerprint_of, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    model = {"base_model": str(folder)}
+    (folder / "generation_config.json").write_text('{"eos_token_id": 3}')
+    seen = {fingerprint_of(), fingerprint_of(cfg=model), fingerprint_of(cfg={"tokens": ["<a>"]})}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    seen.add(fingerprint_of(cfg=model))
+    (folder / "tokenizer.json").write_text("{}")
+    seen.add(fingerprint_of(cfg=model))
+    assert len(seen) == 5
 
 
 def test_the_version_of_the_rows(fingerprint_of, monkeypatch):

@@ -69,10 +69,6 @@ REFUSED = {
         ["max_grad_norm: 3.0", "gradient_clipping: 1.0", '"auto"'],
     ),
     "another precision": ({"deepspeed": ZERO3}, ["bf16: False", "bf16.enabled: True", '"auto"']),
-    "batch size to be found under ZeRO-3": (
-        {"deepspeed": ZERO3, "bf16": True, "auto_find_batch_size": True},
-        ["auto_find_batch_size", "ZeRO-3", "FSDP2"],
-    ),
     "FSDP2 without its block": ({"fsdp_version": 2}, ["fsdp_version", "fsdp_config: {"]),
     "a state dict of FSDP1": (
         {"fsdp_config": {"state_dict_type": "LOCAL_STATE_DICT"}},
@@ -96,7 +92,6 @@ ACCEPTED = {
     "ZeRO-3, precision to be seen": {"deepspeed": ZERO3, "bf16": "auto", "max_grad_norm": 3.0},
     "ZeRO-2": {
         "deepspeed": {"zero_optimization": {"stage": 2}},
-        "auto_find_batch_size": True,
         "optimizer": "paged_adamw_8bit",
     },
     "FSDP2": FSDP | {"save_only_model": True, "gradient_checkpointing": True},
@@ -245,6 +240,28 @@ def test_sharding_in_a_single_process(monkeypatch):
     run_hook({})
     _launched(monkeypatch, "0", 1)
     run_hook(FSDP)
+
+
+def test_several_gpus_in_a_single_process(tmp_path, tiny_model, monkeypatch):
+    """Seen before the data is prepared, and by `axolotl evaluate` before the model is loaded."""
+    cfg = runs.load(runs.write_config(tmp_path, runs.config(tmp_path, tiny_model, DATA)))
+    hook = PluginManager.get_instance().pre_model_load
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    _launched(monkeypatch, None, 1)
+    for check, changed in ((run_hook, {}), (hook, cfg)):
+        text = refusal(check, changed)
+        assert text.startswith("one process sees 2 GPUs, and can't train on several (device_map:")
+        assert "--nproc_per_node gpu" in text and "CUDA_VISIBLE_DEVICES=0" in text
+    cfg.merge_lora = True
+    hook(cfg)
+    del cfg["merge_lora"]
+    _launched(monkeypatch, "0", 2)
+    run_hook({})
+    hook(cfg)
+    _launched(monkeypatch, None, 1)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    run_hook({})
+    hook(cfg)
 
 
 def test_sizes_without_fsdp(monkeypatch):

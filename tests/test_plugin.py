@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+from itertools import product
 
 import pytest
 import runs
@@ -228,6 +229,8 @@ def test_overrides_of_a_sweep_and_of_the_command_line(tmp_path, tiny_model, inst
     values = runs.config(tmp_path, tiny_model, runs.ROOT / "quickstart" / "train.jsonl")
     values["amopo"] |= {"share_prompt": True, "instruction": "Be {{ dimension }}."}
     sweep = {"amopo.gamma": [0.5, 3.0], "amopo.rating-in-prompt": ["none"], "amopo.pairs": [2]}
+    together = {"overall": 1e-3, "per_dimension": 1e-4}
+    sweep["_"] = [{"amopo.winner": name, "learning_rate": rate} for name, rate in together.items()]
     base = runs.write_config(tmp_path, values)
     swept = generate_config_files(str(base), str(runs.write_config(tmp_path, sweep, "sweep.yml")))
     told = {
@@ -235,14 +238,16 @@ def test_overrides_of_a_sweep_and_of_the_command_line(tmp_path, tiny_model, inst
         "share_prompt": "auto",
         "instruction": 'It\'s "{{ dimension }}".',
     }
-    gammas = set()
+    found = set()
     for path, _ in swept:
-        config = read_block(runs.load(path, **passed_on(told)))
-        gammas.add(config.gamma)
+        cfg = runs.load(path, **passed_on(told))
+        config = read_block(cfg)
+        found.add((config.gamma, config.winner))
+        assert cfg.learning_rate == together[config.winner]
         assert config.rating_in_prompt == "none"
         assert {key: getattr(config, key) for key in told} == told
         assert config.dimension_names == values["amopo"]["dimensions"]
-    assert gammas == {0.5, 3.0}
+    assert found == set(product((0.5, 3.0), together))
 
     swept = runs.write_config(tmp_path, values | {"amopo.gama": 1.0}, "swept.yml")
     with pytest.raises(ConfigError, match=r"amopo.gama: unknown key. Did you mean 'gamma'\?"):

@@ -33,6 +33,7 @@ TEMPLATE = (
     "[{{ call.function.name }} {{ call.function.arguments.zone }}]{% endfor %}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+OTHER_END = TEMPLATE.replace("</s>", "<tool>").replace("{{ bos_token }}", "")
 NAMES = {"help": (0, 100), "truth": (1, 5)}
 
 
@@ -115,6 +116,8 @@ CASES = {
         LONG, SHOW, {"sequence_len": 58, "excess_length_strategy": "truncate"},
     ),
     "tools and thinking": (TOOLS, SHOW, {}),
+    "an end of turn that is not EOS": (PAIR, SHOW, {"chat_template_jinja": OTHER_END}),
+    "no end of turn": (PAIR, SHOW, {"chat_template_jinja": TEMPLATE.replace("</s>\n", "")}),
 }  # fmt: skip
 FORMATS = {f"format: {name}": name for name in PUBLISHED}
 
@@ -132,6 +135,7 @@ def prepared(name):
         for key, value in keys.items():
             made.cfg[key] = value
         made.sequence_len = keys.get("sequence_len", made.sequence_len)
+        tokenizer.chat_template = keys.get("chat_template_jinja", TEMPLATE)
     return [readable(tokenizer, row) for row in made.wrap_dataset(Dataset.from_list(rows))]
 
 

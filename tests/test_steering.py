@@ -1,5 +1,6 @@
 """Steering: settings become what training rendered, in tokens, in a chat template, on a page."""
 
+import copy
 import importlib.util
 import json
 import re
@@ -11,13 +12,14 @@ import pytest
 from click.testing import CliRunner
 from jinja2 import TemplateError
 from runs import config, prepare, write_config, write_jsonl
+from test_tokens import adds_bos, applied
 
 from axolotl_amopo.commands import amopo
 from axolotl_amopo.commands.generate.answers import answer_prompts, generate_answers
 from axolotl_amopo.commands.generate.export import export_answers
 from axolotl_amopo.commands.generate.questions import read_prompts, text_prompt
 from axolotl_amopo.commands.kit.generator import Generator, Sampling, stop_ids, vllm_lora_rank
-from axolotl_amopo.commands.kit.models import find_model
+from axolotl_amopo.commands.kit.models import chat_tokenizer, find_model, load_tokenizer
 from axolotl_amopo.commands.template.steered import steered_template
 from axolotl_amopo.config.instructions import DEFAULT_INSTRUCTION, DEFAULT_OVERALL_INSTRUCTION
 from axolotl_amopo.data.tokenizer import ChatTokenizer
@@ -52,7 +54,11 @@ def steering(**changes):
 
 
 def test_the_file_comes_back_as_it_was(tmp_path):
-    made = steering(instruction_place="system", chat_template_kwargs={"enable_thinking": False})
+    made = steering(
+        instruction_place="system",
+        chat_template_kwargs={"enable_thinking": False},
+        eot_tokens=["<end_of_turn>"],
+    )
     made.save(tmp_path)
     assert Steering.load(tmp_path) == made
     said = json.loads((tmp_path / FILE).read_text(encoding="utf-8"))
@@ -223,13 +229,16 @@ def with_line(line, messages):
 @pytest.mark.parametrize("place", ["before", "after", "system"])
 @pytest.mark.parametrize("name", OWN)
 def test_the_template_renders_what_training_did(tokenizer, name, place):
+    """In tokens, too: of a tokenizer that writes a BOS token where the template writes none."""
     own = OWN[name]
+    tokenizer = copy.deepcopy(tokenizer)
+    adds_bos(tokenizer)
     compared = 0
     for texts in ((DEFAULT_INSTRUCTION, DEFAULT_OVERALL_INSTRUCTION), (ODD, ODD_OVERALL)):
         made = steering(instruction_place=place, template=texts[0], overall_template=texts[1])
         template = steered(own, made)
         check(tokenizer, template, made)
-        chat = ChatTokenizer(tokenizer, own, {})
+        chat = ChatTokenizer(tokenizer, own, {}, ("<|END_OF_TURN_TOKEN|>",))  # command_a's
         for line in (
             "helpfulness=3",
             "is_safe",
@@ -247,6 +256,8 @@ def test_the_template_renders_what_training_did(tokenizer, name, place):
                 compared += 1
                 steered_messages = with_line(f"amopo: {line}", messages)
                 assert rendered(tokenizer, steered_messages, template) == expected
+                ids = applied(tokenizer, steered_messages, template, add_generation_prompt=True)
+                assert ids == chat.prompt_ids(asked)
                 assert rendered(tokenizer, messages, template, amopo=line) == expected
     assert compared >= (4 if (name, place) == ("no_system", "system") else 20)
 
@@ -451,8 +462,22 @@ def test_an_answer_ends_with_its_turn(generator, monkeypatch):
 def test_what_closes_a_turn_stops_an_answer(tokenizer):
     closed = ChatTokenizer(tokenizer, "{% for m in messages %}{{ m.content }}<s>{% endfor %}", {})
     assert stop_ids(closed) == {tokenizer.bos_token_id, tokenizer.eos_token_id}
-    chatml = ChatTokenizer(tokenizer, tokenizer.chat_template, {})
-    assert stop_ids(chatml) == {tokenizer.eos_token_id}
+    thinking = copy.deepcopy(tokenizer)  # as Qwen's own template: an answer begins with thinking
+    thinking.add_tokens(["<think>", "</think>"])
+    begun = OWN["qwen3"].replace("{{- '<think>\\n\\n' }}", "")
+    for text in (tokenizer.chat_template, OWN["qwen3"], begun):
+        assert stop_ids(ChatTokenizer(thinking, text, {})) == {tokenizer.eos_token_id}
+
+
+def test_a_folder_says_where_its_answers_end(tmp_path, base, adapter):
+    """By its own generation config or its base's, and by the `eot_tokens` of training."""
+    whole, tuned = (shutil.copytree(one, tmp_path / one.name) for one in (base, adapter))
+    (whole / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 7]}))
+    for folder in (whole, tuned):
+        steering(eot_tokens=["<s>"]).save(folder)
+        trained = find_model(str(folder), str(whole))
+        chat = chat_tokenizer(trained, load_tokenizer(trained))
+        assert (chat.eot_tokens, chat.stops) == (("<s>",), (3, 7))
 
 
 def test_the_second_question_follows_the_first_answer(generator, tmp_path, monkeypatch):

@@ -7,11 +7,13 @@ import re
 
 import pytest
 from axolotl.utils.chat_templates import get_chat_template
+from axolotl.utils.chat_templates.base import _CHAT_TEMPLATES
 from conftest import CHATML, ROOT
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import ASKED, PER, SCALED, SCALES, SYSTEM, TALK, assistant, data_format, user
+from test_rows_version import byte_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -32,7 +34,7 @@ from axolotl_amopo.data.examples import (
 from axolotl_amopo.data.pairing import SINGLE
 from axolotl_amopo.data.prompts import instructed
 from axolotl_amopo.data.tokenizer import SPANNING, WHOLE, ChatTokenizer
-from axolotl_amopo.errors import DataError
+from axolotl_amopo.errors import AMoPOError, DataError
 from axolotl_amopo.example import Example
 from axolotl_amopo.model.batch import make_batch
 
@@ -80,20 +82,34 @@ def chatml(messages):
 # BOS and EOS.
 
 
+def adds_bos(tokenizer):
+    """Let a tokenizer write BOS before every text, as Llama's and Gemma's do."""
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+
+
+def applied(tokenizer, messages, template, **options):
+    return tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=True, return_dict=False, **options
+    )
+
+
 @pytest.mark.parametrize(
-    ("added", "written", "expected"),
-    [(True, 0, 1), (False, 1, 1), (True, 1, 1), (True, 2, 1), (False, 0, 0)],
+    ("added", "written"),
+    [(True, 0), (False, 1), (True, 1), (True, 2), (False, 0)],
     ids=["tokenizer", "template", "both", "template twice", "neither"],
 )
-def test_one_bos_at_the_start(added, written, expected, tokenizer):
+def test_bos_is_that_of_the_template(added, written, tokenizer):
+    """At inference, prompts come from `apply_chat_template(tokenize=True)`."""
     other = copy.deepcopy(tokenizer)
     if added:
-        other.backend_tokenizer.post_processor = TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", other.bos_token_id)]
-        )
+        adds_bos(other)
     assert (other("a").input_ids[0] == other.bos_token_id) == added
     ours = chat(other, "{{ bos_token }}" * written + CHATML)
-    assert other.decode(ours.prompt_ids(TALK)) == "<s>" * expected + chatml(TALK)
+    ids = ours.prompt_ids(TALK)
+    assert ids == applied(other, TALK, ours.template, add_generation_prompt=True)
+    assert other.decode(ids) == "<s>" * written + chatml(TALK)
     assert other.decode(ours.response_ids(TALK, "Yes.")) == "Yes." + EOS
 
 
@@ -104,6 +120,9 @@ def template(body, start="assistant: "):
 
 ROLE = "{{ m.role }}: {{ m.content }}"
 GEMMA, BARE, LINES = template(ROLE + EOT + "\n"), template(ROLE), template(ROLE + "\n")
+# As Phi-3's own: EOS at the conversation's end. As GLM's: nothing but the next turn's beginning.
+PHI = GEMMA.removesuffix("{% endif %}") + "{% else %}" + EOS + "{% endif %}"
+GLM = template("{% if m.role == 'user' %}" + EOT + "{% endif %}\n{{ m.content }}", start="\n")
 THINKING = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
 TRIMMING = CHATML.replace("['content']", "['content'] | trim")
 # fmt: off
@@ -118,9 +137,23 @@ ENDS = {
     "no EOS, newline": (LINES, (), "Yes.", "Yes.<|im_end|>"),
     "no EOS, the response has it": (LINES, (), "Yes.<|im_end|>", "Yes.<|im_end|>"),
     "EOS by name": (template(ROLE + "{{ eos_token }}\n"), (), "Yes.", "Yes.<|im_end|>"),
-    "end of turn, named": (GEMMA, (), "Yes.", "Yes.<end_of_turn><|im_end|>"),
-    "end of turn, in the vocabulary": (GEMMA, (), "Yes.", "Yes.<end_of_turn><|im_end|>"),
+    "end of turn, named": (GEMMA, (), "Yes.", "Yes.<end_of_turn>"),
+    "end of turn, in the vocabulary": (GEMMA, (), "Yes.", "Yes.<end_of_turn>"),
+    "end of turn, added by tokens:": (GEMMA, (), "Yes.", "Yes.<end_of_turn>"),
     "end of turn, eot_tokens": (GEMMA, (EOT,), "Yes.", "Yes.<end_of_turn>"),
+    "end of turn, plain text": (template(ROLE + "[end]\n"), (), "Yes.", "Yes.[end]<|im_end|>"),
+    "end of turn, plain text, eot_tokens": (
+        template(ROLE + "[end]\n"), ("[end]",), "Yes.", "Yes.[end]",
+    ),
+    "the response's own end of turn": (
+        BARE, (), "Yes.<end_of_turn>", "Yes.<end_of_turn><|im_end|>",
+    ),
+    "EOS behind an end of turn": (PHI, (), "Yes.", "Yes.<end_of_turn>\n<|im_end|>"),
+    "EOS behind an end of turn, eot_tokens": (PHI, (EOT,), "Yes.", "Yes.<end_of_turn>"),
+    "EOS behind an end of turn, generation config": (PHI, "stops", "Yes.", "Yes.<end_of_turn>"),
+    "EOS, and another turn begun": (template(ROLE + EOS) + "assistant", (), ">", "><|im_end|>"),
+    "what opens the next turn": (GLM, "stops", "Yes.\n", "Yes.\n<end_of_turn>"),
+    "what opens the next turn, no generation config": (GLM, (), "Yes.", "Yes.<|im_end|>"),
     "template that trims": (TRIMMING, (), " Yes. ", "Yes.<|im_end|>"),
     "thinking": (THINKING, (), "Yes.", "Yes.<|im_end|>"),
     "thinking, a word of the end": (THINKING, (), "end", "end<|im_end|>"),
@@ -129,16 +162,148 @@ ENDS = {
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_response_ends_with_one_eos(name, tokenizer):
+def test_response_ends_where_generation_stops(name, tokenizer):
     text, eot_tokens, response, expected = ENDS[name]
     other = copy.deepcopy(tokenizer)
     if name == "end of turn, named":
         other.add_special_tokens({"extra_special_tokens": [EOT]})
-    else:  # as in Gemma 3's and Phi-3's files
-        other.add_tokens([AddedToken(EOT, special=True)])
-    ids = chat(other, text, eot_tokens).response_ids(ASKED, response)
+    else:  # as in Gemma 3's and Phi-3's files; not special as axolotl adds `tokens:`
+        other.add_tokens([AddedToken(EOT, special=name != "end of turn, added by tokens:")])
+    stops = (other.eos_token_id, other.convert_tokens_to_ids(EOT)) if eot_tokens == "stops" else ()
+    ours = ChatTokenizer(other, text, {}, () if stops else eot_tokens, stops)
+    ids = ours.response_ids(ASKED, response)
     assert other.decode(ids) == expected
+    assert ours.end_id() == ids[-1]
     assert ids.count(other.eos_token_id) == expected.count(EOS)
+
+
+def test_a_call_ends_where_generation_stops(tokenizer):
+    """A call's own closing mark is no end of the turn; as GLM's, one opens the tool's turn."""
+    called = "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>{% endfor %}"
+    body = "{% if m.role == 'tool' %}<tool>{% elif m.role == 'user' %}<user>{% endif %}"
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<call>", "</call>"])
+    other.add_tokens([AddedToken("<tool>", special=True), AddedToken("<user>", special=True)])
+    stops = tuple(other.convert_tokens_to_ids(["<tool>", "<user>"]))
+    for known, end, call_end in (((), EOS, EOS), (stops, "<user>", "<tool>")):
+        ours = ChatTokenizer(other, template(body + "{{ m.content }}" + called, ""), {}, (), known)
+        assert other.decode(ours.response_ids(ASKED, "Yes.")) == "Yes." + end
+        ids = ours.response_ids(ASKED, CALLED | {"content": ""})
+        assert other.decode(ids) == "<call>clock</call>" + call_end
+    ours = chat(tokenizer, template("{{ m.content }}{{ m.tool_calls }}" + EOS + "\n<s>", ""))
+    assert tokenizer.decode(ours.response_ids(ASKED, CALLED | {"content": ""})).endswith("]" + EOS)
+    with pytest.raises(ValueError, match="contains the end-of-sequence token"):
+        ours.response_ids(
+            ASKED,
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"function": {"name": "clock", "arguments": {"zone": f"U{EOS}TC"}}}],
+            },
+        )
+
+
+def test_the_models_generation_config_says_where_a_response_ends(tokenizer, tmp_path, caplog):
+    other = with_template(tokenizer, PHI)
+    other.add_tokens([AddedToken(EOT, special=True)])
+    eot, eos = other.convert_tokens_to_ids(EOT), other.eos_token_id
+    wanted = data_format("rated", other, **{"dimensions": SCALED} | NO_INSTRUCTION)
+    wanted.cfg.base_model = str(tmp_path)
+    found = []
+    for stops in (None, eos, [eos, eot]):
+        if stops:
+            config = json.dumps({"eos_token_id": stops})
+            (tmp_path / "generation_config.json").write_text(config, encoding="utf-8")
+        (row,) = wanted.wrap_dataset(Dataset.from_list([rated("Is it?", *BOTH)]))
+        found.append(other.decode(row["response_ids"][0]))
+    assert found == [f"Yes.{EOT}\n{EOS}"] * 2 + [f"Yes.{EOT}"]
+    assert not [message for message in caplog.messages if "does not stop there" in message]
+    other.chat_template = GEMMA
+    with pytest.raises(DataError, match=f"its text contains the end-of-sequence token {EOT}"):
+        wanted.wrap_dataset(Dataset.from_list([rated("?", *BOTH, texts=("Yes.", f"N{EOT}o."))]))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    wanted.wrap_dataset(Dataset.from_list([rated("Is it?", *BOTH)]))
+    warned = [message for message in caplog.messages if "does not stop there" in message]
+    assert len(warned) == 1 and f"write special_tokens: {{eos_token: {EOT}}}" in warned[0]
+
+
+# Every chat template that comes with axolotl.
+
+# How a model of the template ends a turn, by a part of the template's name; with EOS elsewhere.
+TURN_ENDS = {
+    "aya": "<|END_OF_TURN_TOKEN|>",
+    "cohere": "<|END_OF_TURN_TOKEN|>",
+    "command_a": "<|END_OF_TURN_TOKEN|>",
+    "deepseek_v3": "<｜end▁of▁sentence｜>",  # noqa: RUF001
+    "exaone": "[|endofturn|]",
+    "gemma": "<end_of_turn>",
+    "gemma4": "<turn|>",
+    "jamba": "<|eom|>",
+    "llama3": "<|eot_id|>",
+    "llama4": "<|eot|>",
+    "phi_3": "<|end|>",
+} | dict.fromkeys(("chatml", "falcon_h1", "nemotron", "phi_4", "qwen"), EOS)
+SPECIAL = re.compile(r"<[^<>{}\s']+>|\[[|/]?[A-Za-z_]+\|?\]")
+# These end with the beginning of another turn, so only a model that stops before it can take them.
+GO_ON = {"command_a", "command_a_rag", "command_a_tool_use"}
+# These write a system message into the last turn where that is a question: not into a whole
+# conversation, which so differs from every prompt.
+SYSTEM_IN_LAST_TURN = {"mistral_v2v3", "mistral_v3_tekken", "pixtral"}
+NO_SYSTEM = {"gemma"}
+# Their generation prompt closes an empty thinking channel; a conversation has none.
+THINKS_IN_PROMPT = dict.fromkeys(("gemma4", "gemma4_unified"), "<|channel>thought\n<channel|>")
+
+
+def of_template(name, chat_model):
+    """A template, a tokenizer that has its marks and adds BOS, and what ends a turn.
+
+    Args:
+        chat_model: whether the tokenizer's EOS ends a turn, or is a base model's.
+    """
+    text = _CHAT_TEMPLATES[name]
+    tokenizer = byte_tokenizer()
+    ends = {part: end for part, end in TURN_ENDS.items() if name.startswith(part)}
+    end = ends[max(ends, key=len)] if ends else tokenizer.eos_token
+    marks = dict.fromkeys([*SPECIAL.findall(text), end])
+    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in marks])
+    if chat_model:
+        tokenizer.eos_token = end
+    adds_bos(tokenizer)
+    return text, tokenizer, end
+
+
+@pytest.mark.parametrize("chat_model", [True, False], ids=["chat", "base"])
+@pytest.mark.parametrize("name", sorted(_CHAT_TEMPLATES))
+def test_every_template_of_axolotl(name, chat_model):
+    """Prompt and response are what the template makes of the whole conversation."""
+    text, tokenizer, end = of_template(name, chat_model)
+    if name in GO_ON and not chat_model:
+        with pytest.raises(AMoPOError, match=r"The chat template writes .* behind an answer"):
+            chat(tokenizer, text)
+        return
+    ours = chat(tokenizer, text)
+    for messages in (ASKED, TALK[1:], TALK):
+        system = messages[0]["role"] == "system"
+        if system and name in NO_SYSTEM:
+            with pytest.raises(DataError, match="the chat template refuses this conversation"):
+                tokenized(ours, messages, ["Yes.", "No."], [""])
+            continue
+        prompt, response = ours.prompt_ids(messages), ours.response_ids(messages, "Yes.")
+        assert prompt == applied(tokenizer, messages, text, add_generation_prompt=True)
+        if name in THINKS_IN_PROMPT:
+            thought = ours.ids(THINKS_IN_PROMPT[name])
+            assert prompt[-len(thought) :] == thought
+            prompt = prompt[: -len(thought)]
+        whole = applied(tokenizer, [*messages, assistant("Yes.")], text)
+        if system and name in SYSTEM_IN_LAST_TURN:
+            assert "Be kind." not in tokenizer.decode(whole)
+            whole = prompt + whole[-len(response) :]
+        assert response.index(tokenizer.convert_tokens_to_ids(end)) == len(response) - 1
+        assert tokenizer.decode(response).count("Yes.") == 1
+        if name == "llava":  # ends a turn with a space, behind which the model need not stop
+            assert tokenizer.decode(response) == " Yes." + end
+            response = response[:-1]
+        assert prompt + response == whole[: len(prompt) + len(response)]
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
@@ -429,6 +594,31 @@ def test_tools_and_their_calls_reach_the_template(tokenizer):
             assert "assistant: <clock>" in text and "tool: Noon." in text
     (made,) = wrap(other, [row])
     assert "[clock]" not in other.decode(made["prompt_ids"][0])
+
+
+def test_tools_under_another_name(tokenizer):
+    other = with_template(
+        tokenizer, "{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}" + CHATML
+    )
+    row = rated("Is it?", *BOTH) | {"tools": [{"name": "wrong"}], "functions": [{"name": "clock"}]}
+    (made,) = wrap(other, [row], entry={"field_tools": "functions"})
+    assert other.decode(made["prompt_ids"][0]).startswith("[clock]<|im_start|>user")
+
+
+@pytest.mark.parametrize("place", ["before", "system"])
+def test_the_system_message_is_dropped(place, tokenizer):
+    """Where the instruction goes there, it stands alone."""
+    block = SHOW | PER | {"instruction_place": place, "entry": {"drop_system_message": True}}
+    rows = [
+        rated("Is it?", *BOTH) | {"system": "Be kind.", "messages": None},
+        rated("", *BOTH) | {"prompt": None, "messages": [SYSTEM, *ASKED], "system": None},
+    ]
+    first, second = wrap(tokenizer, rows, **block)
+    assert first["prompt_ids"] == second["prompt_ids"]
+    asked = [[user(f"{text}\n\nIs it?")] for text in SHOWN]
+    if place == "system":
+        asked = [[{"role": "system", "content": text}, *ASKED] for text in SHOWN]
+    assert tokenizer.batch_decode(first["prompt_ids"]) == list(map(chatml, asked))
 
 
 THOUGHT = {"role": "assistant", "reasoning_content": "Is it?  So.", "content": "Yes."}

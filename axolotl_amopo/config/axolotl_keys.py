@@ -57,11 +57,32 @@ INCOMPATIBLE: dict[str, str] = {
     "xformers_attention": "write attn_implementation: sdpa: axolotl's xformers takes no padding",
     "processor_type": "remove it: images are not supported, only text",
     "do_causal_lm_eval": "remove it: per-dimension metrics are logged at every evaluation",
+    "eval_causal_lm_metrics": "remove it: per-dimension metrics are logged at every evaluation",
     "do_bench_eval": "remove it: per-dimension metrics are logged at every evaluation",
     "eval_table_size": "remove it: it samples completions of single sequences",
+    "eval_max_new_tokens": "remove it: it samples completions of single sequences",
     "generate_samples": "remove it: it samples completions of single sequences",
+    **dict.fromkeys(
+        (
+            "num_generation_samples",
+            "generation_max_new_tokens",
+            "generation_temperature",
+            "generation_top_p",
+            "generation_top_k",
+            "generation_prompt_ratio",
+            "generation_do_sample",
+        ),
+        "remove it: it belongs to generate_samples, which samples completions of single sequences",
+    ),
     "balance_labels": "remove it: it counts the labels of single sequences",
     "remove_unused_columns": "remove it: the columns of a pair are all needed",
+    "max_prompt_len": "remove it: sequence_len and excess_length_strategy hold for whole sequences",
+    "default_system_message": "write the message into the rows' `system` field: axolotl's chatml "
+    "has no default message that it could replace",
+    # On a full GPU, transformers starts again with smaller batches behind our back: the order of
+    # the rows, and what checkpoints say of it, would be those of other batches.
+    "auto_find_batch_size": "remove it, and set micro_batch_size; `axolotl amopo plan` says what "
+    "fits a GPU",
     "push_dataset_to_hub": "remove it: a prepared dataset is bound to this config and version",
 }
 

@@ -23,6 +23,34 @@ FORMATS_PACKAGE = "axolotl_amopo.formats"
 PREFIX = "amopo."
 
 
+# axolotl's keys of an entry that would change what the loss covers, and what they say instead.
+ALL_OF_IT = "remove it: the loss is over the responses, and over all of each"
+REFUSED = {
+    "message_field_training": ALL_OF_IT,
+    "message_field_training_detail": ALL_OF_IT,
+    "roles_to_train": ALL_OF_IT,
+    "train_on_eos": f"{ALL_OF_IT}, the token at its end included",
+    "train_on_eot": f"{ALL_OF_IT}, the token at its end included",
+}
+# Their values that ask for what is done anyway.
+DONE_ANYWAY = {
+    "roles_to_train": (["assistant"], ["gpt"]),
+    "train_on_eos": ("turn", "last"),
+    "train_on_eot": ("turn", "last"),
+}
+# axolotl's keys of an entry that only its own types read.
+OF_OTHER_TYPES = (
+    "conversation",
+    "field",
+    "field_human",
+    "field_model",
+    "input_format",
+    "input_transform",
+    "logprobs_field",
+    "temperature",
+)
+
+
 class DatasetOptions(BaseModel):
     """Keys of a `datasets:` entry that axolotl's schema doesn't have."""
 
@@ -147,6 +175,15 @@ def _read_options(entry: dict, where: str) -> DatasetOptions:
             raise ConfigError(
                 f"{where}.{key}: unknown key.{did_you_mean(key, known)} Keys here are axolotl's "
                 f"own (path, type, split, ...) and {', '.join(sorted(own))}."
+            )
+    for key, advice in REFUSED.items():
+        if (value := entry.get(key)) and value not in DONE_ANYWAY.get(key, ()):
+            raise ConfigError(f"{where}.{key}: {value!r} can't work with rl: amopo; {advice}.")
+    for key in OF_OTHER_TYPES if str(entry.get("type")).startswith(PREFIX) else ():
+        if entry.get(key):
+            raise ConfigError(
+                f"{where}.{key}: is not read by types of amopo.*; remove it. Names of the data's "
+                "fields go under `fields:`."
             )
     given = {key: entry[key] for key in own if key in entry}
     return parse_block(DatasetOptions, plain(given), where)

@@ -72,11 +72,6 @@ def _check_deepspeed(cfg: dict) -> None:
             )
     if settings.get("zero_optimization", {}).get("stage") != 3:
         return
-    if cfg.get("auto_find_batch_size"):
-        raise ConfigError(
-            "auto_find_batch_size: true can't work with DeepSpeed ZeRO-3; remove it, or take "
-            "ZeRO-2 or FSDP2."
-        )
     if cfg.get("peft_use_dora"):
         raise ConfigError(
             "peft_use_dora: true can't work with DeepSpeed ZeRO-3: PEFT takes the norm of weights "
@@ -185,12 +180,32 @@ def check_devices(cfg: dict) -> None:
             )
 
 
+def check_one_gpu() -> None:
+    """Refuse one process that sees several GPUs.
+
+    axolotl would spread the model's layers over them (`device_map: auto`), or transformers copy the
+    model to each (`DataParallel`) and cut a batch of pairs.
+
+    Raises:
+        ConfigError: saying how to start instead.
+    """
+    here = torch.accelerator.device_count()
+    if here > 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise ConfigError(
+            f"one process sees {here} GPUs, and can't train on several (device_map: auto); start "
+            "one per GPU with --launcher torchrun -- --nproc_per_node gpu, with FSDP2 or DeepSpeed "
+            "ZeRO-3 for a model that is too large for one, or let one be seen, with "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+
+
 def check_processes(cfg: Any) -> None:
     """Refuse sharding that the processes of this training run can't do.
 
     Raises:
         ConfigError: naming the key, and what to write or how to start instead.
     """
+    check_one_gpu()
     if cfg.fsdp_config and "LOCAL_RANK" not in os.environ:
         raise ConfigError(
             "fsdp_config: needs one process per GPU, and this is a single one; start it with "

@@ -16,7 +16,7 @@ from axolotl_amopo.config.files import digest, local_files
 # The version of the prepared rows, kept by hand: raise it when the same config and data give other
 # rows than before (their columns, their ids, the text of an instruction). Without it, rows of an
 # older version would be used again. tests/test_rows_version.py fails where it was forgotten.
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 
 # Keys of the block that change the loss, not the rows; as every hyperparameter of an objective
 # does. Of `objective` the rows know its defaults, which other keys of the block have taken.
@@ -38,11 +38,23 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+# axolotl's keys that change the tokenizer that it loads and that its own hash lacks.
+TOKENIZER_KEYS = (
+    "tokens",
+    "tokenizer_type",
+    "tokenizer_use_fast",
+    "tokenizer_legacy",
+    "tokenizer_use_mistral_common",
+    "revision_of_model",
+)
 
 
 def shared_facts(cfg: dict, config: AMoPOConfig) -> dict[str, Any]:
     """Return what shapes the rows of every entry, beyond what axolotl's own hash holds."""
-    tokenizer = Path(str(cfg.get("tokenizer_config") or cfg.get("base_model")))
+    model = Path(str(cfg.get("base_model")))
+    tokenizer = Path(str(cfg.get("tokenizer_config") or model))
+    files = [tokenizer / name for name in TOKENIZER_FILES]
+    files.append(model / "generation_config.json")  # where responses end
     return {
         "rows": ROWS_VERSION,
         "block": config.model_dump(mode="json", exclude={*NOT_IN_ROWS, *config.hyperparameters()}),
@@ -50,9 +62,8 @@ def shared_facts(cfg: dict, config: AMoPOConfig) -> dict[str, Any]:
         "seed": cfg.get("seed") if isinstance(config.pairs, int) else None,  # of the pairs drawn
         "sequence_len": [cfg.get("sequence_len"), cfg.get("eval_sequence_len")],
         "template": _template_text(cfg),
-        "tokenizer": [
-            digest(tokenizer / name) for name in TOKENIZER_FILES if (tokenizer / name).is_file()
-        ],
+        "tokenizer": [digest(path) for path in files if path.is_file()],
+        "tokenizer_keys": [cfg.get(key) for key in TOKENIZER_KEYS],
     }
 
 

@@ -31,7 +31,7 @@ from axolotl_amopo.config.through_axolotl import mark_of
 from axolotl_amopo.data.pairing import Pair
 from axolotl_amopo.data.pipeline import prepare
 from axolotl_amopo.data.rows import RatedPrompt, Response, Row, Source
-from axolotl_amopo.data.tokenizer import ChatTokenizer
+from axolotl_amopo.data.tokenizer import ChatTokenizer, generation_stops
 from axolotl_amopo.errors import AMoPOError, ConfigError
 
 __all__ = ["DatasetFormat", "RatedPrompt", "Response", "Row"]
@@ -99,6 +99,7 @@ class DatasetFormat(DatasetWrappingStrategy, ABC):
         mappings = self.ds_cfg.message_property_mappings or {}
         named = {
             "messages": self.ds_cfg.field_messages,
+            "tools": self.ds_cfg.field_tools,
             "role": mappings.get("role"),
             "content": mappings.get("content"),
         }
@@ -114,6 +115,7 @@ class DatasetFormat(DatasetWrappingStrategy, ABC):
             "properties": {n: k for n, k in properties.items() if n not in ("role", "content")},
             "thinking": thinking,
             "split_thinking": bool(self.ds_cfg.split_thinking),
+            "drop_system": bool(self.ds_cfg.drop_system_message),
         }
 
     def wrap_dataset(
@@ -172,6 +174,7 @@ class DatasetFormat(DatasetWrappingStrategy, ABC):
             template,
             dict(self.cfg.chat_template_kwargs or {}),
             tuple(self.cfg.eot_tokens or ()),
+            generation_stops(self.cfg.base_model, self.cfg.revision_of_model),
         )
 
     def excess_length(self) -> str:

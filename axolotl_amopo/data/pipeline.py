@@ -109,6 +109,13 @@ def prepare(format: "DatasetFormat", dataset: Dataset, process_count: int | None
             "excess_length_strategy: truncate needs a fast tokenizer, to cut the question by "
             "its tokens; write drop, or remove tokenizer_use_fast: false."
         )
+    if missed := chat.missed_end():
+        LOG.warning(
+            "%s: responses end with %s, as the chat template ends a turn, but the model's "
+            "generation config does not stop there; write special_tokens: {eos_token: %s}, and "
+            "the trained model's will.",
+            format.source.name, missed, missed,
+        )  # fmt: skip
     dropped: Counter = Counter()
     survey = survey_rows(format, dataset, dropped)
     rule = PairRule(format.config, scales_of(format, survey), format.lower(), format.cfg.seed or 0)

@@ -78,6 +78,7 @@ class Source:
     properties: dict[str, str] = field(default_factory=dict)
     thinking: str = "reasoning_content"  # what the template calls a turn's thinking
     split_thinking: bool = False  # whether to look for it in the turn's text
+    drop_system: bool = False  # whether prompts go without their system message
 
 
 class Row:
@@ -182,6 +183,8 @@ class Row:
             if messages and messages[0]["role"] == "system":
                 raise self.error(self.key("system"), f"is there twice: {key} begins with one.")
             messages = [{"role": "system", "content": self.text("system")}, *messages]
+        if self.source.drop_system and messages and messages[0]["role"] == "system":
+            messages = messages[1:]
         if not any(message["role"] == "user" for message in messages):
             raise self.error(key, "has no user turn before the response.")
         if messages[-1]["role"] == "assistant":

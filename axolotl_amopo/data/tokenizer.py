@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any
 
+from jinja2 import TemplateError
+
 from axolotl_amopo.data.rows import Message
 from axolotl_amopo.errors import AMoPOError
 
@@ -32,6 +34,13 @@ PROBES = (
     "the end of it all-in-one 'quoted words here' \"and also those\" (in here) [as there] {is so}",
 )
 
+# The assistant's turns that a template may close differently, by the role that follows them.
+CALL = {"type": "function", "function": {"name": "answer", "arguments": {}}}
+TURNS: dict[str, Message] = {
+    "user": {"role": "assistant", "content": "answer"},
+    "tool": {"role": "assistant", "content": "", "tool_calls": [CALL]},
+}
+
 Tools = list[dict[str, Any]] | None
 Turn = str | Message  # see `Response.turn`
 
@@ -40,30 +49,43 @@ Turn = str | Message  # see `Response.turn`
 class ChatTokenizer:
     """Renders conversations with the chat template and turns them into token ids.
 
-    A prompt begins with one BOS token if the tokenizer adds one by itself, and a response ends
-    with one EOS token, or with one of the config's `eot_tokens` where the template closes a turn
-    with that.
+    Token ids are those of `apply_chat_template(tokenize=True)`: a prompt has the BOS tokens that
+    the template writes. A response ends where generation stops: at the first stop token that the
+    template writes behind it, else at the added token that the template closes the turn with. Only
+    where it writes none does one follow that it doesn't write.
+
+    Args:
+        eot_tokens: axolotl's key, tokens that close a turn.
+        stops: the tokens at which the model's generation config stops, see `generation_stops`.
+
+    Raises:
+        AMoPOError: for a tokenizer without an EOS token, or a template that doesn't end a turn.
     """
 
     tokenizer: Any
     template: str
     template_kwargs: Mapping[str, Any]
     eot_tokens: tuple[str, ...] = ()
+    stops: tuple[int, ...] = ()
 
     def __post_init__(self):
-        # A first call also ends the truncation and padding that a tokenizer's file may ask for.
-        first, bos = self.tokenizer("a").input_ids[:1], self.tokenizer.bos_token_id
-        self._bos = bos if first == [bos] else None
+        self.tokenizer("a")  # ends the truncation and padding that a tokenizer's file may ask for
         self._eos = self.tokenizer.eos_token
-        # Some tokenizers name few special tokens and mark the others in their vocabulary alone.
-        added = self.tokenizer.added_tokens_decoder.values()
-        marked = [token.content for token in added if token.special]
-        self._special = (*self.tokenizer.all_special_tokens, *marked)
         if self._eos is None:
             raise AMoPOError(
                 f"The tokenizer of {self.tokenizer.name_or_path} has no EOS token, so a response "
                 "could not end; name one under `special_tokens:`, e.g. eos_token: </s>."
             )
+        known = [token for token in self.stops if token < len(self.tokenizer)]
+        self._stop_ids = {self.tokenizer.eos_token_id, *known}
+        self._stops = (self._eos, *self.eot_tokens, *self.tokenizer.convert_ids_to_tokens(known))
+        longest_first = sorted(self._stops, key=len, reverse=True)
+        self._stop = re.compile("|".join(map(re.escape, longest_first)))
+        # Some tokenizers name few special tokens and mark the others in their vocabulary alone.
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = [token.content for token in added if token.special]
+        self._special = (*self.tokenizer.all_special_tokens, *special)
+        self._added = (*self._special, *(token.content for token in added))
         self._direct = self.tokenizer.is_fast and not self.tokenizer.split_special_tokens
         self._known: dict[str, list[int]] = {}
         self._known_turns: dict[str, list[int]] = {}
@@ -77,6 +99,7 @@ class ChatTokenizer:
                     self._words = WHOLE
                 self._known.clear()
                 self._known_turns.clear()
+        self._ends = {role: self._look_behind(turn, role) for role, turn in TURNS.items()}
 
     def render(self, messages: list[Message], tools: Tools, *, generation_prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(
@@ -136,13 +159,7 @@ class ChatTokenizer:
 
     def prompt_ids(self, messages: list[Message], tools: Tools = None) -> list[int]:
         """Return token ids of a conversation up to where the response begins."""
-        ids = self.ids(self.render(messages, tools, generation_prompt=True))
-        if self._bos is not None:
-            while ids[:2] == [self._bos, self._bos]:
-                ids = ids[1:]
-            if ids[:1] != [self._bos]:
-                ids = [self._bos, *ids]
-        return ids
+        return self.ids(self.render(messages, tools, generation_prompt=True))
 
     def response_ids(
         self, messages: list[Message], response: Turn, tools: Tools = None, prompt: str = ""
@@ -170,23 +187,108 @@ class ChatTokenizer:
             begins = any(whole.startswith(item.strip(), len(prompt)) for item in texts.values())
             if not begins and "tool_calls" not in turn:
                 raise ValueError("its text is not rendered by the chat template")
-        text = whole[len(prompt) :]
+        text = self._ended(whole[len(prompt) :], turn)
         _check_rendered(turn, text)
-        ids = self.ids_behind(prompt, self._close(text, turn["content"]))
-        if self.tokenizer.eos_token_id in ids[:-1]:
-            raise ValueError(f"its text contains the end-of-sequence token {self._eos}")
+        ids = self.ids_behind(prompt, text)
+        if early := self._stop_ids.intersection(ids[:-1]):
+            token = self.tokenizer.decode([min(early)])
+            raise ValueError(f"its text contains the end-of-sequence token {token}")
         return ids
 
-    def _close(self, text: str, response: str) -> str:
+    def end_id(self) -> int:
+        """Return the token that ends an answer."""
+        return self.response_ids([{"role": "user", "content": "a"}], "a")[-1]
+
+    def missed_end(self) -> str | None:
+        """Return the token that ends an answer, if generation does not stop there.
+
+        None where it does, or where no generation config says so.
+        """
+        try:
+            end = self.end_id()
+        except (TemplateError, ValueError):
+            return None  # the rows say it, with their numbers
+        missed = self.stops and end not in self._stop_ids
+        return self.tokenizer.decode([end]) if missed else None
+
+    def _ended(self, text: str, turn: Message) -> str:
+        """Return the text of a turn up to the token at which generation stops, that one included.
+
+        Args:
+            text: what the template writes from the turn's beginning to the conversation's end.
+        """
+        content, calls = turn["content"], "tool_calls" in turn
+        own = next((part for part in (content, content.strip()) if part and part in text), "")
+        head, own, tail = text.partition(own) if own else ("", "", text)
+        for found in self._stop.finditer(tail):
+            # Among what is written here may be the turn's own: a call's arguments.
+            if (own and not calls) or self._only_special(tail[found.end() :]):
+                return head + own + tail[: found.end()]
         # Templates write a newline after the turn's end; the model stops before it.
-        stripped = text.rstrip()
-        if stripped.endswith((self._eos, *self.eot_tokens)):
-            return stripped
-        if stripped.endswith(self._special):
-            return stripped + self._eos
-        if response and text.startswith(response) and not text[len(response) :].strip():
-            text = response  # no end of turn in the template, but white space
-        return text + self._eos
+        tail = tail.rstrip()
+        # Behind a call, an added token that isn't special may be the call's own.
+        if tail.endswith(self._special if calls else self._added):
+            return head + own + tail
+        if not tail and (ended := own.rstrip()).endswith(self._stops):
+            return head + ended
+        return head + own + tail + self._ends["tool" if calls else "user"]
+
+    def _only_special(self, text: str) -> bool:
+        return not self.tokenizer.decode(self.ids(text), skip_special_tokens=True).strip()
+
+    def _look_behind(self, turn: Message, role: str) -> str:
+        """Return the token that ends a turn which the template closes with none.
+
+        It is the one that opens the next turn where generation stops at that, as GLM's does: its
+        template writes `<|user|>` before a question and nothing behind an answer. It is EOS else.
+
+        Args:
+            turn: of the assistant.
+            role: whose turn follows.
+
+        Raises:
+            AMoPOError: for a template that goes on behind an answer without having ended it.
+        """
+        talk = [{"role": "user", "content": "a"}, turn]
+        try:
+            last, followed = (
+                self.render([*talk, *more], None, generation_prompt=False).rpartition("answer")[2]
+                for more in ([], [{"role": role, "content": "c"}])
+            )
+        except Exception:  # it takes no such conversation, or fails in Python's ways
+            return self._eos
+        closing = last.rstrip()
+        if self._stop.search(closing):
+            return self._eos
+        if followed.startswith(closing):
+            opened = self._stop.match(followed[len(closing) :].lstrip())
+            return opened[0] if opened else self._eos
+        if role == "tool":
+            return self._eos
+        raise AMoPOError(
+            f"The chat template writes {closing!r} behind an answer at the end of a conversation, "
+            "and something else before the next question; no token at which the model stops is in "
+            "it. Choose another `chat_template:`, or name the token that ends an answer under "
+            "`eot_tokens:`."
+        )
+
+
+def generation_stops(model: str, revision: str | None = None) -> tuple[int, ...]:
+    """Return the tokens at which a model's generation config stops.
+
+    Empty where neither the model's folder nor the cache of the hub has such a config.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        config = GenerationConfig.from_pretrained(
+            model, revision=revision or "main", local_files_only=True
+        )
+    except OSError:
+        return ()
+    stops = config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    return tuple(token for token in stops if isinstance(token, int))
 
 
 def _texts(turn: Message) -> dict[str, str]:

@@ -6,7 +6,7 @@
      "dimensions": [{"name": "helpfulness", "description": null, "scale": [1, 5],
                      "direction": "higher"}, ...],
      "instruction": "...", "overall_instruction": "...", "instruction_place": "before",
-     "rating_in_prompt": "chosen", "chat_template_kwargs": {}}
+     "rating_in_prompt": "chosen", "chat_template_kwargs": {}, "eot_tokens": []}
 
 Settings name dimensions and the ratings to aim for, which are the data's own: of a dimension whose
 lower ratings are better, 1 may be the best. One dimension is asked for by its own instruction,
@@ -74,6 +74,7 @@ class Steering(BaseModel):
     instruction_place: Place = "before"
     rating_in_prompt: Literal["chosen", "own", "none"] = "chosen"
     chat_template_kwargs: dict[str, Any] = {}
+    eot_tokens: list[str] = []
 
     @classmethod
     def from_config(
@@ -82,6 +83,7 @@ class Steering(BaseModel):
         scales: Mapping[str, Sequence[float]],
         lower: Set[str] = frozenset(),
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        eot_tokens: Iterable[str] | None = None,
     ) -> Self:
         """The steering of what a config trains.
 
@@ -89,6 +91,7 @@ class Steering(BaseModel):
             scales: every dimension's lowest and highest rating, as in the instructions.
             lower: the dimensions whose lower ratings are better.
             chat_template_kwargs: axolotl's key, if the run has it.
+            eot_tokens: the same.
         """
         given = (config.instruction, config.overall_instruction)
         usual = (instructions.DEFAULT_INSTRUCTION, instructions.DEFAULT_OVERALL_INSTRUCTION)
@@ -109,6 +112,7 @@ class Steering(BaseModel):
             instruction_place=config.instruction_place,
             rating_in_prompt=config.rating_in_prompt,
             chat_template_kwargs=dict(chat_template_kwargs or {}),
+            eot_tokens=list(eot_tokens or []),
         )
 
     @model_validator(mode="after")

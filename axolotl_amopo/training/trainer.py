@@ -103,8 +103,10 @@ class AMoPOTrainer(AxolotlTrainer):
         if not facts:
             return None
         scales, lower = facts[0]["scales"], set(facts[0]["lower_is_better"])
-        kwargs = self.axolotl_cfg.chat_template_kwargs
-        return Steering.from_config(self.amopo, scales, lower, kwargs and dict(kwargs))
+        cfg = self.axolotl_cfg
+        return Steering.from_config(
+            self.amopo, scales, lower, cfg.chat_template_kwargs, cfg.eot_tokens
+        )
 
     @property
     def data_seed(self) -> int:

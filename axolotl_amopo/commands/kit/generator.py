@@ -220,11 +220,8 @@ def choose_engine(backend: str) -> type[TransformersEngine] | type[VLLMEngine]:
 
 
 def stop_ids(chat: ChatTokenizer) -> set[int]:
-    """Return the tokens that end an answer: EOS, and those with which the template ends a turn."""
-    tokenizer = chat.tokenizer
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    turn = chat.response_ids([{"role": "user", "content": "a"}], "a")
-    return {tokenizer.eos_token_id} | (special & set(turn))
+    """Return the tokens that end an answer: EOS, and that with which the template ends a turn."""
+    return {chat.tokenizer.eos_token_id, chat.end_id()}
 
 
 def until_stop(ids: list[int], stops: Sequence[int]) -> list[int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from axolotl_amopo.data.tokenizer import ChatTokenizer
+from axolotl_amopo.data.tokenizer import ChatTokenizer, generation_stops
 from axolotl_amopo.errors import AMoPOError, ConfigError
 from axolotl_amopo.steering.steering import FILE, Steering
 from axolotl_amopo.steering.template import unsteered
@@ -136,7 +136,11 @@ def steering_of(cfg: Any, path: Path) -> Steering:
                 f"data; write {{name: {name}, scale: [lowest, highest]}} under amopo.dimensions."
             )
     return Steering.from_config(
-        strategy.config, strategy.source.scales, strategy.lower(), cfg.chat_template_kwargs
+        strategy.config,
+        strategy.source.scales,
+        strategy.lower(),
+        cfg.chat_template_kwargs,
+        cfg.eot_tokens,
     )
 
 
@@ -181,9 +185,13 @@ def chat_tokenizer(trained: TrainedModel, tokenizer: Any) -> ChatTokenizer:
         AMoPOError: where there is no chat template, or the folder's steering is broken.
     """
     kwargs: dict[str, Any] = {}
+    eot_tokens: tuple[str, ...] = ()
     if trained.yaml_steering or (trained.folder / FILE).exists():
-        kwargs = trained.steering.chat_template_kwargs
-    return ChatTokenizer(tokenizer, chat_template(tokenizer, trained.folder), kwargs)
+        steering = trained.steering
+        kwargs, eot_tokens = steering.chat_template_kwargs, tuple(steering.eot_tokens)
+    template = chat_template(tokenizer, trained.folder)
+    stops = generation_stops((trained.is_adapter and trained.base) or str(trained.folder))
+    return ChatTokenizer(tokenizer, template, kwargs, eot_tokens, stops)
 
 
 def load_model(trained: TrainedModel, *, base: bool = False) -> Any:
