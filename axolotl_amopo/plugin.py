@@ -8,6 +8,7 @@ formats in their places. In a run without `rl: amopo` every hook returns what th
 Imports stand in the hooks: axolotl loads this module in every run on the machine.
 """
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,10 @@ class AMoPOPlugin(BasePlugin):
 
         self.enabled = self._is_first() and (is_asked_for(cfg) or is_taken_over(cfg))
         if self.enabled:
+            from axolotl_amopo.config.redact import redact_logged_config
+
             print_sentences()
+            logging.getLogger("axolotl.cli.config").addFilter(redact_logged_config)
         suit_inference(cfg)
         if self.enabled and is_asked_for(cfg):
             with_data = not cfg.get("merge_lora")  # which loads the config alone
@@ -69,8 +73,12 @@ class AMoPOPlugin(BasePlugin):
         if not self._runs(cfg):
             return
         from axolotl_amopo.config.devices import check_layers
+        from axolotl_amopo.config.redact import redact_config_file
         from axolotl_amopo.training.sharing import check_before_loading
 
+        # Everything reads it there from now on: the run's log and card, and axolotl's callbacks,
+        # which send the file to trackers.
+        cfg.axolotl_config_path = redact_config_file(cfg.axolotl_config_path)
         check_layers(cfg)
         if cfg.amopo.share_prompt is True:
             check_before_loading(cfg)

@@ -1,4 +1,4 @@
-"""`amopo_log.jsonl` in the output folder: what was trained, and everything that was logged.
+"""`_amopo_log.jsonl` in the output folder: what was trained, and everything that was logged.
 
 `axolotl amopo report` reads it, also while the run goes on. It only grows, one JSON object a line:
 

@@ -1,6 +1,6 @@
 """Read the log of a training run: what was trained, and every metric over the steps.
 
-The log is `amopo_log.jsonl` (see `run_log.py`), or where it is absent the newest
+The log is `_amopo_log.jsonl` (see `run_log.py`), or where it is absent the newest
 `trainer_state.json`.
 
     run = read_run(Path("outputs/qwen2.5-7b-amopo"))
@@ -20,7 +20,9 @@ import numpy as np
 
 from axolotl_amopo.errors import AMoPOError, DataError
 
-LOG = "amopo_log.jsonl"
+# transformers uploads the output folder without what begins with an underscore (`ignore_patterns`
+# in Trainer.push_to_hub).
+LOG = "_amopo_log.jsonl"
 STATE = "trainer_state.json"
 METRIC = re.compile(r"amopo/(.+)/[^/]+")
 # The metrics of each prompt that people compare before and after training.

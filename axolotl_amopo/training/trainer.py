@@ -14,6 +14,7 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from axolotl_amopo.config.block import AMoPOConfig, read_block
+from axolotl_amopo.config.redact import redact
 from axolotl_amopo.config.through_axolotl import stamped
 from axolotl_amopo.errors import AMoPOError, ConfigError
 from axolotl_amopo.model.batch import responses
@@ -139,7 +140,7 @@ class AMoPOTrainer(AxolotlTrainer):
                 CARD, self.args.output_dir,
             )  # fmt: skip
             return
-        super().create_model_card(*args, **kwargs)
+        super().create_model_card(*args, **redact(kwargs))  # paths of datasets are among its tags
         try:
             write_card(self)
         except AMoPOError as error:
