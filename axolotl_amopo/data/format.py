@@ -29,6 +29,7 @@ from axolotl_amopo.config.block import read_block
 from axolotl_amopo.config.datasets import DatasetOptions
 from axolotl_amopo.config.redact import redact_urls
 from axolotl_amopo.config.through_axolotl import mark_of
+from axolotl_amopo.data.cache import mark_as_ours
 from axolotl_amopo.data.pairing import Pair
 from axolotl_amopo.data.pipeline import prepare
 from axolotl_amopo.data.rows import RatedPrompt, Response, Row, Source
@@ -125,6 +126,8 @@ class DatasetFormat(DatasetWrappingStrategy, ABC):
         **_: Any,
     ) -> Dataset:
         """Return the prepared rows of a whole loaded dataset: what axolotl calls, see `prepare`."""
+        if saved := self.cfg.test_datasets if self.eval_split else self.cfg.datasets:
+            mark_as_ours(self.cfg, saved, self.tokenizer)  # axolotl saves them next
         return prepare(self, dataset, process_count)
 
     def tokenizing(self) -> dict[str, Any]:
