@@ -108,7 +108,7 @@ class AMoPOPlugin(BasePlugin):
         run = describe_run(cfg, trainer.amopo, trainer.train_dataset, trainer.eval_dataset)
         trackers = Trackers(trainer)
         table = [EvalTable(trainer, trackers)] if trainer.amopo.eval_table else []
-        return [RunLog(run), trackers, *table]
+        return [RunLog(run, trainer), trackers, *table]
 
     def post_lora_merge(self, cfg: Any, adapter_path: str, output_path: str) -> None:
         from axolotl_amopo.steering.steering import FILE

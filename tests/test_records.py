@@ -115,8 +115,10 @@ def run(tmp_path_factory, tiny_model, uploads, logged):
 
 def test_every_log_is_there(run):
     _, before, first, _ = run
-    begin, *logged = [json.loads(line) for line in before.splitlines()[:-1]]
-    assert begin["begin"] == 0
+    begin, chosen, *logged = [json.loads(line) for line in before.splitlines()[:-1]]
+    assert begin["begin"] == 0 and chosen["step"] == 0
+    assert chosen["run"]["sharing"] == first.choice._asdict()
+    assert first.choice.layout == "packed"
     assert "total_flos" in logged[-1]
     assert len(logged) == len(first.state.log_history)
     for line, entry in zip(logged, first.state.log_history, strict=True):
@@ -162,7 +164,7 @@ def test_a_resumed_run_goes_on_below(run):
     folder, before, *_ = run
     text = (folder / "out" / FILE).read_text()
     assert text.startswith(before + "\n")
-    again, *logged = [json.loads(line) for line in text[len(before) + 1 :].splitlines()]
+    again, _, *logged = [json.loads(line) for line in text[len(before) + 1 :].splitlines()]
     assert again["begin"] == 1
     assert again["run"]["data"] == entries_of(run)[0]["run"]["data"]
     assert [line["step"] for line in logged if "loss" in line] == [2, 3]

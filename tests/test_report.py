@@ -305,6 +305,22 @@ def test_masked_dimensions(tmp_path):
     assert len(series(run.train, "amopo/safety/margin")[0]) == 200 // 3
 
 
+def test_unshared_prompts_are_a_note(tmp_path):
+    sharing = {"layout": "sequences", "own_logits": True, "why_own_logits": "it scales them"}
+    line = {"step": 0, "time": BEGUN, "run": {"sharing": sharing | {"why_unshared": "a state"}}}
+    begin, *entries = healthy()
+    run = read(tmp_path / "run", [begin, line, *entries])
+    assert run.about["model"] == "some/model" and len(run.train) == 200
+    found = {finding.code: finding for finding in findings(run)}
+    assert found.keys() == {"prompts-not-shared", "own-logits"}
+    assert {finding.severity for finding in found.values()} == {"note"}
+    assert found["prompts-not-shared"].text.endswith("its own: a state.")
+    assert found["own-logits"].text.endswith("logits: it scales them.")
+    for quiet in ({"layout": "packed", "why_unshared": ""}, {"layout": "sequences"}):
+        line["run"]["sharing"] = quiet
+        assert codes(read(tmp_path / "run", [begin, line, *entries])) == set()
+
+
 def test_few_pairs_are_a_note(tmp_path):
     run = read(tmp_path / "run", healthy(about={"eval_pairs": 12}))
     [finding] = findings(run)

@@ -74,7 +74,7 @@ class TrainingRun:
 
     folder: Path
     file: Path
-    about: dict[str, Any]  # "run" of the log's begin lines; empty for a trainer_state.json
+    about: dict[str, Any]  # "run" of the log's lines; empty for a trainer_state.json
     prompts: list[str]
     train: list[Entry]
     evals: list[Entry]  # names without "eval_"
@@ -214,11 +214,11 @@ def _from_log(file: Path, now: float) -> TrainingRun:
                 for (kind, at), entry in entries.items()
                 if at <= begins_at and kind != "end" and not again
             }
-            about |= line["run"] if isinstance(line.get("run"), dict) else {}
             begins.append(int(begins_at))
             times.append([])
         else:
             entries |= _entry(line)
+        about |= line["run"] if isinstance(line.get("run"), dict) else {}
         if times and when is not None:
             times[-1].append(when)
     written = max((when for part in times for when in part), default=file.stat().st_mtime)

@@ -104,6 +104,11 @@ class AMoPOTrainer(AxolotlTrainer):
         return Steering.from_config(self.amopo, scales, lower, kwargs and dict(kwargs))
 
     @property
+    def choice(self) -> Choice | None:
+        """Return how batches go through the model; None before the first batch."""
+        return self._choice
+
+    @property
     def data_seed(self) -> int:
         """Return the seed of the order of the rows and of an objective's draws."""
         return self.args.data_seed if self.args.data_seed is not None else self.args.seed
