@@ -1,11 +1,14 @@
 """axolotl's accelerators train the same model as plain code: after real runs, the weights agree.
 
-What needs Triton or CUDA can't run here. What can is the code around those kernels, and whatever
-patches a model: that it is in place, and that the loss still goes through it (or past it).
+What needs CUDA can't run here; of Triton's kernels, those that its interpreter takes. What can is
+the code around them, and whatever patches a model: that it is in place, and that the loss still
+goes through it (or past it). docs/performance.md lists what waits for a GPU.
 """
 
+import json
 import math
 import os
+import sys
 from unittest import mock
 
 import pytest
@@ -160,6 +163,16 @@ def test_fused_lora_kernels(train, same, restored):
     assert layer.self_attn.apply_o.__func__ is lora_kernels.apply_lora_o
     assert layer.mlp.forward.__func__ is lora_kernels.apply_lora_mlp_swiglu
     same(trainer, "lora")
+
+
+def test_triton_kernels_in_its_interpreter(tmp_path):
+    """Liger's rotary embedding, and axolotl's LoRA functions with their own SwiGLU kernels."""
+    worker = runs.ROOT / "tests" / "triton_worker.py"
+    done = runs.command(sys.executable, str(worker), cwd=tmp_path, TRITON_INTERPRET="1")
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 4
+    for name, differences in found.items():
+        assert max(differences) < 1e-5, name
 
 
 def test_fp16_with_gradient_scaling(train, same, monkeypatch):
