@@ -8,6 +8,7 @@ formats in their places. In a run without `rl: amopo` every hook returns what th
 Imports stand in the hooks: axolotl loads this module in every run on the machine.
 """
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,10 @@ class AMoPOPlugin(BasePlugin):
 
         self.enabled = self._is_first() and (is_asked_for(cfg) or is_taken_over(cfg))
         if self.enabled:
+            from axolotl_amopo.config.redact import redact_logged_config
+
             print_sentences()
+            logging.getLogger("axolotl.cli.config").addFilter(redact_logged_config)
         suit_inference(cfg)
         if self.enabled and is_asked_for(cfg):
             with_data = not cfg.get("merge_lora")  # which loads the config alone
@@ -69,8 +73,12 @@ class AMoPOPlugin(BasePlugin):
         if not self._runs(cfg):
             return
         from axolotl_amopo.config.devices import check_layers, check_one_gpu
+        from axolotl_amopo.config.redact import redact_config_file
         from axolotl_amopo.training.sharing import check_before_loading
 
+        # Everything reads it there from now on: the run's log and card, and axolotl's callbacks,
+        # which send the file to trackers.
+        cfg.axolotl_config_path = redact_config_file(cfg.axolotl_config_path)
         if not cfg.merge_lora:  # which may use the memory of several
             check_one_gpu()  # again, for `axolotl evaluate`
         check_layers(cfg)
@@ -102,7 +110,7 @@ class AMoPOPlugin(BasePlugin):
         run = describe_run(cfg, trainer.amopo, trainer.train_dataset, trainer.eval_dataset)
         trackers = Trackers(trainer)
         table = [EvalTable(trainer, trackers)] if trainer.amopo.eval_table else []
-        return [RunLog(run), trackers, *table]
+        return [RunLog(run, trainer), trackers, *table]
 
     def post_lora_merge(self, cfg: Any, adapter_path: str, output_path: str) -> None:
         from axolotl_amopo.steering.steering import FILE

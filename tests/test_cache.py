@@ -6,6 +6,7 @@ import shutil
 import pyarrow as pa
 import pytest
 from datasets import Dataset, load_from_disk
+from pyarrow import feather
 from runs import config, prepare, write_config, write_jsonl
 
 from axolotl_amopo.data.cache import set_aside_unfinished, unfinished
@@ -128,10 +129,50 @@ def test_several_prepare_the_same_data_at_once(tmp_path, tiny_model, forks):
     assert [len(load_from_disk(folder)) for folder in folders] == [6, 6]
 
 
-def test_what_is_not_ours_stays(tmp_path):
-    Dataset.from_dict({"input_ids": [[1]]}).save_to_disk(tmp_path / "sft")
-    missing_state(tmp_path / "sft")
-    set_aside_unfinished(str(tmp_path))
+def feather_files(folder):
+    for compression in ("uncompressed", "lz4"):
+        table = pa.table({"example_id": [1, 2]})
+        feather.write_feather(table, folder / f"{compression}.arrow", compression)
+
+
+def an_empty_shard(folder):
+    (folder / "data-00000-of-00001.arrow").touch()
+
+
+def half_a_stream(folder):
+    table = pa.table({"text": ["one", "two"]})
+    with pa.OSFile(str(folder / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema):
+        pass
+    whole = (folder / "data.arrow").read_bytes()
+    (folder / "data.arrow").write_bytes(whole[:20])
+
+
+def a_dataset_with_example_ids(folder):
+    Dataset.from_dict({"example_id": [1], "question": ["Why?"]}).save_to_disk(folder)
+    missing_state(folder)
+
+
+def an_sft_dataset(folder):
+    Dataset.from_dict({"input_ids": [[1]]}).save_to_disk(folder)
+    missing_state(folder)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [feather_files, an_empty_shard, half_a_stream, a_dataset_with_example_ids, an_sft_dataset],
+)
+def test_what_is_not_ours_stays(kind, prepared):
+    _, ours = prepared
+    folder = ours.parent / "of-somebody"
+    folder.mkdir()
+    kind(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    missing_state(ours)
+    set_aside_unfinished(str(ours.parent))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not ours.exists()
+
+
+def test_no_folder_is_made(tmp_path):
     set_aside_unfinished(str(tmp_path / "nowhere"))
-    assert (tmp_path / "sft").is_dir()
     assert not (tmp_path / "nowhere").exists()

@@ -226,7 +226,7 @@ def test_a_report_has_its_json_beside_the_page(tmp_path):
     run = written(tmp_path / "run", healthy())
     done = CliRunner().invoke(amopo, ["report", str(run), "--json"])
     facts = json.loads(done.stdout)
-    assert json.loads((run / "amopo_report" / "report.json").read_text()) == facts
+    assert json.loads((run / "_amopo_report" / "report.json").read_text()) == facts
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "report.json").write_text("mine")
     done = CliRunner().invoke(amopo, ["report", str(run), "--output", str(tmp_path / "mine")])

@@ -1,5 +1,7 @@
-"""Every file in example_configs/ passes axolotl's own validation, and loses no key in it."""
+"""Every file in example_configs/ passes axolotl's own validation, loses no key in it, and makes a
+step whose types, shapes and devices fit."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -15,8 +17,18 @@ from axolotl.integrations.base import PluginManager
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 from runs import load, write_config, write_jsonl
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+from axolotl_amopo.commands.plan.load import load as load_for
+from axolotl_amopo.commands.plan.models import model_config
+from axolotl_amopo.commands.plan.step import PairShape, build_model, made_up_batch, shortened
 from axolotl_amopo.errors import AMoPOError, ConfigError
+from axolotl_amopo.model import forward
+from axolotl_amopo.model.attention import PACKED
+from axolotl_amopo.model.batch import responses
+from axolotl_amopo.model.choose import candidates
+from axolotl_amopo.objectives import example_losses
+from axolotl_amopo.training.metrics import example_metrics
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "example_configs").glob("*.yml"))
@@ -211,3 +223,66 @@ def test_a_misspelt_key_is_noticed(block, key, misspelt, local):
     # Refused by the plugin, or (in a block that axolotl owns) missed in what validation kept.
     with pytest.raises((AMoPOError, AssertionError), match=misspelt):
         assert_kept(given, validate(local(given)))
+
+
+GPU_CONFIGS = [path for path in CONFIGS if path.stem != "quickstart"]
+
+
+@pytest.mark.parametrize("device", ["cuda", "meta"])
+@pytest.mark.parametrize("path", GPU_CONFIGS, ids=lambda path: path.stem)
+def test_a_step_on_fake_tensors(path, device, monkeypatch):
+    """A micro batch of the config's model, two layers of it, on tensors without contents.
+
+    On fake CUDA tensors the forward pass and what follows it (objective, loss, metrics) run under
+    autocast, as they will. A backward pass there asks for a driver, so forward and backward run
+    once more on fake meta tensors, which no autocast knows. A tensor that is made on the CPU, a
+    shape that doesn't fit, a type that an operator does not take fail in one of the two.
+
+    Neither sees a value, a kernel (what CUDA's attention takes; fused LoRA kernels and quantised
+    weights, in whose place stand plain ones), autocast in the backward pass, sharding, the
+    optimizer, or an objective's draws, which read the examples' ids.
+    """
+    sharded = read(path).keys() & {"fsdp_config", "deepspeed"}
+    cfg, amopo = load_for(str(path), "cuda", gpus=8 if sharded else 1)
+    model = build_model(cfg, shortened(model_config(cfg), 2), device)
+    batch = made_up_batch(cfg.micro_batch_size, len(amopo.criteria), PairShape(48, 11, 5))
+
+    def lay_out(*what):
+        # From lengths alone, on the CPU, and with operators whose shapes depend on contents.
+        with unset_fake_temporarily():
+            return plain(*what)
+
+    plain = forward.lay_out
+    monkeypatch.setattr(forward, "lay_out", lay_out)
+    autocast = contextlib.nullcontext()
+    if device == "cuda":
+        with monkeypatch.context() as gpu:  # what autocast asks before it is turned on
+            for name in ("is_available", "is_bf16_supported"):
+                gpu.setattr(torch.cuda, name, lambda *_, **__: True)
+            autocast = torch.autocast("cuda", dtype=torch.bfloat16 if cfg.bf16 else torch.float16)
+    else:  # our head asks, and turns it off
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+        monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    causal = forward.causal_model(model)
+    (layout, *_) = candidates(cfg.attn_implementation, torch.device("cuda"))
+    if layout == "packed":
+        causal.set_attn_implementation(PACKED["sdpa"])
+    if cfg.gradient_checkpointing:
+        causal.gradient_checkpointing_enable(cfg.gradient_checkpointing_kwargs)
+    forward.teach(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        batch |= {k: v.to(device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+        with autocast:
+            logps, mask = forward.response_logps(model.train(), batch, layout)
+            weights = torch.ones(batch["points"].shape, device=device)
+            given = responses(batch, logps, mask, weights=weights)
+            outcome = amopo.make_objective(cfg.rl_beta)(given, None)
+            loss = (example_losses(outcome, given) * given.counts).mean()
+            metrics = example_metrics(outcome, given, amopo.criteria)
+        assert loss.dtype == torch.float32
+        assert {one.device for one in [loss, *metrics.values()]} == {logps.device}
+        assert logps.device.type == device
+        if device == "meta":
+            loss.backward()
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            assert trained and all(p.grad.dtype == p.dtype for p in trained.values())

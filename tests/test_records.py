@@ -1,14 +1,24 @@
-"""What a run leaves in its output folder beside the model: its log, its card, how to steer it."""
+"""What a run leaves in its output folder beside the model (its log, its card, how to steer it), and
+what of that is uploaded."""
 
 import json
+import logging
+import os
 import re
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
+import axolotl.cli.config
 import pytest
 import runs
 import transformers
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import filter_repo_objects
 
 from axolotl_amopo.steering.steering import Steering
+from axolotl_amopo.training.eval_table import FILE as TABLE
 from axolotl_amopo.training.run_log import FILE
 
 ROWS = [
@@ -24,22 +34,72 @@ ROWS = [
 ]
 
 
+# In the config below, each under a key or in an address that says so; and in a comment.
+SECRET = "5ecret"
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_model):
+def uploads():
+    """By upload, in order: the content of the files that the hub would get, by their paths."""
+    sent: list[dict[str, bytes]] = []
+
+    def upload_folder(_, *, folder_path, ignore_patterns=None, run_as_future=False, **options):
+        folder = Path(folder_path)
+        files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        files = list(filter_repo_objects(files, ignore_patterns=ignore_patterns))
+        sent.append({name: (folder / name).read_bytes() for name in files})
+        done: Future = Future()
+        done.set_result(None)
+        return done
+
+    def create_repo(_, repo_id, **options):
+        return SimpleNamespace(repo_id=repo_id)
+
+    with (
+        mock.patch.object(HfApi, "upload_folder", upload_folder),
+        mock.patch.object(HfApi, "create_repo", create_repo),
+        mock.patch.dict(os.environ),  # axolotl hands keys of trackers on through it
+    ):
+        yield sent
+
+
+@pytest.fixture(scope="module")
+def logged():
+    """What axolotl logs of the config: it goes to `debug.log` in the output folder."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = axolotl.cli.config.LOG.logger
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_model, uploads, logged):
     """Two steps with evaluations, then half a line as a killed run leaves it, then two more."""
     folder = tmp_path_factory.mktemp("run")
     data = runs.write_jsonl(folder / "data.jsonl", ROWS)
     test = runs.write_jsonl(folder / "test.jsonl", ROWS[:1])
     changes = {
-        "amopo": {"dimensions": ["helpfulness", {"name": "honesty", "scale": [1, 6]}]},
+        "amopo": {
+            "dimensions": ["helpfulness", {"name": "honesty", "scale": [1, 6]}],
+            "eval_table": 1,
+        },
         "val_set_size": None,
         "test_datasets": [{"path": str(test), "type": "amopo.rated", "scale": [1, 5]}],
         "eval_strategy": "steps",
         "eval_steps": 2,
         "save_strategy": "steps",
         "save_steps": 1,
+        "hub_model_id": "someone/tiny",
+        "use_tensorboard": True,
+        "comet_api_key": f"key-{SECRET}",
+        "model_kwargs": {"token": f"hf_{SECRET}"},
+        "mlflow_tracking_uri": f"https://user:{SECRET}@localhost/?api_key={SECRET}",
     }
     path = runs.write_config(folder, runs.config(folder, tiny_model, data, max_steps=2, **changes))
+    path.write_text(f"{path.read_text()}# wandb_api_key: {SECRET}\n")
     # With progress bars off, transformers' PrinterCallback takes `total_flos` out of the logs.
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -55,8 +115,10 @@ def run(tmp_path_factory, tiny_model):
 
 def test_every_log_is_there(run):
     _, before, first, _ = run
-    begin, *logged = [json.loads(line) for line in before.splitlines()[:-1]]
-    assert begin["begin"] == 0
+    begin, chosen, *logged = [json.loads(line) for line in before.splitlines()[:-1]]
+    assert begin["begin"] == 0 and chosen["step"] == 0
+    assert chosen["run"]["sharing"] == first.choice._asdict()
+    assert first.choice.layout == "packed"
     assert "total_flos" in logged[-1]
     assert len(logged) == len(first.state.log_history)
     for line, entry in zip(logged, first.state.log_history, strict=True):
@@ -102,7 +164,7 @@ def test_a_resumed_run_goes_on_below(run):
     folder, before, *_ = run
     text = (folder / "out" / FILE).read_text()
     assert text.startswith(before + "\n")
-    again, *logged = [json.loads(line) for line in text[len(before) + 1 :].splitlines()]
+    again, _, *logged = [json.loads(line) for line in text[len(before) + 1 :].splitlines()]
     assert again["begin"] == 1
     assert again["run"]["data"] == entries_of(run)[0]["run"]["data"]
     assert [line["step"] for line in logged if "loss" in line] == [2, 3]
@@ -143,7 +205,8 @@ def test_the_card_says_what_the_log_says(run, tiny_model):
     ]
     assert ["gamma", "2"] in settings and ["learning_rate", "0.001"] in settings
     assert f"They saw {len(trainer.eval_dataset)} held-out pairs" in card.text
-    assert (folder / "config.yml").read_text().strip() in card.text
+    for line in (folder / "config.yml").read_text().splitlines():
+        assert SECRET in line or line in card.text
     assert "axolotl 0.21" in card.text and "@inproceedings{liu-etal-2025-amopo" in card.text
 
 
@@ -166,3 +229,25 @@ def test_an_evaluation_alone_writes_nothing(run):
     before = (folder / "out" / FILE).read_text()
     trainer.evaluate()
     assert (folder / "out" / FILE).read_text() == before
+
+
+def test_what_is_uploaded(run, uploads, logged):
+    """At each save and at the end: the model and what describes it; no secret, no held-out text."""
+    folder, *_ = run
+    heldout = [response["text"] for response in ROWS[0]["responses"]]
+    assert len(uploads) == 2 + 1 + 2 + 1  # of the first run, and of the resumed one
+    for files in uploads:
+        assert {"model.safetensors", "config.json", "training_args.bin"} <= files.keys()
+        for name, content in files.items():
+            assert SECRET.encode() not in content, name
+            assert not any(text.encode() in content for text in heldout), name
+    assert {"README.md", "amopo_steering.json"} <= uploads[-1].keys()
+    assert any(name.startswith("runs/") for name in uploads[-1])  # TensorBoard's
+
+    assert heldout[0] in (folder / "out" / TABLE).read_text()
+    for name in (FILE, "README.md"):
+        text = (folder / "out" / name).read_text()
+        assert SECRET not in text and "model_kwargs" in text and "(hidden)" in text
+    configs = [line for line in logged if line.startswith("config:")]
+    assert len(configs) == 2
+    assert all(SECRET not in line and "https://(hidden)@localhost" in line for line in configs)

@@ -305,6 +305,22 @@ def test_masked_dimensions(tmp_path):
     assert len(series(run.train, "amopo/safety/margin")[0]) == 200 // 3
 
 
+def test_unshared_prompts_are_a_note(tmp_path):
+    sharing = {"layout": "sequences", "own_logits": True, "why_own_logits": "it scales them"}
+    line = {"step": 0, "time": BEGUN, "run": {"sharing": sharing | {"why_unshared": "a state"}}}
+    begin, *entries = healthy()
+    run = read(tmp_path / "run", [begin, line, *entries])
+    assert run.about["model"] == "some/model" and len(run.train) == 200
+    found = {finding.code: finding for finding in findings(run)}
+    assert found.keys() == {"prompts-not-shared", "own-logits"}
+    assert {finding.severity for finding in found.values()} == {"note"}
+    assert found["prompts-not-shared"].text.endswith("its own: a state.")
+    assert found["own-logits"].text.endswith("logits: it scales them.")
+    for quiet in ({"layout": "packed", "why_unshared": ""}, {"layout": "sequences"}):
+        line["run"]["sharing"] = quiet
+        assert codes(read(tmp_path / "run", [begin, line, *entries])) == set()
+
+
 def test_few_pairs_are_a_note(tmp_path):
     run = read(tmp_path / "run", healthy(about={"eval_pairs": 12}))
     [finding] = findings(run)
@@ -414,7 +430,7 @@ def test_bad_input_is_a_sentence(tmp_path):
     for folder, message in (
         (tmp_path / "file", "is a file, not a folder"),
         (tmp_path / "absent", "is no folder"),
-        (tmp_path / "empty", "has neither amopo_log.jsonl nor a checkpoint"),
+        (tmp_path / "empty", "has neither _amopo_log.jsonl nor a checkpoint"),
         (tmp_path / "damaged", "trainer_state.json: is not what a trainer writes"),
         (written(tmp_path / "dpo", other), "has no amopo/... metrics"),
         (written(tmp_path / "begun", healthy()[:1]), "nothing has been logged yet"),
@@ -488,7 +504,7 @@ def made(tmp_path_factory):
 
 def test_the_page_has_the_numbers_of_the_log(made):
     assert made.done.exit_code == 0, made.done.output
-    parsed = Parsed((made.folder / "amopo_report" / "index.html").read_text(encoding="utf-8"))
+    parsed = Parsed((made.folder / "_amopo_report" / "index.html").read_text(encoding="utf-8"))
     assert "script" not in parsed.tags and "<b>a $run$</b>" in parsed.words
     evals = [line for line in made.lines if "eval_loss" in line]
     rows = {row[0]: row[1:] for row in parsed.tables[0][2:]}
@@ -553,10 +569,10 @@ def test_plots_show_the_log(made):
     names = []
     for plot in board.plots():
         names.append(plot.name)
-        svg = ET.parse(made.folder / "amopo_report" / f"{plot.name}.svg").getroot()
+        svg = ET.parse(made.folder / "_amopo_report" / f"{plot.name}.svg").getroot()
         assert svg.attrib["aria-label"] == plot.title
         assert plot.title in " ".join(svg.itertext())
-        assert (made.folder / "amopo_report" / f"{plot.name}.png").stat().st_size > 5000
+        assert (made.folder / "_amopo_report" / f"{plot.name}.png").stat().st_size > 5000
         if plot.name not in ("margin", "accuracy", "prob"):
             continue
         [axis] = plot.figure.axes
@@ -606,9 +622,9 @@ def test_ten_dimensions_and_one(tmp_path):
         assert "weights-uniform" not in codes(run)
         done = invoke(tmp_path / "run", "--quiet", "--force")
         assert done.exit_code == 0 and done.output == ""
-        text = (tmp_path / "run" / "amopo_report" / "index.html").read_text(encoding="utf-8")
+        text = (tmp_path / "run" / "_amopo_report" / "index.html").read_text(encoding="utf-8")
         assert len(Parsed(text).tables[0]) == len(prompts) + 2
-        labels = ET.parse(tmp_path / "run" / "amopo_report" / "change.svg").getroot().itertext()
+        labels = ET.parse(tmp_path / "run" / "_amopo_report" / "change.svg").getroot().itertext()
         assert set(prompts) <= {label.strip() for label in labels}
 
 
@@ -653,13 +669,13 @@ def test_the_default_for_several_runs_is_here(tmp_path, monkeypatch, two_plots):
     monkeypatch.chdir(tmp_path)
     folders = [written(tmp_path / name, healthy(every=0)) for name in "ab"]
     assert invoke(*folders, "--quiet").exit_code == 0
-    assert (tmp_path / "amopo_report" / "index.html").is_file()
-    assert not (tmp_path / "a" / "amopo_report").exists()
+    assert (tmp_path / "_amopo_report" / "index.html").is_file()
+    assert not (tmp_path / "a" / "_amopo_report").exists()
 
 
 def test_only_its_own_page_is_written_anew(tmp_path, two_plots):
     run = written(tmp_path / "run", killed(healthy()))
-    page = run / "amopo_report" / "index.html"
+    page = run / "_amopo_report" / "index.html"
     assert invoke(run, "--quiet").exit_code == 0
     assert "step 120 of 200" in page.read_text(encoding="utf-8")
     written(run, healthy())
@@ -667,7 +683,7 @@ def test_only_its_own_page_is_written_anew(tmp_path, two_plots):
     assert "step 200 of 200" in page.read_text(encoding="utf-8")
     # Moved with its report, it is still the same run.
     moved = run.rename(tmp_path / "moved")
-    page = moved / "amopo_report" / "index.html"
+    page = moved / "_amopo_report" / "index.html"
     assert invoke(moved, "--quiet").exit_code == 0
 
     other = written(tmp_path / "other", healthy(3))

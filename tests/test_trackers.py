@@ -110,7 +110,7 @@ def test_settings_and_examples(trainer, events, folder):
     settings = tensor(events, "amopo/text_summary").decode()
     assert "| amopo.gamma | 1.25 |" in settings
 
-    lines = (folder / "out" / "amopo_eval_table.jsonl").read_text().splitlines()
+    lines = (folder / "out" / "_amopo_eval_table.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines][-2:]
     table = tensor(events, "eval/amopo_examples/text_summary", at=-1).decode()
     files = sorted((folder / "wandb").glob("latest-run/files/media/table/eval/*.json"))

@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from test_data import data_format
 from transformers import JambaConfig, JambaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from axolotl_amopo.commands.report.findings import findings
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.example import Example
 from axolotl_amopo.objectives import Draw
 from axolotl_amopo.training.collator import AMoPOCollator
+from axolotl_amopo.training.runs import read_run
 
 ROWS = 8
 
@@ -113,6 +115,9 @@ def test_a_recurrent_model_trains_unshared(tmp_path, tokenizer, data, caplog):
     loud = [r for r in caplog.records if "PROMPTS ARE NOT SHARED" in r.message]
     assert len(loud) == 1
     assert "JambaForCausalLM carries a state" in loud[0].message
+    notes = {one.code: one.text for one in findings(read_run(tmp_path / "auto" / "out"))}
+    assert "JambaForCausalLM carries a state" in notes["prompts-not-shared"]
+    assert "own-logits" not in notes
     for file in model.glob("*.safetensors"):
         file.unlink()  # the config alone suffices to refuse
     with pytest.raises(AMoPOError, match="share_prompt: true can't work"):

@@ -52,10 +52,22 @@ def check_parallel(cfg: dict) -> None:
     """
     _check_deepspeed(cfg)
     _check_fsdp(cfg)
+    _check_fp16(cfg)
     if (cfg.get("accelerator_config") or {}).get("even_batches") is False:
         raise ConfigError(
             "accelerator_config.even_batches: false can't work with rl: amopo: a process without "
             "rows lets the others wait; remove it: what fills an epoch up is not counted."
+        )
+
+
+def _check_fp16(cfg: dict) -> None:
+    """Refuse to train weights that axolotl keeps in fp16: torch's gradient scaler can't."""
+    adapter_in_float32 = cfg.get("adapter") and cfg.get("peft_autocast_adapter_dtype") is not False
+    sharded = cfg.get("fsdp_config") or cfg.get("deepspeed")  # which keep copies in float32
+    if cfg.get("fp16") is True and not (adapter_in_float32 or sharded):
+        raise ConfigError(
+            "fp16: true trains adapters alone, in float32; write adapter: lora (without "
+            "peft_autocast_adapter_dtype: false), or fp16: false with bf16: true or in float32."
         )
 
 

@@ -3,24 +3,47 @@
 `datasets` writes a prepared dataset's files one after the other into the folder that axolotl looks
 for, so a command that is killed meanwhile leaves a part of it: a folder that can't be loaded, or,
 where `axolotl preprocess` wrote over an older one, one that loads with fewer rows.
+
+Other people's data may lie beside it, in the same formats. So a folder is marked as ours before
+anything is written into it, and without a mark nothing is touched.
 """
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
 from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.utils.data.lock import LOCK_FILE_NAME
+from axolotl.utils.data.shared import (
+    generate_dataset_hash_from_config,
+    get_prepared_dataset_path,
+)
 from axolotl.utils.logging import get_logger
 from filelock import FileLock
 
 LOG = get_logger(__name__)
 
-OURS = "example_id"  # a column that no other prepared dataset has
+# The mark of FOLDER is the file FOLDER.amopo beside it: axolotl takes a folder with any file in it
+# for a prepared dataset.
+MARK = ".amopo"
 ASIDE = "_unfinished-"
 # https://arrow.apache.org/docs/format/Columnar.html#ipc-streaming-format
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def mark_as_ours(cfg: Any, datasets: list[Any], tokenizer: Any) -> None:
+    """Mark the folder that axolotl will save prepared rows into.
+
+    Args:
+        cfg: axolotl's validated config.
+        datasets: its entries that are prepared, all that go into the folder.
+    """
+    # As axolotl names it before and after it prepares (utils/data/sft.py).
+    name = generate_dataset_hash_from_config(cfg, datasets, tokenizer.name_or_path)
+    folder = get_prepared_dataset_path(cfg, name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.with_suffix(MARK).touch()
 
 
 def set_aside_unfinished(prepared_path: str | None) -> None:
@@ -33,8 +56,9 @@ def set_aside_unfinished(prepared_path: str | None) -> None:
     if not folder.is_dir():
         return
     with FileLock(str(folder / LOCK_FILE_NAME)):
-        for prepared in sorted(folder.iterdir()):
-            if prepared.name.startswith(ASIDE) or not list(prepared.glob("*.arrow")):
+        for mark in sorted(folder.glob(f"*{MARK}")):
+            prepared = mark.with_suffix("")
+            if not list(prepared.glob("*.arrow")):
                 continue
             if problem := unfinished(prepared):
                 aside = folder / f"{ASIDE}{prepared.name}"
@@ -53,34 +77,22 @@ def set_aside_unfinished(prepared_path: str | None) -> None:
 
 
 def unfinished(prepared: Path) -> str | None:
-    """What a prepared dataset of ours lacks; None for a whole one, and for another's."""
+    """Return what a prepared dataset lacks; None for a whole one."""
     try:
+        json.loads((prepared / "dataset_info.json").read_text(encoding="utf-8"))
         state = json.loads((prepared / "state.json").read_text(encoding="utf-8"))
-        info = json.loads((prepared / "dataset_info.json").read_text(encoding="utf-8"))
-        if OURS not in info["features"]:
-            return None
         shards = [prepared / item["filename"] for item in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError):
-        # No command can load it; whose it is, its rows say, if there are any.
-        others = any(map(_is_anothers, prepared.glob("*.arrow")))
-        return None if others else "its description is missing"
+        return "its description is missing"
     cut = [shard.name for shard in shards if not _has_end(shard)]
     return f"{cut[0]} has no end" if cut else None
 
 
 def _has_end(shard: Path) -> bool:
-    """Whether an Arrow stream was closed; without its end, fewer rows would be read."""
+    """Return whether an Arrow stream was closed; without its end, fewer rows would be read."""
     try:
         with shard.open("rb") as file:
             file.seek(-len(END_OF_STREAM), os.SEEK_END)
             return file.read() == END_OF_STREAM
     except OSError:  # missing, or shorter than that
-        return False
-
-
-def _is_anothers(shard: Path) -> bool:
-    try:
-        with pa.memory_map(str(shard)) as file, pa.ipc.open_stream(file) as stream:
-            return OURS not in stream.schema.names
-    except (OSError, pa.ArrowInvalid):
         return False

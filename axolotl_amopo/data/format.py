@@ -27,7 +27,9 @@ from datasets import Dataset
 
 from axolotl_amopo.config.block import read_block
 from axolotl_amopo.config.datasets import DatasetOptions
+from axolotl_amopo.config.redact import redact_urls
 from axolotl_amopo.config.through_axolotl import mark_of
+from axolotl_amopo.data.cache import mark_as_ours
 from axolotl_amopo.data.pairing import Pair
 from axolotl_amopo.data.pipeline import prepare
 from axolotl_amopo.data.rows import RatedPrompt, Response, Row, Source
@@ -126,6 +128,8 @@ class DatasetFormat(DatasetWrappingStrategy, ABC):
         **_: Any,
     ) -> Dataset:
         """Return the prepared rows of a whole loaded dataset: what axolotl calls, see `prepare`."""
+        if saved := self.cfg.test_datasets if self.eval_split else self.cfg.datasets:
+            mark_as_ours(self.cfg, saved, self.tokenizer)  # axolotl saves them next
         return prepare(self, dataset, process_count)
 
     def tokenizing(self) -> dict[str, Any]:
@@ -188,5 +192,6 @@ def _source_name(ds_cfg: Any) -> str:
     if files:
         name = ", ".join([files] if isinstance(files, str) else files)
     # axolotl shuffles for these before a format sees the rows, so their numbers are not the file's.
+    name = redact_urls(name)  # it stands in logs, cards and prepared rows
     shuffled = ds_cfg.shards or (ds_cfg.weight or 1.0) < 1.0
     return f"{name} (as shuffled for `shards` or `weight`)" if shuffled else name

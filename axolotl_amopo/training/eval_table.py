@@ -1,6 +1,6 @@
 """`amopo.eval_table`: the first held-out examples one by one, at each evaluation of a training run.
 
-`amopo_eval_table.jsonl` in the output folder gets an object an example and evaluation:
+`_amopo_eval_table.jsonl` in the output folder gets an object an example and evaluation:
 
     {"step": 10, "epoch": 0.2, "example": 0, "prompt": "...", "responses": ["...", "..."],
      "overall/winner": "1>2", ..., "overall/weight": 0.31, ..., "honesty/accuracy": 0.0}
@@ -26,7 +26,7 @@ from axolotl_amopo.training.trackers import Trackers, in_line, markdown_table
 
 LOG = get_logger(__name__)
 
-FILE = "amopo_eval_table.jsonl"
+FILE = "_amopo_eval_table.jsonl"  # not uploaded, see `runs.LOG`
 NAME = "amopo_examples"  # of the table, in trackers
 SHOWN = ("margin", "weight", "prob", "accuracy")  # of metrics.PER_CRITERION
 LONGEST = 1000  # characters of a text

@@ -1,8 +1,9 @@
-"""`amopo_log.jsonl` in the output folder: what was trained, and everything that was logged.
+"""`_amopo_log.jsonl` in the output folder: what was trained, and everything that was logged.
 
 `axolotl amopo report` reads it, also while the run goes on. It only grows, one JSON object a line:
 
     {"begin": 0, "time": ..., "run": {...}}                     at each start of training
+    {"step": 0, "time": ..., "run": {"sharing": {...}}}         once the layout is chosen
     {"step": 10, "epoch": 0.2, "time": ..., "loss": ..., ...}   whenever something is logged
 
 A run that begins at a step replaces what stands before it about later steps.
@@ -32,21 +33,32 @@ class RunLog(TrainerCallback):
 
     Args:
         run: what was trained, see `describe_run`.
+        trainer: an `AMoPOTrainer`, asked for the layout that it chooses at its first batch.
     """
 
-    def __init__(self, run: dict[str, Any]):
+    def __init__(self, run: dict[str, Any], trainer: Any):
         self.run = run
+        self.trainer = trainer
         self.path: Path | None = None
+        self.choice_is_logged = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             self.path = Path(args.output_dir) / FILE
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.choice_is_logged = False
             run = self.run | {"max_steps": state.max_steps}
             append(self.path, {"begin": state.global_step, "time": time.time(), "run": run})
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.path and state.log_history:
+        if not self.path:
+            return
+        choice = self.trainer.choice
+        if choice and not self.choice_is_logged:
+            line = {"step": state.global_step, "time": time.time()}
+            append(self.path, line | {"run": {"sharing": choice._asdict()}})
+            self.choice_is_logged = True
+        if state.log_history:
             # Not `logs`: transformers' PrinterCallback, for one, takes entries out of it.
             entry = {"step": state.global_step, "epoch": state.epoch, "time": time.time()}
             append(self.path, entry | state.log_history[-1])

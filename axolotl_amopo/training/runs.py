@@ -1,6 +1,6 @@
 """Read the log of a training run: what was trained, and every metric over the steps.
 
-The log is `amopo_log.jsonl` (see `run_log.py`), or where it is absent the newest
+The log is `_amopo_log.jsonl` (see `run_log.py`), or where it is absent the newest
 `trainer_state.json`.
 
     run = read_run(Path("outputs/qwen2.5-7b-amopo"))
@@ -20,7 +20,9 @@ import numpy as np
 
 from axolotl_amopo.errors import AMoPOError, DataError
 
-LOG = "amopo_log.jsonl"
+# transformers uploads the output folder without what begins with an underscore (`ignore_patterns`
+# in Trainer.push_to_hub).
+LOG = "_amopo_log.jsonl"
 STATE = "trainer_state.json"
 METRIC = re.compile(r"amopo/(.+)/[^/]+")
 # The metrics of each prompt that people compare before and after training.
@@ -72,7 +74,7 @@ class TrainingRun:
 
     folder: Path
     file: Path
-    about: dict[str, Any]  # "run" of the log's begin lines; empty for a trainer_state.json
+    about: dict[str, Any]  # "run" of the log's lines; empty for a trainer_state.json
     prompts: list[str]
     train: list[Entry]
     evals: list[Entry]  # names without "eval_"
@@ -212,11 +214,11 @@ def _from_log(file: Path, now: float) -> TrainingRun:
                 for (kind, at), entry in entries.items()
                 if at <= begins_at and kind != "end" and not again
             }
-            about |= line["run"] if isinstance(line.get("run"), dict) else {}
             begins.append(int(begins_at))
             times.append([])
         else:
             entries |= _entry(line)
+        about |= line["run"] if isinstance(line.get("run"), dict) else {}
         if times and when is not None:
             times[-1].append(when)
     written = max((when for part in times for when in part), default=file.stat().st_mtime)

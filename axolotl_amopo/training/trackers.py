@@ -6,6 +6,7 @@ and compared by their settings. A tracker that fails is logged and never stops t
 
 import html
 import importlib
+from pathlib import Path
 from typing import Any
 
 from axolotl.utils.logging import get_logger
@@ -42,13 +43,13 @@ class Trackers(TrainerCallback):
             self._each(_settings, {"rl": "amopo", "rl_beta": self.trainer.beta, "amopo": block})
 
     def table(self, name: str, rows: list[TableRow], step: int, markdown: str) -> None:
-        """Send a table, as it is at `step`.
+        """Send a table, as it is at `step`; not to a TensorBoard file that the hub would get.
 
         Args:
             rows: at least one; all with the same columns.
             markdown: the same table for trackers that have text and no tables.
         """
-        self._each(_table, name, rows, step, markdown)
+        self._each(self._table, name, rows, step, markdown)
 
     def _each(self, send: Any, *what: Any) -> None:
         for tracker in self.trainer.args.report_to:
@@ -59,6 +60,20 @@ class Trackers(TrainerCallback):
                 # of them may end a training run; the traceback shows where the fault is ours.
                 what_failed = send.__name__.strip("_")
                 LOG.warning("%s did not take %s: %s", tracker, what_failed, error, exc_info=True)
+
+    def _table(self, handle: Any, tracker: str, name: str, *what: Any) -> None:
+        if tracker == "tensorboard" and self._is_uploaded(handle.log_dir):
+            LOG.warning_once(
+                f"TensorBoard does not get the table {name}: with hub_model_id its files are "
+                "uploaded. Set TENSORBOARD_LOGGING_DIR to a folder outside output_dir."
+            )
+        else:
+            _table(handle, tracker, name, *what)
+
+    def _is_uploaded(self, folder: str) -> bool:
+        args = self.trainer.args
+        inside = Path(folder).resolve().is_relative_to(Path(args.output_dir).resolve())
+        return args.push_to_hub and inside
 
     def _handle(self, tracker: str) -> Any:
         """Return the tracker's open run, which transformers' callback has begun."""

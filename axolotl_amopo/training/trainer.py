@@ -16,6 +16,7 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from axolotl_amopo.config.block import AMoPOConfig, read_block
+from axolotl_amopo.config.redact import redact
 from axolotl_amopo.config.through_axolotl import stamped
 from axolotl_amopo.errors import AMoPOError, ConfigError
 from axolotl_amopo.model.batch import responses
@@ -109,6 +110,11 @@ class AMoPOTrainer(AxolotlTrainer):
         )
 
     @property
+    def choice(self) -> Choice | None:
+        """Return how batches go through the model; None before the first batch."""
+        return self._choice
+
+    @property
     def data_seed(self) -> int:
         """Return the seed of the order of the rows and of an objective's draws."""
         return self.args.data_seed if self.args.data_seed is not None else self.args.seed
@@ -145,7 +151,7 @@ class AMoPOTrainer(AxolotlTrainer):
                 CARD, self.args.output_dir,
             )  # fmt: skip
             return
-        super().create_model_card(*args, **kwargs)
+        super().create_model_card(*args, **redact(kwargs))  # paths of datasets are among its tags
         try:
             write_card(self)
         except AMoPOError as error:

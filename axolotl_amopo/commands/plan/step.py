@@ -126,7 +126,7 @@ def run_step(
     runs = [len(layers)] if len(layers) <= 3 * period else [2 * period, 3 * period]
     flops, moments = [], []
     for count in runs:
-        short = _shortened(config, count)
+        short = shortened(config, count)
         with FlopCounterMode(display=False, custom_mapping=FLOPS_ON_CPU) as counter:
             _simulate(build_model(cfg, short), cfg, objective, usual, layout)
         flops.append(counter.get_total_flops())
@@ -212,7 +212,8 @@ def _period(cfg: Any, config: PreTrainedConfig, layers: nn.ModuleList) -> int:
     return next(p for p in range(1, len(facts) + 1) if facts[p:] == facts[:-p])
 
 
-def _shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """Return a model's config with its first layers alone."""
     config = deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = layers
@@ -221,7 +222,7 @@ def _shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return config
 
 
-def build_model(cfg: Any, config: PreTrainedConfig) -> nn.Module:
+def build_model(cfg: Any, config: PreTrainedConfig, device: str = "cpu") -> nn.Module:
     """The model in the precision and with the adapters that axolotl 0.21 gives it.
 
     Its tensors are fake ones. Quantised weights stand here in 16 bits, as they are computed with.
@@ -246,7 +247,7 @@ def build_model(cfg: Any, config: PreTrainedConfig) -> nn.Module:
             if cfg.lora_fp32_gradients:
                 upcast_lora_parameters(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
+        model.to_empty(device=device)
         causal_model(model).tie_weights()
     return model
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     "--output",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Where to write.  [default: RUN_DIR/amopo_report, of several ./amopo_report]",
+    help="Where to write.  [default: RUN_DIR/_amopo_report, of several ./_amopo_report]",
 )
 @click.option("--force", is_flag=True, help="Overwrite what is in the folder.")
 @QUIET

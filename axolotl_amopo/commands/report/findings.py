@@ -381,6 +381,26 @@ def nothing_moved(run: TrainingRun) -> Iterator[Finding]:
         )
 
 
+def unshared(run: TrainingRun) -> Iterator[Finding]:
+    """Say why prompts were not shared, or logits not made in chunks; numbers are the same."""
+    sharing = run.about.get("sharing") or {}
+    if why := sharing.get("why_unshared"):
+        yield Finding(
+            "prompts-not-shared",
+            "note",
+            f"Prompts were not shared, every response ran with a prompt of its own: {why}.",
+            "That costs time and memory alone. docs/performance.md says which attention can share "
+            "(attn_implementation: sdpa can); amopo.share_prompt: false silences this.",
+        )
+    if why := sharing.get("why_own_logits"):
+        yield Finding(
+            "own-logits",
+            "note",
+            f"The model's own forward made the logits: {why}.",
+            "That costs memory alone: lower micro_batch_size where it runs out.",
+        )
+
+
 def ending(run: TrainingRun) -> Iterator[Finding]:
     """Say that a run is still in progress, or ended before its last step."""
     of = f"step {run.step}" + (f" of {run.max_steps}" if run.max_steps else "")
@@ -435,6 +455,7 @@ CHECKS: tuple[Callable[[TrainingRun], Iterator[Finding]], ...] = (
     length_grows,
     weights_uniform,
     weights_masked,
+    unshared,
     ending,
     few_entries,
 )

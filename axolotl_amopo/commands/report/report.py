@@ -19,6 +19,7 @@ from axolotl_amopo.commands.report.plots import Board, Plot
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.training.runs import COMPARED_METRICS, Change, TrainingRun, read_run
 
+FOLDER = "_amopo_report"  # in a run's folder it is not uploaded, see `runs.LOG`
 PAGE = "index.html"
 FACTS = "report.json"
 PROMPT_METRICS = (*COMPARED_METRICS, "loss", "prob", "reward_chosen", "reward_rejected")
@@ -86,7 +87,7 @@ def write_report(
 
     Args:
         folders: the output folders of runs, finished or in progress.
-        output: the folder of the page; by default `amopo_report` in the only run's folder, or for
+        output: the folder of the page; by default `_amopo_report` in the only run's folder, or for
             several runs in the current one.
         force: overwrite what is in `output`; another report of the same runs always is.
         progress: passes the plots on, one by one as they are drawn.
@@ -97,7 +98,7 @@ def write_report(
         DataError: for a line of a log that can't be read.
     """
     if output is None:
-        output = (folders[0] if len(folders) == 1 else Path()) / "amopo_report"
+        output = (folders[0] if len(folders) == 1 else Path()) / FOLDER
     named = name_runs([read_run(folder) for folder in folders])
     runs = [describe_run(name, run) for name, run in named.items()]
     report = TrainingReport(output / PAGE, runs)
