@@ -136,6 +136,35 @@ def test_prompts_of_the_real_template(tmp_path, smollm2, shared):
             assert tokenizer.decode(response[:-1]).strip() in published
 
 
+def test_a_step_in_bf16(tmp_path, smollm2, shared, caplog):
+    """Of training as on a GPU: 16 bits, shared prompts, close to the step in 32 bits."""
+    data = shared / "data" / "helpsteer_sample" / "nvidia_HelpSteer_sample.jsonl"
+    steps = {}
+    for bf16 in (False, True):
+        folder = tmp_path / str(bf16)
+        folder.mkdir()
+        values = runs.config(
+            folder,
+            smollm2,
+            data,
+            datasets=[{"path": str(data), "type": "amopo.helpsteer"}],
+            dataset_prepared_path=str(tmp_path / "prepared"),
+            amopo={"dimensions": ["helpfulness", "coherence"], "weighting": "mean"},
+            sequence_len=256,
+            micro_batch_size=1,
+            max_steps=1,
+            bf16=bf16,
+            **runs.LORA,
+        )
+        caplog.clear()
+        trainer = runs.train(runs.write_config(folder, values))
+        steps[bf16] = next(entry for entry in trainer.state.log_history if "loss" in entry)
+        assert "prompts are shared (packed layout)" in caplog.text
+    for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected"):
+        assert steps[True][name] == pytest.approx(steps[False][name], rel=0.05), name
+        assert steps[True][name] != steps[False][name], name
+
+
 BF16_FAULTS = {
     name: test_layouts.FAULTS[name]
     for name in (

@@ -70,7 +70,8 @@ def choose_layout(
         compiled: whether torch.compile runs the model; it would compile every packed batch anew.
 
     In training mode, with gradients on, a backward pass is part of the proof. It leaves the
-    parameters' gradients as they were.
+    parameters' gradients as they were. Where a GPU gets the `tree` layout, cuDNN's attention is
+    turned off: it plans anew for every shape, and nearly every batch is a new one.
 
     Raises:
         AMoPOError: with `share_prompt` true, where the model can't, and where it can't even run
@@ -96,6 +97,8 @@ def choose_layout(
                 )
                 attention.keep = not reason
             if not reason:
+                if layout == "tree" and proof.device.type == "cuda":
+                    torch.backends.cuda.enable_cudnn_sdp(False)
                 return Choice(layout, own_logits, why_own_logits)
     if share_prompt is True:
         raise refusal(reason)

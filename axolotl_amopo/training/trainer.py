@@ -263,9 +263,6 @@ class AMoPOTrainer(AxolotlTrainer):
                 autocast=self._autocast,
                 compiled=self.args.torch_compile,
             )
-            if choice.layout == "tree" and inputs["input_ids"].is_cuda:
-                # It plans anew for every shape, and nearly every batch is a new one.
-                torch.backends.cuda.enable_cudnn_sdp(False)
             if choice != self._choice:
                 log_choice(choice)
             self._choice, self._choice_is_trained = choice, trains
