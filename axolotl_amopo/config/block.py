@@ -327,11 +327,6 @@ class AMoPOConfig(BaseModel):
         """Return what judges a comparison, in order: overall first, as in AMoPO's paper."""
         return ([OVERALL] if self.overall else []) + self.dimension_names
 
-    @property
-    def prompt_names(self) -> list[str]:
-        """Return the names of the criteria's prompts."""
-        return self.criteria
-
     def hyperparameters(self) -> dict[str, Any]:
         """Return the objective's fields, `beta` excepted, which is axolotl's `rl_beta`."""
         return dict(self.model_extra or {})
