@@ -165,7 +165,8 @@ class Gradients:
                 return mgda(gram)
             case "mgda_decoupled":
                 return mgda_decoupled(gram, losses)
-        return _on_cpu(weights)
+            case "sum":
+                return _on_cpu(weights)
 
 
 def _minimise(gram: Tensor, linear: Tensor) -> Tensor:
