@@ -575,6 +575,18 @@ def test_lambda_is_drawn_per_step_and_its_mean_in_evaluation() -> None:
     assert (objective(given, None).weights == 1 / 3).all()
 
 
+def test_a_list_is_read_under_the_first_of_its_prompts() -> None:
+    one, other = lists(9), lists(10)
+    both = one._replace(
+        logps=torch.cat([one.logps, other.logps], dim=1),
+        mask=torch.cat([one.mask, other.mask], dim=1),
+        reference=torch.cat([one.reference, other.reference], dim=2),
+        reads=torch.tensor([[1], [0], [1]] * 3).expand(-1, 2),  # three comparisons per example
+    )
+    made, expected = LambdaDPO()(both, None).losses, LambdaDPO()(one, None).losses
+    torch.testing.assert_close(made, expected, **EXACT)
+
+
 def test_a_criterion_reads_a_list_under_its_own_prompt() -> None:
     one, other = lists(7), lists(8)
     both = one._replace(
@@ -768,6 +780,19 @@ def test_raco_of_one_opinion_is_a_longer_step() -> None:
     for clip in (False, True):
         made = cagrad(gram(gradients), weights, c=0.4, clip=clip)
         torch.testing.assert_close(made, 1.4 * weights, **EXACT)
+
+
+def test_raco_without_a_direction_takes_the_weighted_step() -> None:
+    """Where the mixture is 0: two gradients are opposite, and the third alone makes the sum."""
+    gradients = tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
+    weights = tensor([0.3, 0.3, 0.4])
+    p = cagrad_weights(gram(gradients), weights, c=0.4)
+    torch.testing.assert_close(p, tensor([0.5, 0.5, 0.0]), **EXACT)
+    for clip in (False, True):
+        made = cagrad(gram(gradients), weights, c=0.4, clip=clip)
+        torch.testing.assert_close(made, weights, **EXACT)
+        assert torch.equal(cagrad(torch.zeros(3, 3), weights, c=0.4, clip=clip), weights)
+        assert cagrad(gram(gradients * torch.nan), weights, c=0.4, clip=clip).isnan().all()
 
 
 def random_gradients(seed: int) -> tuple[Tensor, Tensor, float]:
@@ -994,6 +1019,7 @@ def test_an_offset_asks_for_a_margin_by_the_gap() -> None:
         for c, gap in enumerate((0.5, -0.25, 0.0, 0.05, 0.0)):
             expected = -F.logsigmoid(outcome.margins[:, c] - 2.0 * gap)
             torch.testing.assert_close(linear.losses[:, c], expected, **EXACT)
+        torch.testing.assert_close(linear.losses, -F.logsigmoid(linear.margins), **EXACT)
         odpo = Offset(1.5, "log")(outcome, given)
         for c, points in enumerate((2.0, 0.1, 0.1, 0.2, 1.0)):
             expected = -F.logsigmoid(outcome.margins[:, c] - 1.5 * math.log(points))

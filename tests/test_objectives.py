@@ -156,6 +156,21 @@ def test_a_criterion_without_a_say_has_no_gradient(paired) -> None:
     assert given.logps.grad[:, 0].abs().max() > 0
 
 
+def test_what_only_silent_criteria_read_need_not_run(paired) -> None:
+    given = groups()
+    silent = given._replace(signs=given.signs * torch.tensor([1, 1, 0]))
+    away = torch.tensor([False, True])  # the third criterion alone reads the second prompt
+    absent = silent._replace(
+        logps=given.logps.masked_fill(away[:, None, None], torch.nan),
+        mask=given.mask & ~away[:, None, None],
+        reference=given.reference.masked_fill(away[:, None], torch.nan),
+    )
+    made = losses(paired, absent)
+    torch.testing.assert_close(made, losses(paired, silent), **EXACT)
+    made.sum().backward()
+    assert given.logps.grad.isfinite().all()
+
+
 def test_only_log_probabilities_carry_a_gradient(objective) -> None:
     given = groups()
     data = [value.clone().requires_grad_() for value in (*given[5:8], given.reference)]

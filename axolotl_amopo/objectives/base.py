@@ -219,17 +219,15 @@ def example_losses(outcome: Outcome, responses: Responses) -> Tensor:
     The weighted sum of an example's losses, for pairs the mean of it over the comparisons, plus the
     terms.
     """
-    losses = (outcome.weights * outcome.losses).sum(-1)
-    if outcome.per == "comparison":
-        losses = example_means(losses, responses)
+    losses = example_means((outcome.weights * outcome.losses).sum(-1), responses)
     for term in outcome.terms.values():
         losses = losses + term
     return losses
 
 
 def example_means(values: Tensor, responses: Responses) -> Tensor:
-    """Return [B], the mean over an example's comparisons of values [P]."""
-    if len(values) == len(responses.logps):  # an example has at least one
+    """Return [B], the mean over an example's comparisons of values [P]; values [B] as they are."""
+    if len(values) == len(responses.logps):  # an example has at least one comparison
         return values
     sums = values.new_zeros(len(responses.logps))
     sums = sums.index_add(0, responses.comparisons[:, 0], values)
