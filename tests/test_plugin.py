@@ -225,6 +225,8 @@ def test_settings_are_keys_of_the_block():
     assert again == config
     wanted = [Offset(), Scalarization("worst", 2.0), Anchor(0.1), Contrast()]
     assert config.make_settings() == wanted
+    # YAML takes such a number for text.
+    assert Anchor(0.01) in AMoPOConfig(anchor="1e-2").make_settings()
     # An objective's own, which the user may change.
     assert AMoPOConfig(objective="raco", c=0.2).make_settings() == [
         Offset(),
