@@ -8,8 +8,8 @@ STAMP = $(VENV)/.installed-$(shell cat pyproject.toml | cksum | cut -d' ' -f1)
 export AXOLOTL_DO_NOT_TRACK ?= 1
 
 # What `make check` runs: no model is trained, no process is started but one.
-QUICK = tests/test_objectives.py tests/test_loss.py tests/test_layers.py tests/test_sampler.py \
-	tests/test_configs.py tests/test_report.py
+QUICK = tests/test_objectives.py tests/test_methods.py tests/test_loss.py tests/test_layers.py \
+	tests/test_sampler.py tests/test_configs.py tests/test_report.py
 
 .PHONY: quickstart test check lint clean
 

@@ -212,7 +212,7 @@ CONFIGS = {
     ),
     "key of another objective": (
         {"amopo": {"objective": "simpo", "weighting": "mean"}},
-        ["amopo.weighting: belongs to objective amopo; objective simpo has gamma."],
+        ["amopo.weighting: belongs to objectives amopo, lambda_dpo; objective simpo has gamma"],
     ),
     "out of the bounds of another objective": (
         {"amopo": {"objective": "simpo", "gamma": -1}},
@@ -229,6 +229,67 @@ CONFIGS = {
     "weights for an objective that uses none": (
         {"amopo": {"objective": "simpo", "weights": {"helpfulness": 1}}},
         ["weights: are not used by objective simpo; remove them."],
+    ),
+    "a setting that the objective does not admit": (
+        {"amopo": {"objective": "ric", "anchor": 0.1}},
+        ["amopo.anchor: belongs to objectives amopo, simpo, dpo", "ric has no keys of its own"],
+    ),
+    "a value of another key": (
+        {"amopo": {"weighting": "worst"}},
+        ["amopo.weighting: 'worst' is not one of", "Did you mean scalarization: worst?"],
+    ),
+    "a setting's field without the setting": (
+        {"amopo": {"objective": "simpo", "anchor_form": "sum"}},
+        ["anchor_form: has no effect with anchor: 0"],
+    ),
+    "an anchor against a reference that is not there": (
+        {"amopo": {"objective": "simpo", "anchor": 1, "anchor_form": "reference"}},
+        ["anchor_form: reference is for objectives with a reference; write mean or sum"],
+    ),
+    "gradients with a term": (
+        {"amopo": {"objective": "dpo", "gradients": "mgda", "anchor": 0.1}},
+        ["anchor: does not go with gradients: mgda", "remove one of the two"],
+    ),
+    "weights of gradients that find their own": (
+        {
+            "amopo": {
+                "objective": "dpo",
+                "dimensions": ["a", "b"],
+                "gradients": "mgda",
+                "weights": {"a": 1, "b": 2},
+            }
+        },
+        ["weights: have no effect with gradients: mgda"],
+    ),
+    "a field without effect": (
+        {"amopo": {"objective": "mappo", "gamma": 2.0}},
+        ["gamma: has no effect with form: dpo; remove it."],
+    ),
+    "static weights that are no choice with other fields": (
+        {"amopo": {"objective": "lambda_dpo", "concentration": 2.0, "weights": {"a": 1}}},
+        ["weights: are not used by objective lambda_dpo", "remove them."],
+    ),
+    "trained on what is no dimension": (
+        {"amopo": {"objective": "modpo", "dimensions": ["honesty"], "train_on": "honest"}},
+        ["train_on: 'honest' is not a dimension. Did you mean 'honesty'?"],
+    ),
+    "a weight that the loss divides by": (
+        {
+            "amopo": {
+                "objective": "modpo",
+                "dimensions": ["a", "b"],
+                "weights": {"a": 0.01, "b": 0.99},
+            }
+        },
+        ["weights: a, which train_on names, has a share of 0.01", "at least 0.05"],
+    ),
+    "what the trainer does not supply": (
+        {"amopo": {"objective": "dpo"}},
+        ["amopo.objective: dpo needs reference, which this version does not supply"],
+    ),
+    "what the trainer does not supply to a setting": (
+        {"amopo": {"objective": "simpo", "contrast": 0.1}},
+        ["amopo.contrast: 0.1 needs fit, which this version does not supply"],
     ),
     "weights of other names": (
         {

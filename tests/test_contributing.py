@@ -22,7 +22,8 @@ MODULE, ENTRY = blocks(page("CONTRIBUTING.md"), "python")
 PROPERTIES = [
     test
     for name, test in vars(test_objectives).items()
-    if name.startswith("test_") and list(inspect.signature(test).parameters) == ["objective"]
+    if name.startswith("test_")
+    and list(inspect.signature(test).parameters) in (["objective"], ["paired"])
 ]
 
 

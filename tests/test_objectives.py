@@ -1,4 +1,7 @@
-"""What must hold for every objective, whatever it computes; and SimPO's published numbers."""
+"""What must hold for every objective, whatever it computes; and SimPO's published numbers.
+
+`objective` is any of them, `paired` one whose losses are those of comparisons.
+"""
 
 import dataclasses
 import json
@@ -10,15 +13,24 @@ from torch import Tensor
 
 from axolotl_amopo.objectives import OBJECTIVES, Draw, Outcome, Responses, example_losses
 from axolotl_amopo.objectives.amopo import AMoPO
+from axolotl_amopo.objectives.modpo import MODPO
+from axolotl_amopo.objectives.settings import ADMITTED
 from axolotl_amopo.objectives.simpo import SimPO
 
 B, K, N, T, C = 3, 2, 4, 6, 3
 # Rounding of float64 on numbers of about 1.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
+UNPAIRED = {"lambda_dpo", "ric"}
+OF_EXAMPLES = ("ratings", "points", "weights", "counts", "ids")
 
 
 @pytest.fixture(params=OBJECTIVES)
 def objective(request: pytest.FixtureRequest) -> Any:
+    return OBJECTIVES[request.param]()
+
+
+@pytest.fixture(params=[name for name in OBJECTIVES if name not in UNPAIRED])
+def paired(request: pytest.FixtureRequest) -> Any:
     return OBJECTIVES[request.param]()
 
 
@@ -39,6 +51,7 @@ def groups(seed: int = 0) -> Responses:
         ratings=torch.rand(B, N, C, dtype=torch.float64, generator=random),
         points=torch.full((B, C), 4.0, dtype=torch.float64),
         weights=torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).expand(B, C),
+        reference=-9 * torch.rand(2, B, K, N, dtype=torch.float64, generator=random),
         counts=torch.ones(B),
         ids=torch.tensor([11, 12, 13]),
     )
@@ -56,13 +69,17 @@ def test_swapped_responses_with_swapped_signs_are_the_same(objective) -> None:
 
 def test_the_order_of_criteria_does_not_matter(objective) -> None:
     given, order = groups(), [2, 0, 1]
+    if isinstance(objective, MODPO):  # whose field is the number of a criterion
+        ours, objective = objective, MODPO(train_on=order.index(objective.train_on))
+    else:
+        ours = objective
     moved = given._replace(
         reads=given.reads[:, order],
         signs=given.signs[:, order],
         ratings=given.ratings[..., order],
         weights=given.weights[:, order],
     )
-    torch.testing.assert_close(losses(objective, moved), losses(objective, given), **EXACT)
+    torch.testing.assert_close(losses(objective, moved), losses(ours, given), **EXACT)
 
 
 def test_padding_does_not_matter(objective) -> None:
@@ -71,6 +88,30 @@ def test_padding_does_not_matter(objective) -> None:
     mask = torch.cat([given.mask, torch.zeros_like(given.mask[..., :2])], dim=-1)
     padded = given._replace(logps=tokens, mask=mask)
     torch.testing.assert_close(losses(objective, padded), losses(objective, given), **EXACT)
+
+
+def test_prompts_and_responses_that_other_examples_have_do_not_matter(objective) -> None:
+    """Where examples differ in K or N, the rest is padding, whatever it holds."""
+    given, wide = groups(), {}
+    for name, axes in (
+        ("logps", (1, 2)),
+        ("mask", (1, 2)),
+        ("reference", (2, 3)),
+        ("ratings", (1,)),
+    ):
+        value = getattr(given, name)
+        for axis in axes:
+            more = value.select(axis, 0).unsqueeze(axis)
+            blank = torch.zeros_like(more) if name == "mask" else torch.full_like(more, torch.nan)
+            value = torch.cat([value, blank], dim=axis)
+        wide[name] = value
+    made = losses(objective, given._replace(**wide))
+    torch.testing.assert_close(made, losses(objective, given), **EXACT)
+    made.sum().backward()
+    found = given.logps.grad.clone()
+    given.logps.grad = None
+    losses(objective, given).sum().backward()
+    torch.testing.assert_close(found, given.logps.grad, **EXACT)
 
 
 def test_examples_do_not_see_each_other(objective) -> None:
@@ -83,16 +124,13 @@ def test_examples_do_not_see_each_other(objective) -> None:
             comparisons=given.comparisons[own] * torch.tensor([0, 1, 1]),
             reads=given.reads[own],
             signs=given.signs[own],
-            **{
-                name: value[b : b + 1]
-                for name, value in given._asdict().items()
-                if name in ("ratings", "points", "weights", "counts", "ids")
-            },
+            reference=given.reference[:, b : b + 1],
+            **{name: getattr(given, name)[b : b + 1] for name in OF_EXAMPLES},
         )
         torch.testing.assert_close(losses(objective, alone, draw), together[b : b + 1], **EXACT)
 
 
-def test_a_group_costs_the_mean_of_its_pairs(objective) -> None:
+def test_a_group_costs_the_mean_of_its_pairs(paired) -> None:
     given = groups()
     pairs = given._replace(
         logps=given.logps[given.comparisons[:, 0]],
@@ -100,34 +138,85 @@ def test_a_group_costs_the_mean_of_its_pairs(objective) -> None:
         comparisons=torch.cat(
             [torch.arange(len(given.comparisons))[:, None], given.comparisons[:, 1:]], dim=1
         ),
-        weights=given.per_comparison(given.weights),
+        reference=given.reference[:, given.comparisons[:, 0]],
         ids=torch.arange(len(given.comparisons)),
+        **{name: given.per_comparison(getattr(given, name)) for name in OF_EXAMPLES[:3]},
     )
-    apart, together = losses(objective, pairs), losses(objective, given)
+    apart, together = losses(paired, pairs), losses(paired, given)
     for b in range(B):
         torch.testing.assert_close(together[b], apart[given.comparisons[:, 0] == b].mean(), **EXACT)
 
 
-def test_a_criterion_without_a_say_has_no_gradient(objective) -> None:
+def test_a_criterion_without_a_say_has_no_gradient(paired) -> None:
     given = groups()
     silent = given._replace(signs=given.signs * torch.tensor([1, 1, 0]))
-    losses(objective, silent).sum().backward()
+    losses(paired, silent).sum().backward()
     # The third criterion alone reads the second prompt.
     assert given.logps.grad[:, 1].abs().max() == 0
     assert given.logps.grad[:, 0].abs().max() > 0
 
 
+def test_what_only_silent_criteria_read_need_not_run(paired) -> None:
+    given = groups()
+    silent = given._replace(signs=given.signs * torch.tensor([1, 1, 0]))
+    away = torch.tensor([False, True])  # the third criterion alone reads the second prompt
+    absent = silent._replace(
+        logps=given.logps.masked_fill(away[:, None, None], torch.nan),
+        mask=given.mask & ~away[:, None, None],
+        reference=given.reference.masked_fill(away[:, None], torch.nan),
+    )
+    made = losses(paired, absent)
+    torch.testing.assert_close(made, losses(paired, silent), **EXACT)
+    made.sum().backward()
+    assert given.logps.grad.isfinite().all()
+
+
 def test_only_log_probabilities_carry_a_gradient(objective) -> None:
-    outcome = objective(groups(), Draw(0, 0))
+    given = groups()
+    data = [value.clone().requires_grad_() for value in (*given[5:8], given.reference)]
+    given = given._replace(**dict(zip(("ratings", "points", "weights"), data, strict=False)))
+    given = given._replace(reference=data[-1])
+    outcome = objective(given, Draw(0, 0))
     assert outcome.losses.requires_grad
     assert not outcome.weights.requires_grad
+    made = example_losses(outcome, given).sum()
+    assert torch.autograd.grad(made, data, allow_unused=True) == (None, None, None, None)
     assert outcome.rewards.shape == (B, K, N)
+    per = {"comparison": (6, C), "example": (B, C), "response": (B, N)}
+    assert outcome.losses.shape == outcome.weights.shape == per[outcome.per]
 
 
-def test_nothing_said_costs_nothing(objective) -> None:
+def test_losses_that_are_of_margins_say_so(objective) -> None:
+    outcome = objective(groups(), None)
+    if outcome.margins is not None:
+        expected = -torch.nn.functional.logsigmoid(outcome.margins)
+        torch.testing.assert_close(outcome.losses, expected, **EXACT)
+
+
+def test_overflown_log_probabilities_cost_a_finite_loss(objective) -> None:
+    given = groups()
+    first = torch.zeros(N, 1, dtype=torch.bool).index_fill(0, torch.tensor([0]), True)
+    lowest = torch.full_like(given.logps, -torch.inf)
+    for some in (first, torch.ones_like(first)):
+        logps = torch.where(some, lowest, given.logps).detach().requires_grad_()
+        for reference in (given.reference, torch.full_like(given.reference, -torch.inf)):
+            made = losses(objective, given._replace(logps=logps, reference=reference))
+            made.sum().backward()
+            assert made.isfinite().all() and logps.grad.isfinite().all()
+
+
+def test_the_type_is_that_of_the_log_probabilities(objective) -> None:
+    given = groups()
+    single = given._replace(logps=given.logps.float())  # the rest is wider
+    outcome = objective(single, Draw(0, 0))
+    made = [outcome.losses, outcome.weights, outcome.rewards, example_losses(outcome, single)]
+    assert {value.dtype for value in made} == {torch.float32}
+
+
+def test_nothing_said_costs_nothing(paired) -> None:
     given = groups()
     silent = given._replace(signs=torch.zeros_like(given.signs))
-    made = losses(objective, silent)
+    made = losses(paired, silent)
     made.sum().backward()
     assert (made == 0).all() and (given.logps.grad == 0).all()
 
@@ -149,8 +238,28 @@ def test_halves_are_summed_in_float32(objective) -> None:
 def test_fields_describe_themselves(objective) -> None:
     for field in dataclasses.fields(objective):
         assert field.metadata["description"], field.name
-        assert set(field.metadata["bounds"]) <= {"gt", "ge", "le"}
+        assert set(field.metadata["bounds"]) <= {"gt", "ge", "le", "lt"}
     assert dataclasses.is_dataclass(objective) and type(objective).__dataclass_params__.frozen
+
+
+def test_the_table_of_settings_names_every_objective() -> None:
+    assert set(ADMITTED) == set(OBJECTIVES)
+    assert {name for name, settings in ADMITTED.items() if not settings} == UNPAIRED
+
+
+def test_one_draw_of_weights_per_step() -> None:
+    assert torch.equal(Draw(1, 2).dirichlet(0.7, 4), Draw(1, 2).dirichlet(0.7, 4))
+    for other in (Draw(2, 2), Draw(1, 3)):
+        assert not torch.equal(other.dirichlet(0.7, 4), Draw(1, 2).dirichlet(0.7, 4))
+    for concentration in (0.05, 0.5, 1.0, 8.0):
+        drawn = torch.stack([Draw(0, step).dirichlet(concentration, 3) for step in range(4000)])
+        torch.testing.assert_close(drawn.sum(-1), torch.ones(4000).double(), **EXACT)
+        assert (drawn >= 0).all()
+        # Mean 1/3, variance (2/9) / (3 concentration + 1); five standard errors, the latter's bound
+        # by that of a variable between 0 and 1.
+        variance = 2 / 9 / (3 * concentration + 1)
+        assert (drawn.mean(0) - 1 / 3).abs().max() < 5 * (variance / 4000) ** 0.5
+        assert (drawn.var(0) - variance).abs().max() < 5 * (variance / 4000) ** 0.5
 
 
 def test_terms_are_added_to_an_examples_loss() -> None:

@@ -19,6 +19,10 @@ from axolotl_amopo.config.block import (
 from axolotl_amopo.config.overrides import passed_on
 from axolotl_amopo.errors import ConfigError
 from axolotl_amopo.objectives import OBJECTIVES, SimPO
+from axolotl_amopo.objectives.gradients import Gradients
+from axolotl_amopo.objectives.settings import admitted
+from axolotl_amopo.objectives.terms import Anchor, Contrast, Offset
+from axolotl_amopo.objectives.weights import Scalarization
 
 SFT = [
     {
@@ -202,11 +206,53 @@ def test_block_of_an_objective(name):
     assert AMoPOConfig.model_validate(config.model_dump(exclude_none=True)) == config
     assert config.make_objective() == OBJECTIVES[name]()
     own = hyperparameter_model(OBJECTIVES[name]).model_fields
-    assert set(config.hyperparameters()) == set(own)
-    assert not set(own) & set(AMoPOConfig.model_fields)
-    assert set(OBJECTIVES[name].defaults) <= set(AMoPOConfig.model_fields)
-    assert set(known_keys(name)) - set(own) == set(AMoPOConfig.model_fields) - INTERNAL
+    of_settings = [hyperparameter_model(setting).model_fields for setting in admitted(name)]
+    keys = [*own, *(key for fields in of_settings for key in fields)]
+    assert len(set(keys)) == len(keys) and not set(keys) & set(AMoPOConfig.model_fields)
+    assert set(known_keys(name)) - set(keys) == set(AMoPOConfig.model_fields) - INTERNAL
+    defaults = OBJECTIVES[name].defaults
+    assert set(defaults) <= set(known_keys(name)) - set(own)
+    # Of settings, those that are set.
+    assert set(config.hyperparameters()) == {*own, *(set(defaults) & set(keys))}
+    switched_on = [setting for setting in config.make_settings() if setting != type(setting)()]
+    assert len(switched_on) == len(set(defaults) & set(keys))
     assert all(field.description for field in own.values())
+
+
+def test_settings_are_keys_of_the_block():
+    block = {"objective": "simpo", "anchor": 0.1, "scalarization": "worst", "sharpness": 2.0}
+    config = AMoPOConfig(**block)
+    again = AMoPOConfig.model_validate(config.model_dump(exclude_none=True))
+    assert again == config
+    wanted = [Offset(), Scalarization("worst", 2.0), Anchor(0.1), Contrast()]
+    assert config.make_settings() == wanted
+    # YAML takes such a number for text.
+    assert Anchor(0.01) in AMoPOConfig(anchor="1e-2").make_settings()
+    # An objective's own, which the user may change.
+    assert AMoPOConfig(objective="raco", c=0.2).make_settings() == [
+        Offset(),
+        Gradients("cagrad", 0.2),
+    ]
+    plain = AMoPOConfig(objective="raco", gradients="sum")
+    assert AMoPOConfig.model_validate(plain.model_dump()).make_settings() == [Offset(), Gradients()]
+
+
+def test_weights_are_scaled_and_may_be_equal():
+    names = ["a", "b", "c"]
+    config = AMoPOConfig(objective="dpo", dimensions=names, weights={"c": 1, "a": 2, "b": 1})
+    assert config.shares == [0.5, 0.25, 0.25]
+    assert AMoPOConfig(objective="dpo", dimensions=names).weights == dict.fromkeys(names, 1)
+    amopo = AMoPOConfig(dimensions=names, weighting="static", weights="equal")
+    assert amopo.weights == dict.fromkeys(["overall", *names], 1)
+    assert AMoPOConfig().shares is None
+
+
+def test_a_key_that_names_a_dimension_is_its_number():
+    names = ["a", "b", "c"]
+    config = AMoPOConfig(objective="modpo", dimensions=names)
+    assert config.train_on == "a" and config.make_objective().train_on == 0
+    config = AMoPOConfig(objective="modpo", dimensions=names, train_on="b", overall=True)
+    assert config.make_objective().train_on == 2
 
 
 def test_an_objective_brings_its_defaults(tmp_path, tiny_model, installed):

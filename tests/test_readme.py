@@ -15,9 +15,17 @@ from axolotl.utils.dict import DictDefault
 from test_data import data_format, read_all
 
 from axolotl_amopo.commands import amopo
-from axolotl_amopo.config.block import INTERNAL, AMoPOConfig, Dimension, parse_block
+from axolotl_amopo.config.block import (
+    INTERNAL,
+    SUPPLIED,
+    AMoPOConfig,
+    Dimension,
+    parse_block,
+)
 from axolotl_amopo.config.datasets import DatasetOptions, formats, prepare_entries
 from axolotl_amopo.objectives import OBJECTIVES
+from axolotl_amopo.objectives.mappo import MaPPO
+from axolotl_amopo.objectives.settings import SETTINGS, admitted
 from axolotl_amopo.training.metrics import PER_CRITERION, SPREAD
 
 ROOT = runs.ROOT
@@ -115,13 +123,55 @@ def test_every_key_of_the_block_is_in_the_table_with_its_default():
 def test_every_key_of_an_objective_is_in_its_table_with_its_default(name):
     text = section(page("docs/config.md"), f"### `objective: {name}`")
     shown = {
-        {"beta": "rl_beta"}.get(field.name, field.name): str(field.default)
+        {"beta": "rl_beta"}.get(field.name, field.name): default_of(field)
         for field in dataclasses.fields(OBJECTIVES[name])
     }
     assert keys(text) == shown
     assert f"`{name}`" in keys_of_every_objective()["objective"]
     for key in OBJECTIVES[name].defaults:
         assert f"`{key}`" in text, f"{name} changes the default of {key}"
+
+
+def default_of(field: dataclasses.Field) -> str:
+    """Return the default of an objective's or a setting's field as the YAML writes it."""
+    if field.metadata["least_weight"] is not None:
+        return "first dimension"
+    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+
+
+def test_every_key_of_a_setting_is_in_the_table_with_its_default():
+    text = section(page("docs/config.md"), "## Settings of objectives of pairs")
+    named = {
+        field.name: default_of(field)
+        for setting in SETTINGS
+        for field in dataclasses.fields(setting)
+    }
+    shown = {key: default for key, default in keys(text).items() if key not in OBJECTIVES}
+    assert shown == named
+    (heading,) = re.findall(r"^\| objective \| (.+) \|$", text, flags=re.MULTILINE)
+    switches = [dataclasses.fields(setting)[0].name for setting in SETTINGS]
+    assert heading == " | ".join(f"`{switch}`" for switch in switches)
+    for name in OBJECTIVES:
+        cells = ["yes" if setting in admitted(name) else "-" for setting in SETTINGS]
+        assert f"| `{name}` | {' | '.join(cells)} |\n" in text
+
+
+# docs/methods.md
+
+
+def test_every_method_is_described():
+    text = page("docs/methods.md")
+    for name, kind in OBJECTIVES.items():
+        assert f"| `{name}` | " in section(text, "## Overview")
+        if name not in ("amopo", "simpo"):
+            assert kind.paper.url in section(text, f"### `{name}`")
+
+
+def test_what_is_said_to_train_is_supplied():
+    said = section(page("docs/methods.md"), "## What this version trains").split(".")[0]
+    trained = {name for name in OBJECTIVES if OBJECTIVES[name]().needs <= SUPPLIED}
+    assert set(re.findall(r"`(\w+)`", said)) == trained | {"mappo"}
+    assert MaPPO(form="simpo").needs <= SUPPLIED
 
 
 def keys_of_every_objective() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Real training of a tiny model through axolotl's builder, loader and trainer, in this process."""
 
 import json
+import math
 import statistics
 
 import axolotl.cli  # noqa: F401, sets logging up when imported, which would undo caplog's
@@ -548,3 +549,33 @@ def test_every_setting_trains(block, prompts, tmp_path, tiny_model, data):
         # Without instructions the prompts are one and the same, and so are their losses.
         losses = {entry[f"amopo/{name}/loss"] for name in trainer.amopo.criteria}
         assert len(losses) == 1
+
+
+def test_settings_change_the_loss_and_are_logged_apart(tmp_path, tiny_model):
+    """MaPPO in its form without a reference, whose gaps are known: 1 and a quarter."""
+    row = {
+        "prompt": "Why is the sky blue?",
+        "responses": [
+            {"text": "Air scatters blue light best.", "scores": {"help": 5, "truth": 4}},
+            {"text": "No idea.", "scores": {"help": 1, "truth": 3}},
+        ],
+    }
+    data = runs.write_jsonl(tmp_path / "data.jsonl", [row])
+    dimensions = [{"name": name, "scale": [1, 5]} for name in ("help", "truth")]
+    block = {"objective": "mappo", "form": "simpo", "gamma": 0.3, "dimensions": dimensions}
+    block |= {"weights": {"help": 3, "truth": 1}, "anchor": 0.5, "scalarization": "worst"}
+    values = runs.config(tmp_path, tiny_model, data, amopo=block, rl_beta=0.5, max_steps=2)
+    trainer = runs.train(runs.write_config(tmp_path, values))
+    entry = trainer.state.log_history[0]
+    losses, weights = [], []
+    for name, gap in (("help", 1.0), ("truth", 0.25)):
+        chosen, rejected = (entry[f"amopo/{name}/reward_{side}"] for side in ("chosen", "rejected"))
+        losses.append(math.log1p(math.exp(0.3 - chosen + gap * rejected)))
+        weights.append(entry[f"amopo/{name}/weight"])
+        assert entry[f"amopo/{name}/loss"] == pytest.approx(losses[-1], abs=1e-5)
+    grown = [share * math.exp(loss) for share, loss in zip((0.75, 0.25), losses, strict=True)]
+    assert weights == pytest.approx([part / sum(grown) for part in grown], abs=1e-5)
+    assert entry["terms/anchor"] == pytest.approx(-0.5 * entry["logps/chosen"], abs=1e-5)
+    expected = math.log(sum(grown)) + entry["terms/anchor"]
+    assert entry["loss"] == pytest.approx(expected, abs=1e-4)
+    assert runs.losses(trainer)[-1] < entry["loss"]

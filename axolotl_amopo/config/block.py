@@ -1,12 +1,14 @@
 """The `amopo:` block of the YAML: the engine's keys, and the hyperparameters of the objective.
 
 The engine's keys are fields of `AMoPOConfig`. The hyperparameters are the fields of the objective's
-own dataclass, so a new objective brings its keys along; `amopo.objective` says which apply.
+own dataclass and of the settings that go with it, so a new objective brings its keys along;
+`amopo.objective` says which apply.
 """
 
 import functools
 import math
 from collections.abc import Mapping
+from dataclasses import Field as DataclassField
 from dataclasses import fields, replace
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -23,12 +25,16 @@ from pydantic import (
 
 from axolotl_amopo.config.instructions import ENVIRONMENT, dimension_facts, render
 from axolotl_amopo.errors import ConfigError, did_you_mean
-from axolotl_amopo.objectives import OBJECTIVES, Objective
+from axolotl_amopo.objectives import OBJECTIVES, Objective, Setting
+from axolotl_amopo.objectives.gradients import Gradients
+from axolotl_amopo.objectives.settings import admitted, check_together
 
 DEFAULT_OBJECTIVE = "amopo"
 OVERALL = "overall"
 # Fields of the block that the plugin fills in.
 INTERNAL = {"enabled", "datasets"}
+# What the trainer supplies of what objectives and settings need beside log-probabilities.
+SUPPLIED = {"ratings", "points", "weights"}
 
 Scale = Annotated[
     tuple[float, float],
@@ -78,31 +84,32 @@ class Dimension(BaseModel):
 
 
 @functools.cache
-def hyperparameter_model(objective: type[Objective]) -> type[BaseModel]:
-    """Return a model of the objective's fields; `beta` is not among them, it is `rl_beta`.
+def hyperparameter_model(objective: type[Objective], *settings: type[Setting]) -> type[BaseModel]:
+    """Return a model of the objective's and the settings' fields; of `beta` not, it is `rl_beta`.
 
     Made when it is asked for, so that an objective of anybody's is known to the block as soon as it
     is in `OBJECTIVES`.
     """
-    types = get_type_hints(objective)
     keys = {
-        field.name: (
-            types[field.name],
-            Field(
-                default=field.default,
-                description=field.metadata["description"],
-                **field.metadata["bounds"],
-            ),
-        )
-        for field in fields(objective)
+        field.name: _key(field, get_type_hints(kind)[field.name])
+        for kind in (objective, *settings)
+        for field in fields(kind)
         if field.name != "beta"
     }
     return create_model(objective.__name__, __config__=ConfigDict(extra="forbid"), **keys)
 
 
+def _key(field: DataclassField, kind: Any) -> tuple[Any, Any]:
+    about = field.metadata
+    if about["least_weight"] is not None:  # a criterion's number, which the YAML has by its name
+        return str | None, Field(default=None, description=about["description"])
+    bounds = about["bounds"]
+    return kind, Field(default=field.default, description=about["description"], **bounds)
+
+
 def hyperparameter_names(objective: str) -> list[str]:
-    """Return the keys of the block that belong to an objective."""
-    return list(hyperparameter_model(OBJECTIVES[objective]).model_fields)
+    """Return the keys of the block that belong to an objective, those of settings last."""
+    return list(hyperparameter_model(OBJECTIVES[objective], *admitted(objective)).model_fields)
 
 
 class AMoPOConfig(BaseModel):
@@ -131,8 +138,8 @@ class AMoPOConfig(BaseModel):
     )
     weights: dict[str, Annotated[float, Field(ge=0.0, allow_inf_nan=False)]] | None = Field(
         default=None,
-        description="A weight per criterion, by name; for objectives that use them, such as amopo "
-        "with weighting: static",
+        description="A weight per criterion, by name, or equal; for objectives that use them, such "
+        "as dpo, or amopo with weighting: static",
     )
     winner: Literal["overall", "per_dimension"] = Field(
         default="overall",
@@ -234,11 +241,14 @@ class AMoPOConfig(BaseModel):
         name = block.get("objective") or DEFAULT_OBJECTIVE
         if not isinstance(name, str) or name not in OBJECTIVES:
             return block  # refused by `check_objective`
-        others = {key: value for key, value in block.items() if key not in cls.model_fields}
-        given = hyperparameter_model(OBJECTIVES[name]).model_validate(others).model_dump()
         # A null is a key that is not set: axolotl drops it when it hands the config on.
         defaults = {k: v for k, v in OBJECTIVES[name].defaults.items() if block.get(k) is None}
-        return {**block, **defaults, **given, "objective": name}
+        block = {**block, **defaults}
+        others = {key: value for key, value in block.items() if key not in cls.model_fields}
+        read = hyperparameter_model(OBJECTIVES[name], *admitted(name)).model_validate(others)
+        # Of settings, which mostly are not in use, what is set.
+        own = {field.name for field in fields(OBJECTIVES[name])} | read.model_fields_set
+        return {**block, **read.model_dump(include=own), "objective": name}
 
     @field_validator("objective")
     @classmethod
@@ -256,6 +266,16 @@ class AMoPOConfig(BaseModel):
         if isinstance(value, list):
             return [{"name": item} if isinstance(item, str) else item for item in value]
         return value
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def equal_weights(cls, value: Any, info: Any) -> Any:
+        if value != "equal":
+            return value
+        if "dimensions" not in info.data or "overall" not in info.data:
+            return None  # which is refused for what is wrong with them
+        names = [dimension.name for dimension in info.data["dimensions"]]
+        return dict.fromkeys([OVERALL] * info.data["overall"] + names, 1.0)
 
     @field_validator("instruction", "overall_instruction")
     @classmethod
@@ -291,8 +311,25 @@ class AMoPOConfig(BaseModel):
                 f"order_by: '{self.order_by}' is neither mean, dataset nor a dimension."
                 f"{did_you_mean(self.order_by, orders)}"
             )
+        self._check_criterion_keys()
+        check_together(self.make_objective(), self.make_settings())
         self._check_weights()
         return self
+
+    def _check_criterion_keys(self) -> None:
+        """Put the first dimension where a key that names one is not set, and check the others."""
+        for field in self._criterion_fields():
+            name = self.hyperparameters().get(field.name) or self.dimension_names[0]
+            setattr(self, field.name, name)
+            if name not in self.dimension_names:
+                raise ValueError(
+                    f"{field.name}: '{name}' is not a dimension."
+                    f"{did_you_mean(name, self.dimension_names)}"
+                )
+
+    def _criterion_fields(self) -> list[DataclassField]:
+        of_objective = fields(OBJECTIVES[self.objective])
+        return [field for field in of_objective if field.metadata["least_weight"] is not None]
 
     def _check_weights(self) -> None:
         objective, names = self.make_objective(), self.criteria
@@ -314,8 +351,24 @@ class AMoPOConfig(BaseModel):
                 f"weights must name every criterion once: {', '.join(names)}; "
                 f"they name {', '.join(self.weights)}"
             )
-        if not sum(self.weights.values()) > 0:
+        total = sum(self.weights.values())
+        if not total > 0:
             raise ValueError("weights must not all be 0")
+        for field in self._criterion_fields():
+            name, least = self.hyperparameters()[field.name], field.metadata["least_weight"]
+            if self.weights[name] < least * total:
+                raise ValueError(
+                    f"weights: {name}, which {field.name} names, has a share of "
+                    f"{self.weights[name] / total:g}; the loss divides by it, and it must be at "
+                    f"least {least:g}"
+                )
+        equal = len(set(self.weights.values())) == 1
+        for setting in self.make_settings():
+            if isinstance(setting, Gradients) and setting.finds_weights and not equal:
+                raise ValueError(
+                    f"weights: have no effect with gradients: {setting.gradients}, which finds its "
+                    "own; remove them"
+                )
 
     @property
     def dimension_names(self) -> list[str]:
@@ -327,14 +380,37 @@ class AMoPOConfig(BaseModel):
         """Return what judges a comparison, in order: overall first, as in AMoPO's paper."""
         return ([OVERALL] if self.overall else []) + self.dimension_names
 
+    @property
+    def shares(self) -> list[float] | None:
+        """Return the weights of the criteria, in order and scaled to sum to 1, where there are."""
+        if self.weights is None:
+            return None
+        total = sum(self.weights.values())
+        return [self.weights[name] / total for name in self.criteria]
+
     def hyperparameters(self) -> dict[str, Any]:
-        """Return the objective's fields, `beta` excepted, which is axolotl's `rl_beta`."""
+        """Return the objective's fields, and those of settings that are set.
+
+        Not `beta`, which is axolotl's `rl_beta`.
+        """
         return dict(self.model_extra or {})
 
     def make_objective(self, beta: float | None = None) -> Objective:
         """Return the objective with its hyperparameters; by default with its own `beta`."""
         given = {} if beta is None else {"beta": beta}
-        return OBJECTIVES[self.objective](**given, **self.hyperparameters())
+        kind = OBJECTIVES[self.objective]
+        given |= self._given(kind)
+        for field in self._criterion_fields():
+            given[field.name] = self.criteria.index(given[field.name])
+        return kind(**given)
+
+    def make_settings(self) -> list[Setting]:
+        """Return the settings that go with the objective, in the order in which they apply."""
+        return [kind(**self._given(kind)) for kind in admitted(self.objective)]
+
+    def _given(self, kind: type) -> dict[str, Any]:
+        names = {field.name for field in fields(kind)}
+        return {key: value for key, value in self.hyperparameters().items() if key in names}
 
 
 class AMoPOArgs(BaseModel):
@@ -348,6 +424,24 @@ class AMoPOArgs(BaseModel):
 def read_block(cfg: Any) -> AMoPOConfig:
     """Return the block of axolotl's validated config."""
     return AMoPOConfig.model_validate(plain(cfg.amopo))
+
+
+def check_needs(config: AMoPOConfig) -> None:
+    """Check that the trainer supplies what the objective and the settings need.
+
+    Raises:
+        ConfigError: naming the key and what is lacking.
+    """
+    needs = [("objective", config.objective, config.make_objective().needs)]
+    for setting in config.make_settings():
+        switch = next(iter(vars(setting)))
+        needs.append((switch, getattr(setting, switch), setting.needs))
+    for key, value, names in needs:
+        if lacking := names - SUPPLIED:
+            raise ConfigError(
+                f"amopo.{key}: {value} needs {', '.join(sorted(lacking))}, which this version does "
+                "not supply; choose another one."
+            )
 
 
 def read_beta(cfg: Mapping[str, Any], config: AMoPOConfig) -> float:
@@ -412,6 +506,8 @@ def _sentence(model: type[BaseModel], block: dict, where: str, detail: Mapping[s
         return _unknown(key, list(model.model_fields))
     if kind == "literal_error":
         hint = did_you_mean(str(given), context["expected"].replace("'", "").split(", "))
+        if not hint and model is AMoPOConfig:
+            hint = _other_key(given, str(block.get("objective") or DEFAULT_OBJECTIVE))
         return f"{key}: {given!r} is not one of {context['expected']}.{hint}"
     if kind == "value_error":
         text = str(context["error"])
@@ -422,6 +518,18 @@ def _sentence(model: type[BaseModel], block: dict, where: str, detail: Mapping[s
 def _unknown(key: str, known: list[str]) -> str:
     hint = did_you_mean(key.rpartition(".")[2], known)
     return f"{key}: unknown key.{hint} Known: {', '.join(known)}."
+
+
+def _other_key(value: Any, objective: str) -> str:
+    """Return which key of an objective or its settings takes a value that another one does not."""
+    kinds = [OBJECTIVES[name] for name in OBJECTIVES if name == objective] + admitted(objective)
+    keys = [
+        f"{name}: {value}"
+        for kind in kinds
+        for name, choices in _choices(kind).items()
+        if value in choices
+    ]
+    return f" Did you mean {keys[0]}?" if keys else ""
 
 
 def _not_of_the_objective(key: str, objective: str) -> str:
@@ -440,7 +548,7 @@ def _not_of_the_objective(key: str, objective: str) -> str:
 
 def _with(objective: Objective) -> str:
     """Return the choices among its hyperparameters, e.g. ` with weighting: mean`."""
-    choices = [f"{name}: {getattr(objective, name)}" for name in _choices(objective)]
+    choices = [f"{name}: {getattr(objective, name)}" for name in _choices(type(objective))]
     return f" with {', '.join(choices)}" if choices else ""
 
 
@@ -448,16 +556,23 @@ def _choices_that_need(objective: Objective, need: str) -> list[str]:
     """Return the settings, one changed at a time, with which the objective has a need."""
     return [
         f"{name}: {choice}"
-        for name, choices in _choices(objective).items()
+        for name, choices in _choices(type(objective)).items()
         for choice in choices
-        if need in replace(objective, **{name: choice}).needs
+        if need in _needs_with(objective, name, choice)
     ]
 
 
-def _choices(objective: Objective) -> dict[str, tuple]:
-    types = get_type_hints(type(objective))
+def _needs_with(objective: Objective, name: str, choice: Any) -> frozenset[str]:
+    try:
+        return replace(objective, **{name: choice}).needs
+    except ValueError:  # the choice does not go with the other fields
+        return frozenset()
+
+
+def _choices(kind: type) -> dict[str, tuple]:
+    types = get_type_hints(kind)
     return {
         field.name: get_args(types[field.name])
-        for field in fields(objective)
+        for field in fields(kind)
         if get_origin(types[field.name]) is Literal
     }

@@ -7,7 +7,7 @@ import torch
 from axolotl.utils.logging import get_logger
 
 from axolotl_amopo.config.axolotl_keys import check_axolotl_keys
-from axolotl_amopo.config.block import AMoPOConfig, parse_block, plain, read_beta
+from axolotl_amopo.config.block import AMoPOConfig, check_needs, parse_block, plain, read_beta
 from axolotl_amopo.config.cpu import suit_a_cpu
 from axolotl_amopo.config.datasets import PREFIX, prepare_entries
 from axolotl_amopo.config.devices import check_devices, check_parallel
@@ -44,6 +44,7 @@ def take_over(cfg: dict, *, device: str | None = None, with_data: bool = True) -
     check_yaml(cfg.get("axolotl_config_path"))
     apply_overrides(cfg)
     config = parse_block(AMoPOConfig, plain(cfg.get("amopo")), "amopo")
+    check_needs(config)
     without_effect = check_axolotl_keys(cfg)
     check_parallel(cfg)
     if device is None:

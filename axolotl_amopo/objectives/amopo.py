@@ -103,7 +103,8 @@ class AMoPO:
             dimension_mask=responses.signs != 0,
         )
         rewards = self.beta * response_stats(responses.logps.detach(), responses.mask).avg_logp
-        return Outcome(result.pair_losses, result.weights, rewards, terms={})
+        margins = result.rewards_chosen - result.rewards_rejected - self.gamma
+        return Outcome(result.pair_losses, result.weights, rewards, terms={}, margins=margins)
 
 
 class AMoPOLoss(NamedTuple):

@@ -9,9 +9,10 @@ the batch, C criteria, R references. Where examples differ in K or N, the rest i
 """
 
 import hashlib
+import random
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -35,10 +36,10 @@ class Responses(NamedTuple):
     signs: Tensor  # [P, C] +1 the first response wins, -1 the second, 0 the criterion says nothing
     ratings: Tensor | None = None  # [B, N, C] on 0 to 1, 1 the better end; NaN where missing
     points: Tensor | None = None  # [B, C] width of a criterion's scale, in rating points
-    weights: Tensor | None = None  # [B, C] the user's weights of the criteria
+    weights: Tensor | None = None  # [B, C] of the criteria: the user's, or those that were drawn
     fit: Tensor | None = None  # [B, K, N] how near a response's rating is to what prompt k asks
     reference: Tensor | None = None  # [R, B, K, N] log pi_ref(y | x_k), summed over tokens, nats
-    counts: Tensor | None = None  # [B] 0 for an example that only pads an epoch's last pass, else 1
+    counts: Tensor | None = None  # [B] 1, or an example's tokens; 0 where it only pads a pass
     ids: Tensor | None = None  # [B] what seeds an example's draws
 
     @classmethod
@@ -88,6 +89,17 @@ class Responses(NamedTuple):
         rows = torch.arange(len(places), device=places.device)[:, None, None]
         return values[examples.unsqueeze(-1), self.reads.unsqueeze(-1), places[rows, sides]]
 
+    def rating_gaps(self) -> Tensor:
+        """Return by how much a criterion rates its winner above its loser.
+
+        Returns:
+            [P, C] on 0 to 1. Negative where the winner is not the criterion's own, 0 where the
+            criterion says nothing, NaN where a rating is missing. No gradient.
+        """
+        examples, places = self.comparisons[:, :1], self.comparisons[:, 1:]
+        first, second = self.required("ratings").detach()[examples, places].unbind(1)  # [P, C]
+        return self.signs * (first - second)
+
     def per_comparison(self, values: Tensor) -> Tensor:
         """Return the values of each comparison's example: [B, ...] -> [P, ...]."""
         return values[self.comparisons[:, 0]]
@@ -100,12 +112,21 @@ class Responses(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an objective makes of responses."""
+    """What an objective makes of responses.
 
-    losses: Tensor  # [P, C]
-    weights: Tensor  # [P, C] how much each loss counts; no gradient
-    rewards: Tensor  # [B, K, N] the implicit reward of each response; for metrics
+    What a row and a column of the losses stand for is said by `per`:
+
+        "comparison"  [P, C] of the criteria in each comparison
+        "example"     [B, C] of the criteria in each example: listwise
+        "response"    [B, N] of the responses of each example: supervised
+    """
+
+    losses: Tensor  # [P, C], [B, C] or [B, N]
+    weights: Tensor  # the same shape, how much each loss counts; no gradient
+    rewards: Tensor  # [B, K, N] implicit reward of each response; metrics read it without gradient
     terms: dict[str, Tensor]  # [B] each: what is added to an example's loss, and logged by its name
+    margins: Tensor | None = None  # [P, C] where the losses are -log sigmoid(margins), else None
+    per: Literal["comparison", "example", "response"] = "comparison"
 
 
 class Paper(NamedTuple):
@@ -134,11 +155,36 @@ class Objective(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return the optional fields of `Responses` that must be there."""
+        """Return what must be supplied beside log-probabilities.
+
+        Optional fields of `Responses` by their names, and of what kind they are:
+
+            references     `reference` has two models' log-probabilities
+            drawn_weights  `weights` were drawn for the example, and stand in its prompts
+            all_responses  an example has every response of its prompt, also those in no comparison
+            token_counts   `counts` are numbers of response tokens: the mean is one over tokens
+            gradients      the gradient of each criterion's loss, to be combined
+        """
         ...
 
     def __call__(self, responses: Responses, draw: "Draw | None") -> Outcome:
         """Return the losses; `draw` is None at evaluation, which must be deterministic."""
+        ...
+
+
+class Setting(Protocol):
+    """A frozen dataclass that changes an objective's outcome; its fields are keys of the block.
+
+    With the default of its first field it changes nothing.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Return what must be supplied, as in `Objective`."""
+        ...
+
+    def __call__(self, outcome: Outcome, responses: Responses) -> Outcome:
+        """Return the changed outcome."""
         ...
 
 
@@ -149,27 +195,43 @@ def hyperparameter(
     above: float | None = None,
     at_least: float | None = None,
     at_most: float | None = None,
+    below: float | None = None,
+    least_weight: float | None = None,
 ) -> Any:
-    """Return the dataclass field of a hyperparameter, with what the YAML's check needs to know."""
-    bounds = {"gt": above, "ge": at_least, "le": at_most}
+    """Return the dataclass field of a hyperparameter, with what the YAML's check needs to know.
+
+    Args:
+        default: its value where nothing is given.
+        description: for people.
+        above, at_least, at_most, below: bounds.
+        least_weight: of a field that is the number of a criterion; its key in the YAML is the name
+            of a dimension, by default the first one, whose share of the weights must be this high.
+    """
+    bounds = {"gt": above, "ge": at_least, "le": at_most, "lt": below}
     given = {name: bound for name, bound in bounds.items() if bound is not None}
-    return field(default=default, metadata={"description": description, "bounds": given})
+    about = {"description": description, "bounds": given, "least_weight": least_weight}
+    return field(default=default, metadata=about)
 
 
 def example_losses(outcome: Outcome, responses: Responses) -> Tensor:
-    """Return [B], the loss of each example; a batch's loss is their mean.
+    """Return [B], the loss of each example; a batch's loss is their mean, weighted by `counts`.
 
-    The weighted sum over criteria, the mean over an example's comparisons, plus the terms.
+    The weighted sum of an example's losses, for pairs the mean of it over the comparisons, plus the
+    terms.
     """
-    per_comparison = (outcome.weights * outcome.losses).sum(-1)  # [P]
-    losses = per_comparison
-    if len(losses) != len(responses.logps):  # an example has at least one
-        sums = losses.new_zeros(len(responses.logps))
-        sums = sums.index_add(0, responses.comparisons[:, 0], per_comparison)
-        losses = sums / responses.comparisons_per_example()
+    losses = example_means((outcome.weights * outcome.losses).sum(-1), responses)
     for term in outcome.terms.values():
         losses = losses + term
     return losses
+
+
+def example_means(values: Tensor, responses: Responses) -> Tensor:
+    """Return [B], the mean over an example's comparisons of values [P]; values [B] as they are."""
+    if len(values) == len(responses.logps):  # an example has at least one comparison
+        return values
+    sums = values.new_zeros(len(responses.logps))
+    sums = sums.index_add(0, responses.comparisons[:, 0], values)
+    return sums / responses.comparisons_per_example()
 
 
 class ResponseStats(NamedTuple):
@@ -190,9 +252,7 @@ def response_stats(token_logps: Tensor, mask: Tensor) -> ResponseStats:
         mask: [..., T] true (or non-zero) where a response token stands.
     """
     mask = mask.bool()
-    if token_logps.dtype in (torch.float16, torch.bfloat16):
-        token_logps = token_logps.float()
-    logps = token_logps.masked_fill(~mask, 0.0).clamp(min=MIN_LOGP)
+    logps = _held(token_logps, mask)
     count = mask.sum(-1)
     avg_logp = logps.sum(-1) / count.clamp(min=1)
 
@@ -203,6 +263,49 @@ def response_stats(token_logps: Tensor, mask: Tensor) -> ResponseStats:
         # One token has no spread; torch.std would give NaN, which the published code raises on.
         prob_std = (deviation.square().sum(-1) / (count - 1).clamp(min=1)).sqrt()
     return ResponseStats(avg_logp, prob_mean, prob_std, count)
+
+
+def response_sums(token_logps: Tensor, mask: Tensor) -> Tensor:
+    """Return [...], log pi(y | x) of each response: the sum over its tokens, in nats.
+
+    Args:
+        token_logps, mask: [..., T] as for `response_stats`.
+    """
+    return _held(token_logps, mask.bool()).sum(-1)
+
+
+def reference_sums(responses: Responses, like: Tensor, number: int = 0) -> Tensor:
+    """Return [B, K, N], log pi_ref(y | x) of each response, in nats; 0 where there is none.
+
+    Args:
+        responses: with `reference`.
+        like: a tensor of the wanted type and device.
+        number: which of the R references.
+
+    Returns:
+        A tensor without gradient.
+    """
+    sums = responses.required("reference")[number].detach().to(like).clamp(min=MIN_LOGP)
+    return sums.masked_fill(~responses.mask.any(-1), 0.0)
+
+
+def log_ratios(responses: Responses, *, per_token: bool) -> Tensor:
+    """Return [B, K, N], log pi(y | x) - log pi_ref(y | x) of each response, in nats.
+
+    Args:
+        responses: with `reference`, of which the first one is taken.
+        per_token: divide by the response's tokens.
+    """
+    sums = response_sums(responses.logps, responses.mask)
+    ratios = sums - reference_sums(responses, sums)
+    return ratios / responses.mask.sum(-1).clamp(min=1) if per_token else ratios
+
+
+def _held(token_logps: Tensor, mask: Tensor) -> Tensor:
+    """Return log-probabilities of at least 32 bits, 0 outside the mask, none below MIN_LOGP."""
+    if token_logps.dtype in (torch.float16, torch.bfloat16):
+        token_logps = token_logps.float()
+    return token_logps.masked_fill(~mask, 0.0).clamp(min=MIN_LOGP)
 
 
 class Draw:
@@ -231,6 +334,17 @@ class Draw:
             for example, count in zip(ids.tolist(), counts.tolist(), strict=True)
         ]
         return torch.cat(draws).to(ids.device)
+
+    def dirichlet(self, concentration: float, size: int) -> Tensor:
+        """Return [size] float64 weights from a symmetric Dirichlet distribution, one per step.
+
+        Args:
+            concentration: 1 draws all weights alike, less prefers corners, more the centre.
+            size: how many weights, which sum to 1.
+        """
+        numbers = random.Random(f"{self.seed} {self.step}")
+        drawn = [numbers.gammavariate(concentration, 1.0) for _ in range(size)]
+        return torch.tensor(drawn, dtype=torch.float64) / sum(drawn)
 
     def _generator(self, example: int) -> torch.Generator:
         key = f"{self.seed} {self.step} {example}".encode()

@@ -68,6 +68,6 @@ class SimPO:
         """Return the pair losses; nothing is drawn."""
         rewards = self.beta * response_stats(responses.logps, responses.mask).avg_logp  # [B, K, N]
         chosen, rejected = responses.winner_first(rewards).unbind(-1)  # [P, C]
-        losses = -F.logsigmoid(chosen - rejected - self.gamma)
-        shares = weights.uniform(responses.signs != 0, losses.dtype)
-        return Outcome(losses, shares, rewards.detach(), terms={})
+        margins = chosen - rejected - self.gamma
+        shares = weights.uniform(responses.signs != 0, margins.dtype)
+        return Outcome(-F.logsigmoid(margins), shares, rewards.detach(), terms={}, margins=margins)

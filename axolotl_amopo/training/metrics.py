@@ -13,7 +13,7 @@ from torch import Tensor
 from axolotl_amopo.objectives.base import Outcome, Responses, example_losses, response_stats
 
 PER_CRITERION = (
-    "loss",  # of the criterion's pair
+    "loss",  # of the criterion's pair or list
     "margin",  # reward chosen - reward rejected
     "accuracy",  # share of pairs with the chosen response's reward above the rejected one's
     "weight",  # share of the pair's loss
@@ -36,7 +36,8 @@ def example_metrics(
         criteria: names of the C criteria.
 
     Returns:
-        By name [B] float32; NaN where no criterion says anything, or where the model's outputs are
+        By name [B] float32. Losses and weights of criteria are not there where the losses are those
+        of single responses. NaN where no criterion says anything, or where the model's outputs are
         NaN. Of an example with several comparisons, the mean over them.
     """
     stats = response_stats(responses.logps.detach(), responses.mask)  # [B, K, N]
@@ -61,6 +62,8 @@ def example_metrics(
         rejected,
     )
     by_criterion = dict(zip(PER_CRITERION, values, strict=True))
+    if outcome.per != "comparison":
+        del by_criterion["loss"], by_criterion["weight"]
     totals = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
@@ -78,11 +81,19 @@ def example_metrics(
     } | {name: known(values).nanmean(-1) for name, values in totals.items()}
     columns = torch.stack(list(per_comparison.values()), dim=-1).float()  # [P, M]
     means = _means_over_comparisons(columns, responses).unbind(-1)
-    terms = {f"terms/{name}": term for name, term in outcome.terms.items()}
+    per_example = {f"terms/{name}": term for name, term in outcome.terms.items()}
+    if outcome.per == "example":
+        silent = (outcome.weights == 0) | (responses.counts == 0).unsqueeze(-1)  # [B, C]
+        for metric, values in (("loss", outcome.losses), ("weight", outcome.weights)):
+            columns = values.detach().masked_fill(silent, torch.nan).unbind(-1)
+            per_example |= {
+                f"amopo/{name}/{metric}": column
+                for name, column in zip(criteria, columns, strict=True)
+            }
     return (
         {"loss": example_losses(outcome, responses).detach().float()}
         | dict(zip(per_comparison, means, strict=True))
-        | {name: term.detach().float() for name, term in terms.items()}
+        | {name: values.detach().float() for name, values in per_example.items()}
     )
 
 

@@ -15,10 +15,10 @@ from torch.utils.data import Sampler
 from transformers import EvalPrediction
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from axolotl_amopo.config.block import AMoPOConfig, read_block
+from axolotl_amopo.config.block import AMoPOConfig, check_needs, read_block
 from axolotl_amopo.config.redact import redact
 from axolotl_amopo.config.through_axolotl import stamped
-from axolotl_amopo.errors import AMoPOError, ConfigError
+from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.model.batch import responses
 from axolotl_amopo.model.choose import Choice, choose_layout
 from axolotl_amopo.model.forward import TokenLogps, response_logps, teach
@@ -33,10 +33,6 @@ from axolotl_amopo.training.sampler import GROUPED_PASSES, LengthGroupedSampler,
 from axolotl_amopo.training.sharing import log_choice
 
 LOG = get_logger(__name__)
-
-
-# What an objective may need beside log-probabilities, and is given here.
-SUPPLIED = {"ratings", "points", "weights"}
 
 
 class AMoPOTrainer(AxolotlTrainer):
@@ -91,11 +87,8 @@ class AMoPOTrainer(AxolotlTrainer):
         self.amopo = config
         self.beta = beta
         self.objective: Objective = config.make_objective(beta)
-        if lacking := self.objective.needs - SUPPLIED:
-            raise ConfigError(
-                f"amopo.objective: {config.objective} needs {', '.join(sorted(lacking))}, which "
-                "this version does not supply; choose another objective."
-            )
+        self.settings = config.make_settings()
+        check_needs(config)
 
     @property
     def steering(self) -> Steering | None:
@@ -234,12 +227,13 @@ class AMoPOTrainer(AxolotlTrainer):
         drawn."""
         config, (logps, mask, router_loss) = self.amopo, found
         weights = None
-        if config.weights is not None:
-            listed = logps.new_tensor([config.weights[name] for name in config.criteria])
-            weights = listed.expand(len(logps), -1)  # [B, C]
+        if config.shares is not None:
+            weights = logps.new_tensor(config.shares).expand(len(logps), -1)  # [B, C]
         given = responses(inputs, logps, mask, weights=weights)
         draw = Draw(self.data_seed, self.state.global_step) if draws else None
         outcome = self.objective(given, draw)
+        for setting in self.settings:
+            outcome = setting(outcome, given)
         if router_loss is not None:
             terms = outcome.terms | {"router": router_loss.expand(len(logps))}
             outcome = outcome._replace(terms=terms)
