@@ -34,7 +34,7 @@ OVERALL = "overall"
 # Fields of the block that the plugin fills in.
 INTERNAL = {"enabled", "datasets"}
 # What the trainer supplies of what objectives and settings need beside log-probabilities.
-SUPPLIED = {"ratings", "points", "weights"}
+SUPPLIED = {"ratings", "points", "weights", "reference"}
 
 Scale = Annotated[
     tuple[float, float],
@@ -168,6 +168,11 @@ class AMoPOConfig(BaseModel):
         default="auto",
         description="Run the prompt that responses share once. auto: where the model gives the "
         "same numbers; true: always, or stop; false: never",
+    )
+    reference: Literal["none", "initial"] | None = Field(
+        default=None,
+        description="What an objective compares the model with. initial: the model as training "
+        "found it; none: nothing; default: what the objective needs",
     )
     max_tokens: int | None = Field(
         default=None,
@@ -433,6 +438,13 @@ def check_needs(config: AMoPOConfig) -> None:
         ConfigError: naming the key and what is lacking.
     """
     needs = [("objective", config.objective, config.make_objective().needs)]
+    wants = "reference" in needs[0][2]
+    if config.reference == ("none" if wants else "initial"):
+        raise ConfigError(
+            f"amopo.reference: {config.reference} can't go with objective {config.objective}, "
+            f"which {'compares with' if wants else 'has'} {'a' if wants else 'no'} reference; "
+            "remove it."
+        )
     for setting in config.make_settings():
         switch = next(iter(vars(setting)))
         needs.append((switch, getattr(setting, switch), setting.needs))

@@ -204,7 +204,7 @@ class _Proof:
         )[0]
 
     def _logps(self, *args: Any) -> Tensor:
-        with torch.no_grad(), _without_dropout(self.model):
+        with torch.no_grad(), without_dropout(self.model):
             return self._run(*args)
 
     def _noise(self, rounding: float) -> float:
@@ -365,7 +365,8 @@ def _steps_by_itself(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _without_dropout(model: nn.Module) -> Generator[None]:
+def without_dropout(model: nn.Module) -> Generator[None]:
+    """Put a model into evaluation mode as far as that is free of consequences."""
     # Not model.eval(): in evaluation mode, on some CPUs, bitsandbytes repacks 4-bit weights for
     # good in a way that can't be trained. Only a module's own parameters are looked at: a weight
     # that is computed (PEFT's of its base layer, axolotl's of NF4 shards) can't be outside forward.
