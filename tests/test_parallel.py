@@ -24,6 +24,7 @@ METHODS = {
     "parts": {},  # one prompt at a time; in one process all together
     "reference": {},  # taken once, before the first step
     "adapter off": runs.LORA,  # is the reference
+    "gradients": runs.LORA,  # of each dimension, solved for one step
     "lora": runs.LORA,
     "dora": runs.LORA | {"peft_use_dora": True},
     "saved head": runs.LORA
@@ -33,7 +34,7 @@ METHODS = {
     | {"adapter": "qlora", "load_in_4bit": True, "test_datasets": None, "eval_steps": None},
 }
 # Trained against a reference, so that every margin begins at zero.
-COMPARED = ("reference", "adapter off")
+COMPARED = ("reference", "adapter off", "gradients")
 # Processes: rows of a forward pass, passes of an optimizer step, what else.
 SHAPES = {
     1: (3, 2, {}),
@@ -43,8 +44,18 @@ SHAPES = {
 # Left out: what takes the same paths as another, and what can't be, see `config.devices`.
 CASES = {
     ("ddp", 2): ("full", "bf16", "reference", "dora", "saved head", "qlora"),
-    ("ddp", 3): ("full", "groups", "lora", "parts", "adapter off"),
-    ("fsdp2", 2): ("full", "bf16", "groups", "parts", "reference", "adapter off", "dora", "qlora"),
+    ("ddp", 3): ("full", "groups", "lora", "parts", "adapter off", "gradients"),
+    ("fsdp2", 2): (
+        "full",
+        "bf16",
+        "groups",
+        "parts",
+        "reference",
+        "adapter off",
+        "gradients",
+        "dora",
+        "qlora",
+    ),
     ("fsdp2", 3): ("full", "lora"),
     ("zero1", 2): ("dora", "saved head"),
     ("zero1", 3): ("full", "lora"),
@@ -125,7 +136,8 @@ def train(tmp_path_factory, tiny_model, data, forks):
         }
         settings |= others | strategy(kind, world, method, folder) | METHODS[method]
         if method in COMPARED:  # per token, for sums of hundreds are rounded otherwise
-            settings["amopo"] |= {"objective": "dpo", "length_normalised": True}
+            objective = "raco" if method == "gradients" else "dpo"
+            settings["amopo"] |= {"objective": objective, "length_normalised": True}
         path = data / ("groups.jsonl" if method == "groups" else "train.jsonl")
         values = runs.config(folder, tiny_model, path, **settings)
         config = runs.write_config(folder, values)

@@ -16,10 +16,11 @@ from transformers import JambaConfig, JambaForCausalLM, MixtralConfig, MixtralFo
 from axolotl_amopo.commands.report.findings import findings
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.example import Example
-from axolotl_amopo.objectives import Draw
+from axolotl_amopo.objectives import Draw, gradients
 from axolotl_amopo.training import reference
 from axolotl_amopo.training import trainer as training_trainer
 from axolotl_amopo.training.collator import AMoPOCollator
+from axolotl_amopo.training.gradients import directions
 from axolotl_amopo.training.reference import AdapterOff, Precomputed
 from axolotl_amopo.training.runs import read_run
 
@@ -230,6 +231,50 @@ def test_a_resumed_run_keeps_its_reference(tmp_path, tiny_model, data):
     (checkpoint / reference.FILE).write_bytes(b"damaged")
     with pytest.raises(AMoPOError, match=r"amopo_reference\.npz"):
         against_reference(resumed, tiny_model, data, **changes)
+
+
+def test_a_step_of_several_gradients(tmp_path, tiny_model, data):
+    """RACO's step is made of those of its dimensions alone, however the batch is cut."""
+    names = ["helpfulness", "honesty", "safety"]
+
+    def step(name, micro_batch=4, **block):
+        changes = {"micro_batch_size": micro_batch, "gradient_accumulation_steps": 4 // micro_batch}
+        changes["rl_beta"] = 0.2
+        return one_step(tmp_path / name, tiny_model, data, amopo=block, **changes)
+
+    def flat(change):
+        return torch.cat([change[name].flatten() for name in sorted(change)]).double()
+
+    alone = torch.stack(
+        [
+            flat(step(name, objective="dpo", weights={n: float(n == name) for n in names})[1])
+            for name in names
+        ]
+    )  # [3, D] of minus the gradients
+    gram, weights = gradients.gram(alone), torch.full((3,), 1 / 3, dtype=torch.float64)
+    shares = gradients.cagrad(gram, weights, c=0.4, clip=True)
+    assert (shares - weights).abs().max() > 1e-2  # not the plain sum
+    for micro_batch in (4, 2, 1):  # one pass per dimension, two, one per example
+        logged, change = step(f"raco-{micro_batch}", micro_batch, objective="raco")
+        torch.testing.assert_close(flat(change), shares @ alone, rtol=1e-4, atol=1e-6)
+        for name, share in zip(names, shares.tolist(), strict=True):
+            assert logged[f"gradients/{name}/share"] == pytest.approx(share, rel=1e-4)
+        cosine = gram[0, 1] / (gram[0, 0] * gram[1, 1]).sqrt()
+        found = logged["gradients/helpfulness-honesty/cosine"]
+        assert found == pytest.approx(cosine.item(), abs=1e-4)
+
+
+def test_gradients_that_are_multiples_need_one_pass():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(2, 1, 2, 5, generator=generator)  # [B, K, N, T]
+    shares = torch.tensor([[1.0, -2.0], [0.5, 0.0], [-3.0, 1.0]])  # [C, B]
+    wanted = shares[:, :, None, None, None] * base
+    for rows, count in ((wanted, 2), (wanted[:, :1], 1), (torch.randn(3, 2, 1, 2, 5), 3)):
+        found = directions(rows)
+        assert len(found) == count
+        made = sum(share[:, None, None, None, None] * vector for vector, share in found)
+        torch.testing.assert_close(made, rows)
+    assert len(directions(torch.zeros(3, 1, 1, 2, 5))) == 1
 
 
 def test_instruction_after_the_question(tokenizer, data):

@@ -34,7 +34,7 @@ OVERALL = "overall"
 # Fields of the block that the plugin fills in.
 INTERNAL = {"enabled", "datasets"}
 # What the trainer supplies of what objectives and settings need beside log-probabilities.
-SUPPLIED = {"ratings", "points", "weights", "reference"}
+SUPPLIED = {"ratings", "points", "weights", "reference", "gradients"}
 
 Scale = Annotated[
     tuple[float, float],
