@@ -142,6 +142,12 @@ class AMoPOConfig(BaseModel):
         default="chosen",
         description="The rating a prompt asks for: the chosen response's, each its own, or none",
     )
+    rating_levels: int | None = Field(
+        default=None,
+        ge=2,
+        description="Round the rating that a prompt asks for to so many evenly spaced levels of "
+        "the scale, so that responses with nearly equal ratings share a prompt; default: exact",
+    )
     instruction: str | None = Field(
         default=None,
         description="Jinja template of a dimension's instruction: dimension, description, min, "
@@ -291,8 +297,23 @@ class AMoPOConfig(BaseModel):
                 f"order_by: '{self.order_by}' is neither mean, dataset nor a dimension."
                 f"{did_you_mean(self.order_by, orders)}"
             )
+        if self.rating_levels and not self._asks_for_ratings:
+            why = (
+                "rating_in_prompt: none"
+                if self.rating_in_prompt == "none"
+                else "instructions that are empty"
+            )
+            raise ValueError(
+                f"rating_levels: has no effect with {why}, since no prompt asks for a rating; "
+                "remove it"
+            )
         self._check_weights()
         return self
+
+    @property
+    def _asks_for_ratings(self) -> bool:
+        instructions = [self.instruction] + [self.overall_instruction] * self.overall
+        return self.rating_in_prompt != "none" and any(text != "" for text in instructions)
 
     def _check_weights(self) -> None:
         objective, names = self.make_objective(), self.criteria
