@@ -526,7 +526,7 @@ def test_a_level_is_the_nearest(data):
     "block", [{"rating_in_prompt": "none"}, SILENT, {"objective": "simpo"}, ALONE | SILENT]
 )
 def test_levels_that_no_prompt_asks_for(block):
-    with pytest.raises(ValidationError, match="rating_levels: has no effect with .*; remove it"):
+    with pytest.raises(ValidationError, match=r"rating_levels: has no effect with .*; remove it"):
         AMoPOConfig(dimensions=list(SCALES), rating_levels=5, **block)
     AMoPOConfig(dimensions=list(SCALES), **block)
 

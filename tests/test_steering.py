@@ -148,9 +148,8 @@ def test_a_sweep_takes_whole_steps_or_ten():
 
 def test_ratings_are_rounded_as_in_training(tokenizer):
     made = steering(rating_levels=3)
-    assert re.findall(r"aim for (\S+)\.", made.instruction({"overall": None, "helpfulness": 3.9})) == [
-        "3", "1", "-2",
-    ]  # fmt: skip
+    every = made.instruction({"overall": None, "helpfulness": 3.9})
+    assert re.findall(r"aim for (\S+)\.", every) == ["3", "1", "-2"]
     assert made.instruction({"toxicity": 1.5}) == made.instruction({"toxicity": 2})
     assert made.instruction({"is_safe": 0.25}).endswith("is safe is 0.5 of 1.")
     assert made.dimensions[0].ratings(3) == [1, 3, 5]

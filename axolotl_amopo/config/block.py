@@ -353,6 +353,12 @@ class AMoPOConfig(BaseModel):
         """Return the names of the criteria's prompts."""
         return self.criteria
 
+    @property
+    def in_parts(self) -> str:
+        """Return the keys by which batches run in parts, empty where they run whole."""
+        keys = ("max_tokens", "one_prompt_at_a_time")
+        return " and ".join(f"amopo.{key}" for key in keys if getattr(self, key))
+
     def hyperparameters(self) -> dict[str, Any]:
         """Return the objective's fields, `beta` excepted, which is axolotl's `rl_beta`."""
         return dict(self.model_extra or {})

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from axolotl.utils.logging import get_logger
 
-from axolotl_amopo.config.axolotl_keys import check_axolotl_keys
+from axolotl_amopo.config.axolotl_keys import check_axolotl_keys, check_parts
 from axolotl_amopo.config.block import AMoPOConfig, parse_block, plain, read_beta
 from axolotl_amopo.config.cpu import suit_a_cpu
 from axolotl_amopo.config.datasets import PREFIX, prepare_entries
@@ -46,6 +46,7 @@ def take_over(cfg: dict, *, device: str | None = None, with_data: bool = True) -
     config = parse_block(AMoPOConfig, plain(cfg.get("amopo")), "amopo")
     without_effect = check_axolotl_keys(cfg)
     check_parallel(cfg)
+    check_parts(cfg, config)
     if device is None:
         check_devices(cfg)
     beta = read_beta(cfg, config)
