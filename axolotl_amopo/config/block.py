@@ -149,6 +149,12 @@ class AMoPOConfig(BaseModel):
         default="chosen",
         description="The rating a prompt asks for: the chosen response's, each its own, or none",
     )
+    rating_levels: int | None = Field(
+        default=None,
+        ge=2,
+        description="Round the rating that a prompt asks for to so many evenly spaced levels of "
+        "the scale, so that responses with nearly equal ratings share a prompt; default: exact",
+    )
     instruction: str | None = Field(
         default=None,
         description="Jinja template of a dimension's instruction: dimension, description, min, "
@@ -318,6 +324,16 @@ class AMoPOConfig(BaseModel):
             )
         self._check_criterion_keys()
         check_together(self.make_objective(), self.make_settings())
+        if self.rating_levels and not self._asks_for_ratings:
+            why = (
+                "rating_in_prompt: none"
+                if self.rating_in_prompt == "none"
+                else "instructions that are empty"
+            )
+            raise ValueError(
+                f"rating_levels: has no effect with {why}, since no prompt asks for a rating; "
+                "remove it"
+            )
         self._check_weights()
         return self
 
@@ -335,6 +351,11 @@ class AMoPOConfig(BaseModel):
     def _criterion_fields(self) -> list[DataclassField]:
         of_objective = fields(OBJECTIVES[self.objective])
         return [field for field in of_objective if field.metadata["least_weight"] is not None]
+
+    @property
+    def _asks_for_ratings(self) -> bool:
+        instructions = [self.instruction] + [self.overall_instruction] * self.overall
+        return self.rating_in_prompt != "none" and any(text != "" for text in instructions)
 
     def _check_weights(self) -> None:
         objective, names = self.make_objective(), self.criteria
@@ -392,6 +413,12 @@ class AMoPOConfig(BaseModel):
             return None
         total = sum(self.weights.values())
         return [self.weights[name] / total for name in self.criteria]
+
+    @property
+    def in_parts(self) -> str:
+        """Return the keys by which batches run in parts, empty where they run whole."""
+        keys = ("max_tokens", "one_prompt_at_a_time")
+        return " and ".join(f"amopo.{key}" for key in keys if getattr(self, key))
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the objective's fields, and those of settings that are set.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from axolotl.utils.logging import get_logger
 
-from axolotl_amopo.config.axolotl_keys import check_axolotl_keys
+from axolotl_amopo.config.axolotl_keys import check_axolotl_keys, check_parts
 from axolotl_amopo.config.block import AMoPOConfig, check_needs, parse_block, plain, read_beta
 from axolotl_amopo.config.cpu import suit_a_cpu
 from axolotl_amopo.config.datasets import PREFIX, prepare_entries
@@ -49,6 +49,7 @@ def take_over(cfg: dict, *, device: str | None = None, with_data: bool = True) -
     without_effect = check_axolotl_keys(cfg)
     check_parallel(cfg)
     _check_gradients(cfg, config)
+    check_parts(cfg, config)
     if device is None:
         check_devices(cfg)
     beta = read_beta(cfg, config)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from axolotl_amopo.config.instructions import instruction, overall_instruction
+from axolotl_amopo.config.instructions import instruction, nearest_level, overall_instruction
 from axolotl_amopo.data.pairing import Pair, Scales
 from axolotl_amopo.data.rows import Message, Ratings
 from axolotl_amopo.example import flat
@@ -69,12 +69,20 @@ def prompted(pairs: list[Pair], config: "AMoPOConfig", scales: Scales) -> Prompt
 
 def instruction_of(config: "AMoPOConfig", scales: Scales, criterion: int, ratings: Ratings) -> str:
     """Return the instruction of a criterion's prompt that asks for these ratings; "" for none."""
+
+    def asked_for(name: str) -> float | None:
+        rating = ratings[name]
+        if rating is None or config.rating_in_prompt == "none":
+            return None
+        levels = config.rating_levels
+        return nearest_level(rating, scales[name], levels) if levels else rating
+
     asked = tuple(
         (
             dimension.name,
             dimension.description,
             tuple(scales[dimension.name]),
-            None if config.rating_in_prompt == "none" else ratings[dimension.name],
+            asked_for(dimension.name),
         )
         for dimension in config.dimensions
     )

@@ -45,6 +45,7 @@ def steered(template: str, steering: Steering, settings: Settings | None = None)
         "DEFAULT": repr(written(settings or {})),
         "OVERALL": repr(steering.overall),
         "RATED": repr(steering.rating_in_prompt != "none"),
+        "STEPS": repr(steering.rating_levels - 1 if steering.rating_levels else 0),
         "PLACE": repr(steering.instruction_place),
         "END": END,
     }
@@ -86,7 +87,10 @@ def check(tokenizer: Any, template: str, steering: Steering) -> None:
     told = [user, {"role": "assistant", "content": "So."}, {"role": "user", "content": "Really? "}]
     every: list[Settings] = [{}, *({d.name: None} for d in steering.dimensions)]
     if steering.rating_in_prompt != "none":
-        every += [{d.name: rating} for d in steering.dimensions for rating in d.scale]
+        for d in steering.dimensions:
+            low, high = d.scale
+            between = round(low + 0.4 * (high - low), 2)  # as `written` writes it
+            every += [{d.name: rating} for rating in (low, between, high)]
     every += [{OVERALL: None}] * steering.overall
 
     def render(messages: list[dict], chat_template: str) -> str:

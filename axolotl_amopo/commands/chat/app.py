@@ -132,7 +132,7 @@ def chat_page(models: ComparedModels) -> gr.Blocks:
                 with gr.Column(min_width=240):
                     lower = " (lower is better)" if d.direction == "lower" else ""
                     wanted.append(gr.Checkbox(label=f"Ask for {d.name}"))
-                    tries = d.ratings()
+                    tries = d.ratings(steering.rating_levels)
                     ratings.append(
                         gr.Slider(
                             *d.scale,

@@ -168,7 +168,8 @@ def _sweep(
         raise AMoPOError(f"--sweep {name}: leave --dimension {name} out.")
     if steering.rating_in_prompt == "none":
         raise AMoPOError("--sweep: the model was trained without ratings in its prompts.")
-    return [settings | {name: rating} for rating in steering.dimension(name).ratings()]
+    ratings = steering.dimension(name).ratings(steering.rating_levels)
+    return [settings | {name: rating} for rating in ratings]
 
 
 @contextlib.contextmanager
