@@ -47,6 +47,7 @@ class Choice(NamedTuple):
     own_logits: bool  # whether the logits must be made by the model's own forward
     why_own_logits: str = ""  # empty where they need not
     why_unshared: str = ""  # why prompts are not shared; empty where they are, or shall not be
+    why_not_cheaper: str = ""  # why not in a cheaper layout; empty where they are in the cheapest
 
 
 def choose_layout(
@@ -87,6 +88,7 @@ def choose_layout(
     config = causal.config.get_text_config()
     implementation = str(config._attn_implementation)
     reason = cannot_share(type(causal), config, implementation)
+    passed_over = ""
     if not reason:
         for layout in candidates(implementation, proof.device, compiled):
             with _Attention(causal, layout) as attention:
@@ -99,7 +101,8 @@ def choose_layout(
             if not reason:
                 if layout == "tree" and proof.device.type == "cuda":
                     torch.backends.cuda.enable_cudnn_sdp(False)
-                return Choice(layout, own_logits, why_own_logits)
+                return Choice(layout, own_logits, why_own_logits, why_not_cheaper=passed_over)
+            passed_over = reason
     if share_prompt is True:
         raise refusal(reason)
     return Choice("sequences", own_logits, why_own_logits, reason)
