@@ -291,6 +291,22 @@ CONFIGS = {
         {"amopo": {"objective": "simpo", "contrast": 0.1}},
         ["amopo.contrast: 0.1 needs fit, which this version does not supply"],
     ),
+    "a single response where responses are compared": (
+        {"amopo": {"objective": "simpo", "single_responses": "keep"}},
+        ["single_responses: keep does not go with objective simpo, which compares responses"],
+    ),
+    "pairs where whole groups are wanted": (
+        {"amopo": {"objective": "ric", "pairs": 2}},
+        ["pairs: 2 does not go with objective ric, which takes all responses of a prompt"],
+    ),
+    "a chosen response where none is": (
+        {"amopo": {"objective": "ric", "rating_in_prompt": "chosen"}},
+        ["rating_in_prompt: chosen does not go with objective ric", "write own or none"],
+    ),
+    "an instruction that no prompt has": (
+        {"amopo": {"prompts": "one", "instruction": "Be good."}},
+        ["instruction: has no effect with prompts: one; write overall_instruction"],
+    ),
     "weights of other names": (
         {
             "amopo": {

@@ -26,6 +26,7 @@ from axolotl_amopo.data.pairing import (
     NOT_DRAWN,
     SINGLE,
     TIE,
+    UNRATED,
     PairRule,
 )
 from axolotl_amopo.data.pipeline import (
@@ -234,6 +235,58 @@ ORDERED = {
 def test_pair_rule(name):
     ratings, block, pairs, dropped = (RULE | ORDERED)[name]
     assert made(rated_prompt(ratings, ordered=name in ORDERED), **block) == (pairs, dropped)
+
+
+# The responses of objectives that take all of them. By name: ratings, settings, the pairs, who is
+# there alone, what is dropped.
+RIC, LISTS = {"objective": "ric"}, {"objective": "lambda_dpo", "overall": True}
+# fmt: off
+ALL_RESPONSES = {
+    "a pair": ([(60, 1), (40, 4)], LISTS, [(1, 0)], [0, 1], {}),
+    "ties": ([(60, 1), (60, 1), (60, 1)], LISTS, [], [0, 1, 2], {TIE: 3}),
+    "one": ([(60, 1)], LISTS, [], [], {SINGLE: 1}),
+    "one, supervised": ([(60, 1)], RIC, [], [0], {}),
+    "one, supervised but not wanted": (
+        [(60, 1)], RIC | {"single_responses": "drop"}, [], [], {SINGLE: 1}),
+    "one unrated": (
+        [(60, 1), (None, None), (40, 4)], LISTS | MASK, [(2, 0)], [0, 2],
+        {UNRATED: 1, TIE: 2}),
+    "one half rated": (
+        [(60, 1), (None, 4)], LISTS | MASK, [(1, 0)], [0, 1], {}),
+    "half rated ones are dropped": ([(60, 1), (None, 4)], LISTS | DROP, [], [],
+                                    {UNRATED: 1, SINGLE: 1}),
+    "none is left": ([(None, None)], RIC | MASK, [], [], {UNRATED: 1, SINGLE: 1}),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", ALL_RESPONSES)
+def test_all_responses_of_a_prompt(name):
+    ratings, block, pairs, alone, dropped = ALL_RESPONSES[name]
+    everything, counted = made(rated_prompt(ratings), **block)
+    assert counted == dropped
+    places = [places for places, _ in everything]
+    assert places == pairs + [(i, i) for i in alone]
+    assert all(signs == [0, 0, 0] for (a, b), signs in everything if a == b)
+
+
+def test_one_prompt_states_each_responses_own_ratings():
+    """Of a prompt with a single response and one of a tie, under the overall prompt alone."""
+    show = {"overall_instruction": SHOW["overall_instruction"]}
+    single, _ = prompted_of([(90, 2)], **RIC | show)
+    assert (single.instructions, single.follows) == ([A], [[0]])
+    assert (single.comparisons, single.reads, single.signs) == ([(0, 0)], [[0] * 3], [[0] * 3])
+    tied, config = prompted_of([(90, 2), (90, 2), (20, 4)], **RIC | show)
+    assert (tied.used, tied.instructions, tied.follows) == ([0, 2, 1], [A, B], [[0, 1, 0]])
+    assert count_prompts(config) == 1
+
+
+def test_one_prompt_names_the_dimensions_that_are_rated():
+    show = {"overall_instruction": SHOW["overall_instruction"]}
+    half, _ = prompted_of([(90, None)], **RIC | show | MASK)
+    assert half.instructions == ["help=90"]
+    none, _ = prompted_of([(90, None)], **RIC | show | MASK | NO_RATING)
+    assert none.instructions == ["help=None truth=None"]
 
 
 def test_the_datasets_own_rating_decides_where_that_is_asked_for():

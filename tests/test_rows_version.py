@@ -63,6 +63,7 @@ def said(role, text, **more):
 
 TWO, THREE = ((90, 2), (20, 4)), ((90, 2), (20, 4), (50, 2))
 PAIR, TRIPLE = [rated("Is it?", *TWO)], [rated("Is it?", *THREE)]
+ONE = rated("Eh?", (9, 1))
 TALK = [said("system", "Be kind."), said("user", "Hi."), said("assistant", "Hello.")]
 TOLD = [rated("", *TWO) | {"prompt": None, "messages": [*TALK, said("user", "Is it?")]}]
 LONG = [said("user", "What now? " * 9), said("assistant", "This. " * 9)]
@@ -73,6 +74,7 @@ TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {"type
 TOOLS = [rated("Is it?", *TWO, texts=(THOUGHT, said("assistant", "No."))) | {"tools": TOOLS}]
 SHOW = {"instruction": "{{ dimension }} {{ rating }} of {{ max }}:"}
 SHOW["overall_instruction"] = "{{ dimensions | map(attribute='rating') | join(' and ') }}:"
+ASK = {"overall_instruction": SHOW["overall_instruction"]}
 NONE = {"instruction": "", "overall_instruction": ""}
 PER, GROUP = {"winner": "per_dimension"}, {"group_by_prompt": True}
 OWN, NO_RATING = {"rating_in_prompt": "own"}, {"rating_in_prompt": "none"}
@@ -110,6 +112,19 @@ CASES = {
     "group": (TRIPLE + PAIR, SHOW | GROUP, {}),
     "group, own": (TRIPLE, SHOW | GROUP | OWN | PER, {}),
     "group, no rating": (TRIPLE, SHOW | GROUP | NO_RATING, {}),
+    "all responses": (
+        [*TRIPLE, rated("Why?", (50, 3), (50, 3), texts=("So.", "So it is.")), ONE],
+        ASK | {"objective": "ric"},
+        {},
+    ),
+    "all responses, per criterion": (
+        TRIPLE, SHOW | OWN | {"objective": "lambda_dpo"}, {},
+    ),
+    "all responses, one too long": (
+        [rated("Is it?", *THREE, texts=("Yes.", "No. " * 20, "Perhaps so?")), ONE],
+        ASK | {"objective": "ric"},
+        {"sequence_len": 60},
+    ),
     "group, no instruction": (TRIPLE, NONE | GROUP, {}),
     "truncated": (LONG, SHOW, {"sequence_len": 90, "excess_length_strategy": "truncate"}),
     "truncated to the responses": (

@@ -96,6 +96,17 @@ def test_a_missing_or_cut_file_is_named(tmp_path):
 # Settings
 
 
+def test_a_model_of_one_prompt_is_asked_for_all_dimensions():
+    made = steering(one_prompt=True)
+    assert made.instruction({}) == ""
+    one = made.instruction({"helpfulness": 2})
+    assert "aim for 2. is safe, from 0 to 1: aim for 1. toxicity, from -2 to 2: aim for -2." in one
+    assert one == made.instruction({"helpfulness": 2, "toxicity": None})
+    assert one == steering().instruction({"overall": None, "helpfulness": 2})
+    apart = steering(one_prompt=True, prompts=["helpfulness", "is_safe", "toxicity"])
+    assert apart.instruction({"helpfulness": 2, "is_safe": 1}) == one
+
+
 def test_settings_become_instructions():
     made = steering()
     assert made.instruction({}) == ""
@@ -238,6 +249,8 @@ def test_the_template_renders_what_training_did(tokenizer, name, place):
         made = steering(instruction_place=place, template=texts[0], overall_template=texts[1])
         template = steered(own, made)
         check(tokenizer, template, made)
+        one = made.model_copy(update={"one_prompt": True})
+        check(tokenizer, steered(own, one), one)
         chat = ChatTokenizer(tokenizer, own, {}, ("<|END_OF_TURN_TOKEN|>",))  # command_a's
         for line in (
             "helpfulness=3",

@@ -404,6 +404,57 @@ def grouped(**block):
 
 
 @pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Prompts with a response alone, with two that tie, and with four: seven tokens or forty."""
+    scores = {"helpfulness": 4, "honesty": 2}
+    rows = [
+        {
+            "prompt": f"What is {i} and {i}?",
+            "responses": [
+                {"text": f"It {'really ' * (i * j)}is {i + j}.", "scores": scores | changes}
+                for j, changes in enumerate(listed)
+            ],
+        }
+        for i, listed in enumerate(
+            [[{}], [{}, {}], [{"honesty": n} for n in (1, 2, 5, 3)], [{}, {"helpfulness": 1}]]
+        )
+    ]
+    return runs.write_jsonl(tmp_path_factory.mktemp("answers") / "answers.jsonl", rows)
+
+
+def test_ric_trains_on_every_response_by_its_tokens(tmp_path, tiny_model, answers):
+    """The loss of supervised fine-tuning: a mean over the tokens of the optimizer step, however it
+    is cut into micro batches."""
+    from transformers import AutoModelForCausalLM
+
+    block = {"objective": "ric", "dimensions": ["helpfulness", "honesty"], "winner": "overall"}
+    values = full(tmp_path, tiny_model, answers, amopo=block, max_steps=1, learning_rate=0.1)
+    values |= {"micro_batch_size": 1, "gradient_accumulation_steps": 4}
+    trainer = runs.train(runs.write_config(tmp_path, values))
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+
+    model, texts = AutoModelForCausalLM.from_pretrained(tiny_model), []
+    total = tokens = 0
+    for example in map(Example.from_row, trainer.train_dataset):
+        (follows,) = example.follows
+        for text, response in zip(follows, example.responses, strict=True):
+            prompt = example.prompts[text]
+            labels = torch.tensor([[-100] * len(prompt) + response])
+            loss = model(torch.tensor([prompt + response]), labels=labels).loss
+            total, tokens = total + loss * len(response), tokens + len(response)
+            texts.append(trainer.processing_class.decode(prompt))
+    assert len(texts) == 9
+    assert sum("helpfulness, from 1 to 5: aim for 4" in text for text in texts) == 8
+    (total / tokens).backward()
+    assert logged["loss"] == pytest.approx(float(total / tokens), abs=1e-4)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        moved = parameter.detach() - 0.1 * parameter.grad
+        torch.testing.assert_close(after[name], moved, rtol=1e-5, atol=1e-6)
+    assert trainer.steering.one_prompt
+
+
+@pytest.fixture(scope="module")
 def trainer_of_groups(tmp_path_factory, tiny_model, groups):
     """A trainer whose model is the untouched one."""
     folder = tmp_path_factory.mktemp("untouched")

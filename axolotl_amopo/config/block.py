@@ -34,7 +34,7 @@ OVERALL = "overall"
 # Fields of the block that the plugin fills in.
 INTERNAL = {"enabled", "datasets"}
 # What the trainer supplies of what objectives and settings need beside log-probabilities.
-SUPPLIED = {"ratings", "points", "weights"}
+SUPPLIED = {"ratings", "points", "weights", "all_responses", "token_counts"}
 
 Scale = Annotated[
     tuple[float, float],
@@ -149,6 +149,11 @@ class AMoPOConfig(BaseModel):
         default="chosen",
         description="The rating a prompt asks for: the chosen response's, each its own, or none",
     )
+    prompts: Literal["per_criterion", "one"] = Field(
+        default="per_criterion",
+        description="per_criterion: each criterion reads a prompt of its own; one: all of them "
+        "read the prompt that names all the dimensions, of overall_instruction",
+    )
     instruction: str | None = Field(
         default=None,
         description="Jinja template of a dimension's instruction: dimension, description, min, "
@@ -208,8 +213,10 @@ class AMoPOConfig(BaseModel):
         default="error",
         description="A response without a rating: stop, drop its pairs, or mask that dimension",
     )
-    single_responses: Literal["drop", "error"] = Field(
-        default="drop", description="A prompt with one response only: drop and count, or stop"
+    single_responses: Literal["drop", "error", "keep"] = Field(
+        default="drop",
+        description="A prompt with one response only: drop and count, stop, or (objectives without "
+        "pairs) keep",
     )
     bad_rows: Literal["error", "drop"] = Field(
         default="error", description="A row that can't be used: stop, or drop and count"
@@ -312,6 +319,8 @@ class AMoPOConfig(BaseModel):
                 f"{did_you_mean(self.order_by, orders)}"
             )
         self._check_criterion_keys()
+        self._check_prompts()
+        self._check_all_responses()
         check_together(self.make_objective(), self.make_settings())
         self._check_weights()
         return self
@@ -330,6 +339,34 @@ class AMoPOConfig(BaseModel):
     def _criterion_fields(self) -> list[DataclassField]:
         of_objective = fields(OBJECTIVES[self.objective])
         return [field for field in of_objective if field.metadata["least_weight"] is not None]
+
+    def _check_prompts(self) -> None:
+        if self.prompts == "one" and self.instruction:
+            raise ValueError(
+                "instruction: has no effect with prompts: one; write overall_instruction, which "
+                "names all the dimensions"
+            )
+
+    def _check_all_responses(self) -> None:
+        """Check the keys that say which responses are trained on."""
+        objective = f"objective {self.objective}"
+        if self.single_responses == "keep" and not self.keeps_single_responses:
+            raise ValueError(
+                f"single_responses: keep does not go with {objective}, which compares responses; "
+                "write drop or error"
+            )
+        if not self.all_responses:
+            return
+        takes = f"{objective}, which takes all responses of a prompt"
+        if not self.group_by_prompt:
+            raise ValueError(f"group_by_prompt: false does not go with {takes}; remove it")
+        if self.pairs != "all":
+            raise ValueError(f"pairs: {self.pairs} does not go with {takes}; remove it")
+        if self.rating_in_prompt == "chosen" and self.has_instructions:
+            raise ValueError(
+                f"rating_in_prompt: chosen does not go with {takes} and chooses none; write own or "
+                "none"
+            )
 
     def _check_weights(self) -> None:
         objective, names = self.make_objective(), self.criteria
@@ -379,6 +416,31 @@ class AMoPOConfig(BaseModel):
     def criteria(self) -> list[str]:
         """Return what judges a comparison, in order: overall first, as in AMoPO's paper."""
         return ([OVERALL] if self.overall else []) + self.dimension_names
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Return what the objective and its settings need beside log-probabilities."""
+        return frozenset().union(
+            *(one.needs for one in (self.make_objective(), *self.make_settings()))
+        )
+
+    @property
+    def all_responses(self) -> bool:
+        """Return whether an example has every response of its prompt, also those in no pair."""
+        return "all_responses" in self.needs
+
+    @property
+    def keeps_single_responses(self) -> bool:
+        """Return whether a response alone can be trained on, because nothing is compared."""
+        return {"all_responses", "token_counts"} <= self.needs
+
+    @property
+    def has_instructions(self) -> bool:
+        """Return whether any criterion's prompt has an instruction."""
+        in_use = [self.overall_instruction] * (self.overall or self.prompts == "one")
+        if self.prompts == "per_criterion":
+            in_use.append(self.instruction)
+        return any(text != "" for text in in_use)
 
     @property
     def shares(self) -> list[float] | None:

@@ -58,6 +58,8 @@ def shared_facts(cfg: dict, config: AMoPOConfig) -> dict[str, Any]:
     return {
         "rows": ROWS_VERSION,
         "block": config.model_dump(mode="json", exclude={*NOT_IN_ROWS, *config.hyperparameters()}),
+        # Of what an objective needs, that alone shapes rows.
+        "all_responses": config.all_responses,
         "excess_length_strategy": cfg.get("excess_length_strategy"),
         "seed": cfg.get("seed") if isinstance(config.pairs, int) else None,  # of the pairs drawn
         "sequence_len": [cfg.get("sequence_len"), cfg.get("eval_sequence_len")],

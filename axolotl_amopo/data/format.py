@@ -140,6 +140,7 @@ class DatasetFormat(DatasetWrappingStrategy, ABC):
             "drop_bad": self.config.bad_rows == "drop",
             "place": self.config.instruction_place,
             "own": self.config.rating_in_prompt == "own",
+            "least": 1 if self.config.single_responses == "keep" else 2,
         }
 
     def lower(self) -> Set[str]:

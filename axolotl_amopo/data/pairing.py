@@ -10,8 +10,12 @@ equal ones are dropped. `winner: per_dimension`: each dimension's own ratings pi
 dimensions where they are equal weigh nothing, as does the overall prompt where the overall ratings
 are equal; a pair in which nothing is left is dropped. With `min_gap`, what differs by less counts
 as equal.
+
+For objectives that take all responses of a prompt, each one that can be used is also in a
+comparison with itself, which says nothing: so it is in the example whether it is in a pair or not.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -33,6 +37,7 @@ TIE = "pairs whose responses tie"
 IDENTICAL = "pairs of identical responses"
 MISSING = "pairs with a missing rating (missing_ratings: drop)"
 SINGLE = "prompts with one response (single_responses: drop)"
+UNRATED = "responses with a missing rating"
 NO_ORDER = "pairs without the rating that amopo.order_by names"
 CLOSE = "pairs whose responses tie or differ by less than min_gap"
 NOT_DRAWN = "pairs that were not drawn (amopo.pairs)"
@@ -48,6 +53,11 @@ class Pair:
     prompt: RatedPrompt
     responses: tuple[int, int]  # overall winner and loser: indices into prompt.responses
     signs: list[int]  # [C] +1 the first of them wins, -1 the second, 0 the criterion says nothing
+
+    @property
+    def alone(self) -> bool:
+        """Return whether it is one response, compared with itself."""
+        return self.responses[0] == self.responses[1]
 
     def winner(self, criterion: int) -> int:
         """Return 0 or 1: which of `responses` wins; the first one where none does."""
@@ -81,10 +91,35 @@ class PairRule:
     seed: int = 0
 
     def pairs(self, prompt: RatedPrompt, dropped: Counter) -> Iterator[Pair]:
-        """Yield the pairs of one prompt; count what can't be one in `dropped`, by reason."""
-        if len(prompt.responses) < 2:
+        """Yield the pairs of one prompt; count what can't be one in `dropped`, by reason.
+
+        Where the objective takes all responses, those that can be used follow, each one alone.
+        """
+        used = range(len(prompt.responses))
+        if self._all_responses:
+            used = [i for i in used if self._usable(prompt.responses[i].ratings)]
+            if unrated := len(prompt.responses) - len(used):
+                dropped[UNRATED] += unrated
+        if len(used) < 2 and (not used or self.config.single_responses != "keep"):
             dropped[SINGLE] += 1
             return
+        for pair in self._compared(prompt, dropped):
+            if pair.responses[0] in used and pair.responses[1] in used:
+                yield pair
+        if self._all_responses:
+            silent = [0] * len(self.config.criteria)
+            yield from (Pair(prompt, (i, i), silent) for i in used)
+
+    @functools.cached_property
+    def _all_responses(self) -> bool:
+        return self.config.all_responses
+
+    def _usable(self, ratings: Ratings) -> bool:
+        """Return whether a response has the ratings that `missing_ratings` asks for."""
+        enough = any if self.config.missing_ratings == "mask" else all
+        return enough(rating is not None for rating in ratings.values())
+
+    def _compared(self, prompt: RatedPrompt, dropped: Counter) -> Iterator[Pair]:
         limit = self.config.pairs
         candidates = self._candidates(prompt)
         if not isinstance(limit, int):
@@ -108,11 +143,10 @@ class PairRule:
         indices = range(len(prompt.responses))
         if self.config.pairs == "best_worst":
             # A response that could not be in a pair is neither best nor worst.
-            usable = any if self.config.missing_ratings == "mask" else all
             scores = {
                 i: self._overall(prompt, i, prompt.responses[i].ratings)
                 for i in indices
-                if usable(rating is not None for rating in prompt.responses[i].ratings.values())
+                if self._usable(prompt.responses[i].ratings)
             }
             scores = {i: score for i, score in scores.items() if score is not None}
             if len(scores) > 1:  # with equal scores, the first and the last: a tie

@@ -18,6 +18,7 @@ from datasets.fingerprint import generate_random_fingerprint, get_temporary_cach
 from axolotl_amopo.config.through_axolotl import stamp
 from axolotl_amopo.data.examples import (
     FEATURES,
+    LEFT_OUT,
     PLAIN,
     SHORTENED,
     as_text,
@@ -247,7 +248,7 @@ def write_text(
     path, made = _temporary_file(), 0
     with ArrowWriter(features=PLAIN, path=path) as writer:
         for part in itertools.batched(examples, READ_BATCH):
-            made += sum(map(len, part))
+            made += sum(not pair.alone for pairs in part for pair in pairs)
             rows = [as_text(pairs, rule, format.where(pairs)) for pairs in part]
             writer.write_batch({name: [row[name] for row in rows] for name in PLAIN})
         count, _ = writer.finalize()
@@ -275,11 +276,13 @@ def tokenize(
         num_proc=processes if processes > 1 else None,
         desc=f"Tokenising pairs of {format.source.name}",
     )
-    kept, pairs = [], 0
+    kept, pairs, whole = [], 0, format.config.all_responses
     for i, (outcome, count) in enumerate(outcomes(prepared)):
-        if outcome:
+        if outcome and whole:
+            dropped[outcome.replace("pairs", "prompts")] += 1
+        elif outcome:
             dropped[outcome] += count
-        if outcome in ("", SHORTENED):
+        if outcome in ("", SHORTENED, LEFT_OUT):
             kept.append(i)
             pairs += count
     if not kept:
@@ -289,8 +292,9 @@ def tokenize(
 
 def _nothing_left(format: "DatasetFormat", dropped: Counter) -> DataError:
     reasons = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
+    what = "response" if format.config.all_responses else "preference pair"
     return DataError(
-        f"{format.source.name}: no preference pair is left to train on "
+        f"{format.source.name}: no {what} is left to train on "
         f"({reasons or 'the dataset has no rows'})."
     )
 

@@ -19,7 +19,7 @@ class Prompted:
     """The prompts of an example as text: N responses of a prompt, and how P pairs read them."""
 
     instructions: list[str]  # [X] the different ones
-    used: list[int]  # [N] which of the prompt's responses are in a pair
+    used: list[int]  # [N] which of the prompt's responses are in a pair, or alone
     follows: list[list[int]]  # as in `Example`, and so are the rest
     comparisons: list[tuple[int, int]]
     reads: list[list[int]]
@@ -78,6 +78,9 @@ def instruction_of(config: "AMoPOConfig", scales: Scales, criterion: int, rating
         )
         for dimension in config.dimensions
     )
+    if config.prompts == "one":
+        known = (one for one in asked if one[-1] is not None or config.rating_in_prompt == "none")
+        return overall_instruction(config.overall_instruction, tuple(known))
     if config.overall and criterion == 0:
         return overall_instruction(config.overall_instruction, asked)
     return instruction(config.instruction, asked[criterion - config.overall])
@@ -85,6 +88,8 @@ def instruction_of(config: "AMoPOConfig", scales: Scales, criterion: int, rating
 
 def count_prompts(config: "AMoPOConfig") -> int:
     """Return how many different prompts a pair has: criteria without an instruction share one."""
+    if config.prompts == "one":
+        return 1
     own = len(config.dimensions) if config.instruction != "" else 1
     alike = config.instruction == config.overall_instruction == ""
     return own + (config.overall and not alike)

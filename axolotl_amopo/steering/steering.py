@@ -11,7 +11,8 @@
 Settings name dimensions and the ratings to aim for, which are the data's own: of a dimension whose
 lower ratings are better, 1 may be the best. One dimension is asked for by its own instruction,
 several by the overall one, with those alone in it; `overall` stands for all of them. A dimension
-without a rating is asked for at its best.
+without a rating is asked for at its best. A model that was trained with one prompt, which names all
+the dimensions (`prompts: one`), is asked for all of them, those that are not named at their best.
 """
 
 import math
@@ -73,6 +74,7 @@ class Steering(BaseModel):
     overall_template: str = Field(alias="overall_instruction")
     instruction_place: Place = "before"
     rating_in_prompt: Literal["chosen", "own", "none"] = "chosen"
+    one_prompt: bool = False  # whether every prompt of training named all the dimensions
     chat_template_kwargs: dict[str, Any] = {}
     eot_tokens: list[str] = []
 
@@ -111,6 +113,7 @@ class Steering(BaseModel):
             overall_template=overall,
             instruction_place=config.instruction_place,
             rating_in_prompt=config.rating_in_prompt,
+            one_prompt=config.prompts == "one",
             chat_template_kwargs=dict(chat_template_kwargs or {}),
             eot_tokens=list(eot_tokens or []),
         )
@@ -124,7 +127,7 @@ class Steering(BaseModel):
             raise ValueError("a scale must be [lowest, highest]")
         try:
             self.instruction({names[0]: None})
-            self.instruction({OVERALL: None} if self.overall else {})
+            self.instruction({OVERALL: None} if self.overall else {names[0]: None})
         except TemplateError as error:
             raise ValueError(
                 f"an instruction is not a Jinja template that works: {error}"
@@ -194,9 +197,9 @@ class Steering(BaseModel):
         Raises:
             AMoPOError: for a dimension or a rating that training can't have had.
         """
-        every = self.overall and OVERALL in settings
+        named = self.overall and OVERALL in settings
         for name, rating in settings.items():
-            if every and name == OVERALL:
+            if named and name == OVERALL:
                 if rating is not None:
                     raise AMoPOError("overall takes no rating; name a dimension, or overall alone.")
                 continue
@@ -211,11 +214,12 @@ class Steering(BaseModel):
                     f"{name}: the model was trained without ratings in its prompts "
                     f"(rating_in_prompt: none); ask for {name} alone."
                 )
-        if len(settings) > 1 and not self.overall:
+        if len(settings) > 1 and not (self.overall or self.one_prompt):
             raise AMoPOError(
                 "the model was trained without the overall prompt (amopo.overall: false), so it "
                 "can be asked for one dimension at a time."
             )
+        every = named or (self.one_prompt and bool(settings))
         asked = []
         for d in self.dimensions:
             if every or d.name in settings:
@@ -230,7 +234,7 @@ class Steering(BaseModel):
         asked = self.asked(settings)
         if not asked:
             return ""
-        if len(asked) > 1 or (self.overall and OVERALL in settings):
+        if len(asked) > 1 or self.one_prompt or (self.overall and OVERALL in settings):
             return instructions.overall_instruction(self.overall_template, tuple(asked))
         return instructions.instruction(self.template, asked[0])
 

@@ -44,12 +44,13 @@ def steered(template: str, steering: Steering, settings: Settings | None = None)
         "KNOWN": repr(", ".join(steering.prompts)),
         "DEFAULT": repr(written(settings or {})),
         "OVERALL": repr(steering.overall),
+        "ONE_PROMPT": repr(steering.one_prompt),
         "RATED": repr(steering.rating_in_prompt != "none"),
         "PLACE": repr(steering.instruction_place),
         "END": END,
     }
     prologue = PROLOGUE.read_text(encoding="utf-8")
-    return re.sub("<<([A-Z]+)>>", lambda found: values[found[1]], prologue) + unsteered(template)
+    return re.sub("<<([A-Z_]+)>>", lambda found: values[found[1]], prologue) + unsteered(template)
 
 
 def unsteered(template: str) -> str:

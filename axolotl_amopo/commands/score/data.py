@@ -115,11 +115,13 @@ def rated_pairs(
 
 
 def pairs_by_example(preparation: Preparation) -> dict[int, list[RatedPair]]:
-    """By example id, the pairs of every row that was prepared: one, or all of a prompt's."""
+    """By example id, the pairs of every row that was prepared: none, one, or all of a prompt's."""
     groups = (group for _, groups in preparation.prompts() for group in groups)
     ids = dict(zip(preparation.kept, preparation.prepared["example_id"], strict=True))
     return {
-        ids[number]: [(preparation.format, preparation.rule, pair) for pair in group]
+        ids[number]: [
+            (preparation.format, preparation.rule, pair) for pair in group if not pair.alone
+        ]
         for number, group in enumerate(groups)
         if number in ids
     }
