@@ -15,7 +15,7 @@ Nothing is imported here, so that every layer may know it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import batched
 from math import nan
 from typing import Any, Self
@@ -40,6 +40,9 @@ class Example:
     signs: list[list[int]]  # [P][C] +1 the first response wins, -1 the second, 0 says nothing
     ratings: list[list[float]]  # [N][C] on 0 to 1, 1 the better end; NaN where missing
     points: list[float]  # [C] the width of each criterion's scale
+    weights: list[float] = field(default_factory=list)  # [C] of the criteria, or none
+    # [K][N] how near a response's ratings are to what a prompt asks for; NaN where it is not known
+    fit: list[list[float]] = field(default_factory=list)
     id: int = 0  # seeds the example's draws
 
     @property
@@ -83,6 +86,7 @@ class Example:
             reads=[self.reads[p] for p in among],
             signs=[self.signs[p] for p in among],
             ratings=[self.ratings[n] for n in kept],
+            fit=[[fits[n] for n in kept] for fits in self.fit],
         )
 
     def longest(self) -> tuple[list[int], list[int]]:
@@ -112,6 +116,8 @@ class Example:
             "signs": flat(self.signs),
             "ratings": flat(self.ratings),
             "points": self.points,
+            "weights": self.weights,
+            "fit": flat(self.fit),
             "example_id": self.id,
         }
 
@@ -132,6 +138,8 @@ class Example:
             signs=rows("signs", criteria),
             ratings=rows("ratings", criteria),
             points=list(row["points"]),
+            weights=list(row["weights"]),
+            fit=rows("fit", responses),
             id=row["example_id"],
         )
 

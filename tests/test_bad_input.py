@@ -287,9 +287,29 @@ CONFIGS = {
         {"amopo": {"objective": "dpo"}},
         ["amopo.objective: dpo needs reference, which this version does not supply"],
     ),
-    "what the trainer does not supply to a setting": (
+    "a contrast of one prompt": (
         {"amopo": {"objective": "simpo", "contrast": 0.1}},
-        ["amopo.contrast: 0.1 needs fit, which this version does not supply"],
+        ["contrast: needs two prompts that ask for different things", "write an instruction"],
+    ),
+    "a contrast of prompts that fit everything": (
+        {"amopo": {"rating_in_prompt": "own", "contrast": 0.1}},
+        ["contrast: has no effect with rating_in_prompt: own"],
+    ),
+    "weights drawn for no prompt": (
+        {"amopo": {"weight_draws": 3}},
+        ["weight_draws: has no effect with objective amopo, which has no weights in its prompts"],
+    ),
+    "weights that the prompt does not show": (
+        {"amopo": {"objective": "cos_dpo", "overall_instruction": "Be good."}},
+        ["overall_instruction: does not show the weights", "{{ d.weight }}"],
+    ),
+    "weights in a prompt without any": (
+        {"amopo": {"overall_instruction": "{% for d in dimensions %}{{ d.weight }}{% endfor %}"}},
+        ["amopo.overall_instruction: is not a Jinja template that works"],
+    ),
+    "a criterion without a weight": (
+        {"amopo": {"objective": "cos_dpo", "overall": True}},
+        ["overall: true does not go with objective cos_dpo", "write false"],
     ),
     "a single response where responses are compared": (
         {"amopo": {"objective": "simpo", "single_responses": "keep"}},

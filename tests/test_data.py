@@ -27,6 +27,8 @@ from axolotl_amopo.data.pairing import (
     SINGLE,
     TIE,
     UNRATED,
+    Asks,
+    Pair,
     PairRule,
 )
 from axolotl_amopo.data.pipeline import (
@@ -36,7 +38,7 @@ from axolotl_amopo.data.pipeline import (
     scales_of,
     survey_rows,
 )
-from axolotl_amopo.data.prompts import count_prompts, prompted
+from axolotl_amopo.data.prompts import prompted
 from axolotl_amopo.data.rows import RatedPrompt, Response
 
 SCALES = {"help": (0, 100), "truth": (1, 5)}
@@ -278,7 +280,7 @@ def test_one_prompt_states_each_responses_own_ratings():
     assert (single.comparisons, single.reads, single.signs) == ([(0, 0)], [[0] * 3], [[0] * 3])
     tied, config = prompted_of([(90, 2), (90, 2), (20, 4)], **RIC | show)
     assert (tied.used, tied.instructions, tied.follows) == ([0, 2, 1], [A, B], [[0, 1, 0]])
-    assert count_prompts(config) == 1
+    assert config.prompt_count == 1
 
 
 def test_one_prompt_names_the_dimensions_that_are_rated():
@@ -287,6 +289,83 @@ def test_one_prompt_names_the_dimensions_that_are_rated():
     assert half.instructions == ["help=90"]
     none, _ = prompted_of([(90, None)], **RIC | show | MASK | NO_RATING)
     assert none.instructions == ["help=None truth=None"]
+
+
+COS = {"objective": "cos_dpo"}
+
+
+def vectors_of(prompt=None, seed=0, grid=False, names="ab", **block):
+    """The weights that stand in the prompts of a prompt's first pair."""
+    prompt = prompt or rated_prompt([(4, 0), (0, 4)], names="ab")
+    config = AMoPOConfig(dimensions=list(names), **COS | block)
+    rule = PairRule(config, dict.fromkeys(names, (0, 4)), seed=seed, grid=grid)
+    return rule.weight_vectors([Pair(prompt, (0, 1), [1] * len(names))])
+
+
+def test_weights_are_drawn_by_the_seed_and_the_texts():
+    drawn = vectors_of(weight_draws=50)
+    assert len(drawn) == 50 and drawn == vectors_of(weight_draws=50)
+    assert drawn[:3] == vectors_of(weight_draws=3)
+    for weights in drawn:
+        assert sum(weights) == pytest.approx(1) and min(weights) >= 0
+        assert weights == [pytest.approx(round(weight, 1)) for weight in weights]
+    other = rated_prompt([(4, 0), (0, 4)], texts=["another", "answer"], names="ab")
+    assert len({str(one) for one in (drawn[:4], vectors_of(seed=1), vectors_of(other))}) == 3
+    assert len(vectors_of()) == 4  # the default
+
+
+def test_the_concentration_of_weights():
+    """The mean of a weight's square under Dirichlet(alpha) is (alpha + 1) / (2 (2 alpha + 1))."""
+    for alpha in (0.2, 1.0, 5.0):
+        drawn = vectors_of(weight_draws=4000, weight_concentration=alpha)
+        squares = [first**2 for first, _ in drawn]
+        assert sum(squares) / 4000 == pytest.approx((alpha + 1) / (4 * alpha + 2), abs=0.02)
+
+
+def test_evaluation_reads_corners_and_centre():
+    assert vectors_of(grid=True) == [[1, 0], [0, 1], [0.5, 0.5]]
+    assert vectors_of(grid=True, names="a") == [[1], [1]]
+
+
+def test_each_drawn_vector_has_a_prompt():
+    """Also two of equal weights: the loss is a mean over M prompts."""
+    config = AMoPOConfig(dimensions=["a", "b"], **COS)
+    pair = Pair(rated_prompt([(4, 0), (0, 4)], names="ab"), (0, 1), [1, -1])
+    scales = dict.fromkeys("ab", (0, 4))
+    made = prompted([pair], config, scales, [[0.3, 0.7], [1, 0], [0.3, 0.7]])
+    assert made.follows == [[0, 0], [1, 1], [0, 0]]
+    assert made.reads == [[0, 0, 1, 1, 2, 2]]
+    assert made.signs == [[1, -1] * 3]
+    assert made.instructions == [
+        "Your answer will be rated on several dimensions, which count by these weights: "
+        f"a {a}, b {b}."
+        for a, b in (("0.3", "0.7"), ("1.0", "0.0"))
+    ]
+
+
+# How near ratings of (help, truth) = (75, 2), so (0.75, 0.25) on 0 to 1, are to what is asked for.
+@pytest.mark.parametrize(
+    ("asks", "lower", "expected"),
+    [
+        (Asks(["help"], {"help": 100}, ()), (), 0.75),
+        (Asks(["help"], {"help": 50}, ()), (), 0.75),
+        (Asks(["help"], {"help": 50}, ()), ["help"], 0.75),
+        (Asks(["help", "truth"], {"help": 75, "truth": 5}, ()), (), 0.625),
+        (Asks(["help"], None, ()), (), 0.75),
+        (Asks(["help"], None, ()), ["help"], 0.25),
+        (Asks(["help", "truth"], None, (0.4, 0.6)), (), 0.45),
+        (Asks(["help"], {"help": None}, ()), (), math.nan),
+        (Asks([], None, ()), (), math.nan),
+    ],
+)
+def test_fit_by_hand(asks, lower, expected):
+    fit = rule_of(lower).fit(rated_prompt([(75, 2)]), 0, asks)
+    assert fit == pytest.approx(expected, nan_ok=True)
+
+
+def test_what_is_not_rated_fits_nothing():
+    asks = Asks(["help"], {"help": 50}, ())
+    assert math.isnan(rule_of(**MASK).fit(rated_prompt([(None, 2)]), 0, asks))
 
 
 def test_the_datasets_own_rating_decides_where_that_is_asked_for():
@@ -468,7 +547,7 @@ def test_rating_in_the_instruction(name):
     assert set(made.instructions) == {text for both in expected for text in both}
     assert len(set(made.instructions)) == len(made.instructions)
     if "alike" not in name:  # what it can tell without rendering
-        assert count_prompts(config) == prompts
+        assert config.prompt_count == prompts
 
 
 def same_twice(*texts):

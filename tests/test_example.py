@@ -38,6 +38,8 @@ def examples(draw):
         signs=rows(len(comparisons), criteria, st.sampled_from([-1, 0, 1])),
         ratings=rows(len(responses), criteria, RATING),
         points=draw(st.lists(st.integers(1, 100).map(float), min_size=criteria, max_size=criteria)),
+        weights=draw(st.sampled_from([[], [0.25] * criteria])),
+        fit=draw(st.just([]) | st.just(rows(len(follows), len(responses), RATING))),
         id=draw(st.integers(0, 2**63 - 1)),
     )
 
@@ -62,7 +64,10 @@ def test_an_example_comes_back_from_the_disk(made, tmp_path_factory):
 
 def same(one, other):
     """Whether two examples are equal, NaN to NaN."""
-    values = [vars(example) | {"ratings": repr(example.ratings)} for example in (one, other)]
+    values = [
+        vars(example) | {name: repr(getattr(example, name)) for name in ("ratings", "fit")}
+        for example in (one, other)
+    ]
     return values[0] == values[1]
 
 

@@ -112,6 +112,12 @@ CASES = {
     "group": (TRIPLE + PAIR, SHOW | GROUP, {}),
     "group, own": (TRIPLE, SHOW | GROUP | OWN | PER, {}),
     "group, no rating": (TRIPLE, SHOW | GROUP | NO_RATING, {}),
+    "weights in the prompts": (
+        PAIR, {"objective": "cos_dpo", "weight_draws": 2, "weight_concentration": 0.5}, {"seed": 5},
+    ),
+    "weights in the prompts, held out": (
+        PAIR, {"objective": "cos_dpo", "datasets": {"id": {"eval_split": True}}}, {},
+    ),
     "all responses": (
         [*TRIPLE, rated("Why?", (50, 3), (50, 3), texts=("So.", "So it is.")), ONE],
         ASK | {"objective": "ric"},
@@ -160,12 +166,18 @@ def readable(tokenizer, row):
     assert row.pop("attention_mask") == [1] * len(ids)
     masked = labels.count(-100)
     assert labels == [-100] * masked + ids[masked:]
-    return row | {
-        "prompt_ids": tokenizer.batch_decode(row["prompt_ids"]),
-        "response_ids": tokenizer.batch_decode(row["response_ids"]),
-        "longest": [tokenizer.decode(ids[:masked]), tokenizer.decode(ids[masked:])],
-        "ratings": [None if value != value else round(value, 6) for value in row["ratings"]],
-    }
+    return (
+        row
+        | {
+            "prompt_ids": tokenizer.batch_decode(row["prompt_ids"]),
+            "response_ids": tokenizer.batch_decode(row["response_ids"]),
+            "longest": [tokenizer.decode(ids[:masked]), tokenizer.decode(ids[masked:])],
+        }
+        | {
+            name: [None if value != value else round(value, 6) for value in row[name]]
+            for name in ("ratings", "weights", "fit")
+        }
+    )
 
 
 WRITE = "write the golden rows anew with `python tests/test_rows_version.py`"

@@ -454,6 +454,38 @@ def test_ric_trains_on_every_response_by_its_tokens(tmp_path, tiny_model, answer
     assert trainer.steering.one_prompt
 
 
+def test_a_contrast_rewards_the_prompt_that_fits(tmp_path, tiny_model, data):
+    """The logged term, from plain forward passes of the untrained model."""
+    from transformers import AutoModelForCausalLM
+
+    block = {"contrast": 2.0, "contrast_beta": 0.5, "weighting": "mean", "winner": "overall"}
+    values = full(
+        tmp_path, tiny_model, data, max_steps=1, micro_batch_size=8, learning_rate=0.0, amopo=block
+    )
+    trainer = runs.train(runs.write_config(tmp_path, values))
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    model, terms = AutoModelForCausalLM.from_pretrained(tiny_model), []
+    for example in map(Example.from_row, trainer.train_dataset):
+        losses = []
+        for n, response in enumerate(example.responses):
+            by_fit = sorted(
+                (fits[n], -k) for k, fits in enumerate(example.fit) if not math.isnan(fits[n])
+            )
+            if by_fit[0][0] == by_fit[-1][0]:
+                continue
+            sums = []
+            for _, k in (by_fit[-1], min(by_fit, key=lambda one: (one[0], -one[1]))):
+                prompt = example.prompts[example.follows[-k][n]]
+                labels = torch.tensor([[-100] * len(prompt) + response])
+                with torch.no_grad():
+                    loss = model(torch.tensor([prompt + response]), labels=labels).loss
+                sums.append(-float(loss) * len(response))
+            losses.append(math.log1p(math.exp(-0.5 * (sums[0] - sums[1]))))
+        terms.append(2.0 * statistics.mean(losses) if losses else 0.0)
+    assert any(terms)
+    assert logged["terms/contrast"] == pytest.approx(statistics.mean(terms), abs=1e-4)
+
+
 @pytest.fixture(scope="module")
 def trainer_of_groups(tmp_path_factory, tiny_model, groups):
     """A trainer whose model is the untouched one."""

@@ -23,7 +23,12 @@ from pydantic import (
     model_validator,
 )
 
-from axolotl_amopo.config.instructions import ENVIRONMENT, dimension_facts, render
+from axolotl_amopo.config.instructions import (
+    ENVIRONMENT,
+    dimension_facts,
+    overall_instruction,
+    render,
+)
 from axolotl_amopo.errors import ConfigError, did_you_mean
 from axolotl_amopo.objectives import OBJECTIVES, Objective, Setting
 from axolotl_amopo.objectives.gradients import Gradients
@@ -34,7 +39,7 @@ OVERALL = "overall"
 # Fields of the block that the plugin fills in.
 INTERNAL = {"enabled", "datasets"}
 # What the trainer supplies of what objectives and settings need beside log-probabilities.
-SUPPLIED = {"ratings", "points", "weights", "all_responses", "token_counts"}
+SUPPLIED = {"ratings", "points", "weights", "all_responses", "token_counts", "drawn_weights", "fit"}
 
 Scale = Annotated[
     tuple[float, float],
@@ -154,6 +159,16 @@ class AMoPOConfig(BaseModel):
         description="per_criterion: each criterion reads a prompt of its own; one: all of them "
         "read the prompt that names all the dimensions, of overall_instruction",
     )
+    weight_draws: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="How many weight vectors are drawn per example, each into a prompt of its own; "
+        "for cos_dpo",
+    )
+    weight_concentration: Annotated[float, Field(ge=0.05, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="Of the Dirichlet distribution that they are drawn from: below 1 it prefers "
+        "corners",
+    )
     instruction: str | None = Field(
         default=None,
         description="Jinja template of a dimension's instruction: dimension, description, min, "
@@ -161,8 +176,8 @@ class AMoPOConfig(BaseModel):
     )
     overall_instruction: str | None = Field(
         default=None,
-        description="Jinja template of the overall instruction: dimensions, a list of the same; "
-        "empty for none",
+        description="Jinja template of the overall instruction: dimensions, a list of the same "
+        "(for cos_dpo with weight); empty for none",
     )
     instruction_place: Literal["before", "after", "system"] = Field(
         default="before",
@@ -291,7 +306,8 @@ class AMoPOConfig(BaseModel):
             return text
         facts = dimension_facts("name", None, (1, 5), 3)
         if info.field_name == "overall_instruction":
-            facts = {"dimensions": [facts]}
+            weighted = "drawn_weights" in OBJECTIVES[info.data.get("objective", "amopo")]().needs
+            facts = {"dimensions": [facts | ({"weight": "0.5"} if weighted else {})]}
         try:
             unknown = meta.find_undeclared_variables(ENVIRONMENT.parse(text)) - set(facts)
             if unknown:
@@ -322,6 +338,7 @@ class AMoPOConfig(BaseModel):
         self._check_prompts()
         self._check_all_responses()
         check_together(self.make_objective(), self.make_settings())
+        self._check_fit()
         self._check_weights()
         return self
 
@@ -345,6 +362,44 @@ class AMoPOConfig(BaseModel):
             raise ValueError(
                 "instruction: has no effect with prompts: one; write overall_instruction, which "
                 "names all the dimensions"
+            )
+        for key in ("weight_draws", "weight_concentration"):
+            if getattr(self, key) is not None and not self.draws_weights:
+                raise ValueError(
+                    f"{key}: has no effect with objective {self.objective}, which has no weights "
+                    "in its prompts; remove it"
+                )
+        if self.draws_weights:
+            self._check_drawn_weights()
+
+    def _check_drawn_weights(self) -> None:
+        takes = f"objective {self.objective}, whose prompts state the weights of the dimensions"
+        for key, value in (("prompts", "one"), ("overall", False), ("rating_in_prompt", "none")):
+            if (given := getattr(self, key)) != value:
+                given, value = (str(one).lower() for one in (given, value))
+                raise ValueError(f"{key}: {given} does not go with {takes}; write {value}")
+        asked = [
+            tuple((name, None, (0.0, 1.0), None, weight) for name in self.dimension_names)
+            for weight in (0.2, 0.7)
+        ]
+        if len({overall_instruction(self.overall_instruction, one) for one in asked}) < 2:
+            raise ValueError(
+                "overall_instruction: does not show the weights; write {{ d.weight }} in a loop "
+                "over dimensions"
+            )
+
+    def _check_fit(self) -> None:
+        if "fit" not in self.needs:
+            return
+        if self.rating_in_prompt == "own":
+            raise ValueError(
+                "contrast: has no effect with rating_in_prompt: own, where every prompt fits every "
+                "response; write chosen or none"
+            )
+        if self.prompt_count < 2:
+            raise ValueError(
+                "contrast: needs two prompts that ask for different things, and a pair has one; "
+                "write an instruction"
             )
 
     def _check_all_responses(self) -> None:
@@ -423,6 +478,28 @@ class AMoPOConfig(BaseModel):
         return frozenset().union(
             *(one.needs for one in (self.make_objective(), *self.make_settings()))
         )
+
+    @property
+    def draws_weights(self) -> bool:
+        """Return whether weights are drawn for an example, and stand in its prompts."""
+        return "drawn_weights" in self.needs
+
+    @property
+    def rows_are_drawn(self) -> bool:
+        """Return whether rows depend on the seed."""
+        return isinstance(self.pairs, int) or self.draws_weights
+
+    @property
+    def prompt_count(self) -> int:
+        """Return how many different prompts a pair has: criteria without an instruction share one.
+
+        With `winner: per_dimension` and ratings of the winner some have more.
+        """
+        if self.prompts == "one":
+            return self.weight_draws or 1
+        own = len(self.dimensions) if self.instruction != "" else 1
+        alike = self.instruction == self.overall_instruction == ""
+        return own + (self.overall and not alike)
 
     @property
     def all_responses(self) -> bool:

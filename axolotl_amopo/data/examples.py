@@ -38,6 +38,8 @@ _ARRANGED = {
     "signs": _SIGNS,
     "ratings": List(Value("float32")),
     "points": List(Value("float32")),
+    "weights": List(Value("float32")),
+    "fit": List(Value("float32")),
 }
 # An example as text.
 PLAIN = Features(
@@ -67,7 +69,9 @@ FEATURES = Features(
 def as_text(pairs: list[Pair], rule: PairRule, where: str) -> dict[str, Any]:
     """Return the row of `PLAIN` that has all pairs of an example."""
     prompt = pairs[0].prompt
-    made = prompted(pairs, rule.config, rule.scales)
+    vectors = rule.weight_vectors(pairs)
+    made = prompted(pairs, rule.config, rule.scales, vectors)
+    times = max(1, len(vectors))  # every criterion is there once per vector
     return {
         "messages": json.dumps(prompt.messages),
         "tools": json.dumps(prompt.tools),
@@ -78,8 +82,10 @@ def as_text(pairs: list[Pair], rule: PairRule, where: str) -> dict[str, Any]:
         "comparisons": flat(made.comparisons),
         "reads": flat(made.reads),
         "signs": flat(made.signs),
-        "ratings": flat(rule.ratings(prompt, index) for index in made.used),
-        "points": rule.points(),
+        "ratings": flat(rule.ratings(prompt, index) * times for index in made.used),
+        "points": rule.points() * times,
+        "weights": flat(vectors),
+        "fit": [rule.fit(prompt, index, asks) for asks in made.asks for index in made.used],
     }
 
 

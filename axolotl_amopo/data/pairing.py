@@ -21,7 +21,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -64,10 +64,26 @@ class Pair:
         return int(self.signs[criterion] < 0)
 
 
+@dataclass(frozen=True)
+class Asks:
+    """What a prompt asks of every response."""
+
+    dimensions: list[str]  # none without an instruction, or where each response has its own
+    ratings: Ratings | None  # None: the best
+    weights: Sequence[float]  # [D] of all dimensions, where weights are asked for
+
+
 def normalised(rating: float, scale: tuple[float, float], lower_is_better: bool) -> float:
     """Return a rating on 0..1, where 1 is the better end."""
     share = (rating - scale[0]) / (scale[1] - scale[0])
     return 1 - share if lower_is_better else share
+
+
+def as_written(weights: list[float]) -> list[float]:
+    """Return weights as a prompt shows them, with one decimal, scaled to sum to 1 again."""
+    rounded = [round(weight, 1) for weight in weights]
+    total = sum(rounded)
+    return [weight / total for weight in rounded] if total else weights
 
 
 def mean_rating(ratings: Ratings, scales: Scales, lower: Set[str] = frozenset()) -> float:
@@ -89,6 +105,52 @@ class PairRule:
     scales: Scales
     lower: Set[str] = frozenset()  # dimensions in which lower ratings are better
     seed: int = 0
+    grid: bool = False  # whether weights in prompts are a fixed grid instead of drawn
+
+    def weight_vectors(self, pairs: list[Pair]) -> list[list[float]]:
+        """Return the weights of the dimensions that stand in an example's prompts.
+
+        For evaluation the corners, in the order of the dimensions, and the centre. Else draws from
+        a Dirichlet distribution that depend on the seed and the example's texts. A prompt writes
+        them with one decimal, so they are rounded to that, and scaled to sum to 1 again.
+
+        Returns:
+            [M][D], for an objective without weights in its prompts [].
+        """
+        config, count = self.config, len(self.config.dimensions)
+        if config.weight_draws is None or config.weight_concentration is None:
+            return []
+        if self.grid:
+            corners = [[float(i == j) for j in range(count)] for i in range(count)]
+            return [*corners, [1 / count] * count]
+        prompt, used = pairs[0].prompt, dict.fromkeys(i for pair in pairs for i in pair.responses)
+        turns = [prompt.responses[index].turn for index in used]
+        numbers = random.Random(json.dumps(["weights", self.seed, prompt.messages, turns]))
+        drawn = [
+            [numbers.gammavariate(config.weight_concentration, 1.0) for _ in range(count)]
+            for _ in range(config.weight_draws)
+        ]
+        return [as_written([one / sum(vector) for one in vector]) for vector in drawn]
+
+    def fit(self, prompt: RatedPrompt, index: int, asks: Asks) -> float:
+        """Return how near a response's ratings are to what a prompt asks for.
+
+        Returns:
+            1 minus the mean distance of the ratings, on 0..1, over the dimensions that the prompt
+            names; by weights, the weighted mean of the ratings. NaN where a rating is missing, or
+            nothing is asked for.
+        """
+        ratings = prompt.responses[index].ratings
+        own = {name: self._normalised(ratings, name) for name in asks.dimensions}
+        if not own or None in own.values():
+            return math.nan
+        if asks.weights:
+            return sum(w * own[n] for n, w in zip(asks.dimensions, asks.weights, strict=True))
+        wanted = asks.ratings
+        best = {name: 1.0 if wanted is None else self._normalised(wanted, name) for name in own}
+        if None in best.values():
+            return math.nan
+        return round(1 - sum(abs(own[name] - best[name]) for name in own) / len(own), 9)
 
     def pairs(self, prompt: RatedPrompt, dropped: Counter) -> Iterator[Pair]:
         """Yield the pairs of one prompt; count what can't be one in `dropped`, by reason.

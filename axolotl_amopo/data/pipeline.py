@@ -119,7 +119,13 @@ def prepare(format: "DatasetFormat", dataset: Dataset, process_count: int | None
         )  # fmt: skip
     dropped: Counter = Counter()
     survey = survey_rows(format, dataset, dropped)
-    rule = PairRule(format.config, scales_of(format, survey), format.lower(), format.cfg.seed or 0)
+    rule = PairRule(
+        format.config,
+        scales_of(format, survey),
+        format.lower(),
+        seed=format.cfg.seed or 0,
+        grid=format.eval_split,
+    )
     prompts = read_prompts(format, dataset, survey)
     plain, made = write_text(format, prompts, rule, dropped)
     prepared, kept, pairs = tokenize(format, plain, chat, process_count, dropped)

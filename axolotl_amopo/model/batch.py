@@ -34,6 +34,8 @@ def make_batch(
         signs           [P, C] +1, -1 or 0
         ratings         [B, N, C] float32, NaN where missing or padded
         points          [B, C] float32
+        weights         [B, C] float32, where the examples have weights of their own
+        fit             [B, K, N] float32, NaN where padded, where the examples have it
         counts          [B] 1, or tokens; the trainer puts 0 where an example only pads a pass
         input_ids       [1, tokens] of the forest
         position_ids    [1, tokens] counted from each segment's root
@@ -46,6 +48,14 @@ def make_batch(
     ratings = torch.full((len(examples), forest.responses, examples[0].criteria), torch.nan)
     for b, example in enumerate(examples):
         ratings[b, : len(example.responses)] = torch.tensor(example.ratings)
+    others: dict[str, Tensor] = {}
+    if examples[0].weights:
+        others["weights"] = torch.tensor([example.weights for example in examples])
+    if examples[0].fit:
+        fit = torch.full((len(examples), forest.prompts, forest.responses), torch.nan)
+        for b, example in enumerate(examples):
+            fit[b, : len(example.follows), : len(example.responses)] = torch.tensor(example.fit)
+        others["fit"] = fit
     return {
         "example_ids": torch.tensor([example.id for example in examples]),
         "comparisons": torch.tensor(
@@ -55,6 +65,7 @@ def make_batch(
         "signs": torch.tensor([row for example in examples for row in example.signs]),
         "ratings": ratings,
         "points": torch.tensor([example.points for example in examples], dtype=torch.float32),
+        **others,
         "counts": _tokens(forest) if token_counts else torch.ones(len(examples)),
         "input_ids": input_ids,
         "position_ids": _positions(forest),
@@ -70,8 +81,10 @@ def responses(batch: dict[str, Any], logps: Tensor, mask: Tensor, **others: Any)
     Args:
         batch: as `make_batch` makes it, on the device of `logps`.
         logps, mask: [B, K, N, T], of `response_logps`.
-        others: fields of `Responses` that the batch does not hold, such as `weights`.
+        others: fields of `Responses` that the batch does not hold, such as `reference`; `weights`
+            stand in for those that it lacks.
     """
+    others |= {name: batch[name] for name in ("weights", "fit") if name in batch}
     return Responses(
         logps,
         mask,

@@ -34,7 +34,7 @@ def steered(template: str, steering: Steering, settings: Settings | None = None)
     steering.asked(settings or {})
     dimensions = {
         d.name: dimension_facts(d.name, d.description, d.scale, None)
-        | {"low": d.scale[0], "high": d.scale[1], "best": d.best}
+        | dict(zip(("low", "high"), steering.range(d), strict=True), best=steering.best(d))
         for d in steering.dimensions
     }
     values = {
@@ -45,7 +45,8 @@ def steered(template: str, steering: Steering, settings: Settings | None = None)
         "DEFAULT": repr(written(settings or {})),
         "OVERALL": repr(steering.overall),
         "ONE_PROMPT": repr(steering.one_prompt),
-        "RATED": repr(steering.rating_in_prompt != "none"),
+        "RATED": repr(steering.takes_numbers),
+        "WEIGHTED": repr(steering.weighted),
         "PLACE": repr(steering.instruction_place),
         "END": END,
     }
@@ -86,8 +87,11 @@ def check(tokenizer: Any, template: str, steering: Steering) -> None:
     user, system = {"role": "user", "content": "Why?"}, {"role": "system", "content": "Be brief."}
     told = [user, {"role": "assistant", "content": "So."}, {"role": "user", "content": "Really? "}]
     every: list[Settings] = [{}, *({d.name: None} for d in steering.dimensions)]
-    if steering.rating_in_prompt != "none":
+    if steering.takes_numbers and not steering.weighted:
         every += [{d.name: rating} for d in steering.dimensions for rating in d.scale]
+    if steering.weighted:
+        first, *others = (d.name for d in steering.dimensions)
+        every += [{first: 0.35}, dict.fromkeys([first, *others], 0.7)]
     every += [{OVERALL: None}] * steering.overall
 
     def render(messages: list[dict], chat_template: str) -> str:

@@ -285,7 +285,8 @@ def example(preparation: Preparation, pairs: list[Pair], row: dict[str, Any]) ->
     seen = []
     for c, name in enumerate(format.config.criteria):
         ratings = response_of(pair, pair.winner(c)).ratings
-        text = instruction_of(format.config, rule.scales, c, ratings)
+        weights = made.weights[: len(rule.scales)]  # of the first prompt
+        text = instruction_of(format.config, rule.scales, c, ratings, weights)
         ids = made.prompts[made.winner_first(0, c)[0][0]]
         seen.append(
             Seen(

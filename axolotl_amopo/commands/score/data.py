@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -140,14 +140,20 @@ def example_of(
 
     That one is never longer than they are, so what is shortened is shortened as in training.
     """
-    row = as_text([pair], rule, format.where([pair]))
+    # Where weights stand in the prompts, each dimension is read where it has all the weight.
+    row = as_text([pair], replace(rule, grid=True), format.where([pair]))
+    count = len(format.config.criteria)
+    kept = range(0, count * count, count + 1) if row["weights"] else range(count)
+    for name in ("reads", "signs", "points"):
+        row[name] = [row[name][c] for c in kept]
     prompts = len(row["follows"]) // 2
     row["instructions"] = [*row["instructions"], ""]
     row["follows"] = [*row["follows"], *[len(row["instructions"]) - 1] * 2]
     row["reads"] = [*row["reads"], prompts]
     row["signs"] = [*(sign * own for sign in row["signs"]), int(plain)]
     row["points"] = [*row["points"], math.nan]
-    row["ratings"] = [math.nan] * (2 * len(row["points"]))  # not needed here
+    row["ratings"] = [math.nan] * (2 * len(row["points"]))  # not needed here, nor the next two
+    row["weights"], row["fit"] = [], []
     prepared = prepare_row(row, chat=chat, **format.tokenizing() | {"drop_bad": False})
     return Example.from_row(prepared)
 
