@@ -295,6 +295,26 @@ CONFIGS = {
         {"amopo": {"rating_in_prompt": "own", "contrast": 0.1}},
         ["contrast: has no effect with rating_in_prompt: own"],
     ),
+    "a target that nobody is nearest to": (
+        {"amopo": {"rating_in_prompt": "target"}},
+        ["rating_in_prompt: target goes with winner: nearest alone"],
+    ),
+    "nearest to the chosen": (
+        {"amopo": {"winner": "nearest", "rating_in_prompt": "chosen"}},
+        ["winner: nearest does not go with rating_in_prompt: chosen; write target"],
+    ),
+    "nearest to what no prompt says": (
+        {"amopo": {"objective": "simpo", "winner": "nearest"}},
+        ["winner: nearest needs prompts that say which rating they ask for"],
+    ),
+    "nearest in an order": (
+        {"amopo": {"winner": "nearest", "order_by": "mean"}},
+        ["order_by: has no effect with winner: nearest"],
+    ),
+    "nearest where higher ratings are better": (
+        {"amopo": {"winner": "nearest", "offset": 1.0}},
+        ["winner: nearest does not go with objective amopo and its settings"],
+    ),
     "weights drawn for no prompt": (
         {"amopo": {"weight_draws": 3}},
         ["weight_draws: has no effect with objective amopo, which has no weights in its prompts"],

@@ -368,6 +368,65 @@ def test_what_is_not_rated_fits_nothing():
     assert math.isnan(rule_of(**MASK).fit(rated_prompt([(None, 2)]), 0, asks))
 
 
+NEAR = {"winner": "nearest", "group_by_prompt": True}
+
+
+def nearest(ratings, target, lower=()):
+    """The pairs of a prompt's responses, with a rule that draws the ratings of one as target."""
+    prompt, config = rated_prompt(ratings), AMoPOConfig(dimensions=SCALED, **SHOW | NEAR)
+    for seed in range(50):
+        rule = PairRule(config, SCALES, frozenset(lower), seed)
+        pairs = list(rule.pairs(prompt, dropped := Counter()))
+        if all(pair.target == prompt.responses[target].ratings for pair in pairs):
+            return pairs, dropped, rule
+    raise AssertionError("never drawn")
+
+
+def signs_of(pairs):
+    return [(pair.responses, pair.signs) for pair in pairs]
+
+
+def test_a_target_at_the_best_ratings_is_as_per_dimension():
+    ratings = [(90, 2), (20, 1), (90, 5), (20, 5)]
+    pairs, dropped, _ = nearest(ratings, 2)
+    assert (signs_of(pairs), dropped) == made(rated_prompt(ratings), **PER)
+
+
+@pytest.mark.parametrize("lower", [(), ("help",)])
+def test_who_has_the_ratings_that_are_asked_for_wins(lower):
+    for target in (0, 1):
+        pairs, dropped, _ = nearest([(90, 2), (20, 4)], target, lower)
+        assert (signs_of(pairs), dropped) == ([((target, 1 - target), ALL)], {})
+
+
+def test_equally_near_ratings_say_nothing():
+    pairs, _, rule = nearest([(70, 2), (30, 3), (50, 3)], 2)
+    assert signs_of(pairs) == [((1, 0), [1, 0, 1]), ((2, 0), ALL), ((2, 1), NO_TRUTH)]
+    assert [rule.gap(pair, "help") for pair in pairs] == [0, 0.2, 0.2]
+    pairs, dropped, _ = nearest([(70, 2), (30, 4), (50, 3)], 2)
+    assert [pair.responses for pair in pairs] == [(2, 0), (2, 1)] and dropped == {TIE: 1}
+
+
+def test_targets_are_drawn_from_the_prompts_own_ratings():
+    prompt = rated_prompt([(i, 3) for i in range(0, 100, 10)])
+    config = AMoPOConfig(dimensions=list(SCALES), winner="nearest")
+    drawn = [
+        [pair.target["help"] for pair in PairRule(config, SCALES, seed=s).pairs(prompt, Counter())]
+        for s in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert set(drawn[0]) == set(range(0, 100, 10))  # each of 45 pairs its own draw
+
+
+def test_prompts_ask_for_the_target():
+    for target, expected in ((0, [A, "help=90", "truth=2"]), (1, [B, "help=20", "truth=4"])):
+        (pair,), _, rule = nearest([(90, 2), (20, 4)], target)
+        made = prompted([pair], rule.config, SCALES)
+        assert made.instructions == expected
+        fits = [[rule.fit(pair.prompt, i, asks) for i in made.used] for asks in made.asks]
+        assert fits == [[1, 0.4], [1, 0.3], [1, 0.5]]
+
+
 def test_the_datasets_own_rating_decides_where_that_is_asked_for():
     prompt = rated_prompt([(90, 5), (10, 1), (50, 3)])
     for response, overall in zip(prompt.responses, (0.2, 0.9, None), strict=True):

@@ -118,6 +118,8 @@ CASES = {
     "weights in the prompts, held out": (
         PAIR, {"objective": "cos_dpo", "datasets": {"id": {"eval_split": True}}}, {},
     ),
+    "nearest": (TRIPLE, SHOW | {"winner": "nearest"}, {"seed": 5}),
+    "nearest, group": (TRIPLE, SHOW | GROUP | {"winner": "nearest"}, {"seed": 5}),
     "all responses": (
         [*TRIPLE, rated("Why?", (50, 3), (50, 3), texts=("So.", "So it is.")), ONE],
         ASK | {"objective": "ric"},

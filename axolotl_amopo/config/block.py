@@ -146,13 +146,15 @@ class AMoPOConfig(BaseModel):
         description="A weight per criterion, by name, or equal; for objectives that use them, such "
         "as dpo, or amopo with weighting: static",
     )
-    winner: Literal["overall", "per_dimension"] = Field(
+    winner: Literal["overall", "per_dimension", "nearest"] = Field(
         default="overall",
-        description="overall: one winner per pair; per_dimension: each dimension's ratings decide",
+        description="overall: one winner per pair; per_dimension: each dimension's ratings decide; "
+        "nearest: those nearest to what the prompt asks for win",
     )
-    rating_in_prompt: Literal["chosen", "own", "none"] = Field(
+    rating_in_prompt: Literal["chosen", "own", "none", "target"] = Field(
         default="chosen",
-        description="The rating a prompt asks for: the chosen response's, each its own, or none",
+        description="The rating a prompt asks for: the chosen response's, each its own, none, or "
+        "(with winner: nearest, and by default there) that of a response that is drawn",
     )
     prompts: Literal["per_criterion", "one"] = Field(
         default="per_criterion",
@@ -266,6 +268,8 @@ class AMoPOConfig(BaseModel):
         # A null is a key that is not set: axolotl drops it when it hands the config on.
         defaults = {k: v for k, v in OBJECTIVES[name].defaults.items() if block.get(k) is None}
         block = {**block, **defaults}
+        if block.get("winner") == "nearest" and block.get("rating_in_prompt") is None:
+            block["rating_in_prompt"] = "target"
         others = {key: value for key, value in block.items() if key not in cls.model_fields}
         read = hyperparameter_model(OBJECTIVES[name], *admitted(name)).model_validate(others)
         # Of settings, which mostly are not in use, what is set.
@@ -336,6 +340,7 @@ class AMoPOConfig(BaseModel):
             )
         self._check_criterion_keys()
         self._check_prompts()
+        self._check_nearest()
         self._check_all_responses()
         check_together(self.make_objective(), self.make_settings())
         self._check_fit()
@@ -388,6 +393,32 @@ class AMoPOConfig(BaseModel):
                 "over dimensions"
             )
 
+    def _check_nearest(self) -> None:
+        if self.winner != "nearest":
+            if self.rating_in_prompt == "target":
+                raise ValueError(
+                    f"rating_in_prompt: target goes with winner: nearest alone, not with winner: "
+                    f"{self.winner}"
+                )
+            return
+        if self.rating_in_prompt != "target":
+            raise ValueError(
+                f"winner: nearest does not go with rating_in_prompt: {self.rating_in_prompt}; "
+                "write target, the rating that the winner is nearest to"
+            )
+        if not self.has_instructions:
+            raise ValueError(
+                "winner: nearest needs prompts that say which rating they ask for; write an "
+                "instruction"
+            )
+        if self.order_by is not None:
+            raise ValueError("order_by: has no effect with winner: nearest; remove it")
+        if "ratings" in self.needs:
+            raise ValueError(
+                f"winner: nearest does not go with objective {self.objective} and its settings, "
+                "which take the higher rating for the better one; write per_dimension"
+            )
+
     def _check_fit(self) -> None:
         if "fit" not in self.needs:
             return
@@ -417,10 +448,10 @@ class AMoPOConfig(BaseModel):
             raise ValueError(f"group_by_prompt: false does not go with {takes}; remove it")
         if self.pairs != "all":
             raise ValueError(f"pairs: {self.pairs} does not go with {takes}; remove it")
-        if self.rating_in_prompt == "chosen" and self.has_instructions:
+        if self.rating_in_prompt in ("chosen", "target") and self.has_instructions:
             raise ValueError(
-                f"rating_in_prompt: chosen does not go with {takes} and chooses none; write own or "
-                "none"
+                f"rating_in_prompt: {self.rating_in_prompt} does not go with {takes} and chooses "
+                "none; write own or none"
             )
 
     def _check_weights(self) -> None:
@@ -487,7 +518,7 @@ class AMoPOConfig(BaseModel):
     @property
     def rows_are_drawn(self) -> bool:
         """Return whether rows depend on the seed."""
-        return isinstance(self.pairs, int) or self.draws_weights
+        return isinstance(self.pairs, int) or self.draws_weights or self.winner == "nearest"
 
     @property
     def prompt_count(self) -> int:

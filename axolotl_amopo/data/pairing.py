@@ -11,6 +11,11 @@ dimensions where they are equal weigh nothing, as does the overall prompt where 
 are equal; a pair in which nothing is left is dropped. With `min_gap`, what differs by less counts
 as equal.
 
+`winner: nearest` (CDPO, Guo et al., EMNLP 2024, https://arxiv.org/abs/2402.19085): the prompts ask
+for the ratings of one of the prompt's responses, the target, which is drawn; in each dimension the
+response with the nearer rating wins, and overall the one whose mean distance is smaller. So low
+ratings are learned too.
+
 For objectives that take all responses of a prompt, each one that can be used is also in a
 comparison with itself, which says nothing: so it is in the example whether it is in a pair or not.
 """
@@ -53,6 +58,7 @@ class Pair:
     prompt: RatedPrompt
     responses: tuple[int, int]  # overall winner and loser: indices into prompt.responses
     signs: list[int]  # [C] +1 the first of them wins, -1 the second, 0 the criterion says nothing
+    target: Ratings | None = None  # what its prompts ask for, with `winner: nearest`
 
     @property
     def alone(self) -> bool:
@@ -231,9 +237,13 @@ class PairRule:
         return [math.nan if value is None else float(value) for value in values]
 
     def gap(self, pair: Pair, name: str) -> float:
-        """Return by how much the overall winner's rating is the better one, on 0..1, else NaN."""
+        """Return by how much the overall winner's rating is the better one, on 0..1, else NaN.
+
+        With a target, by how much it is the nearer one.
+        """
         winner, loser = (
-            self._normalised(pair.prompt.responses[index].ratings, name) for index in pair.responses
+            self._score(pair.prompt.responses[index].ratings, name, pair.target)
+            for index in pair.responses
         )
         return math.nan if winner is None or loser is None else round(winner - loser, 9)
 
@@ -266,6 +276,27 @@ class PairRule:
             return None
         return normalised(rating, self.scales[name], name in self.lower)
 
+    def _score(self, ratings: Ratings, name: str, target: Ratings | None) -> float | None:
+        """Return a rating on 0..1; with a target, its distance from that as a negative number."""
+        own = self._normalised(ratings, name)
+        if target is None:
+            return own
+        wanted = self._normalised(target, name)
+        return None if own is None or wanted is None else -abs(own - wanted)
+
+    def _target(self, prompt: RatedPrompt, pair: tuple[int, int]) -> Ratings | None:
+        """Return the ratings that a pair's prompts ask for: of a group, the same for every pair."""
+        if self.config.winner != "nearest":
+            return None
+        usable = [r.ratings for r in prompt.responses if self._usable(r.ratings)]
+        usable = [ratings for ratings in usable if None not in ratings.values()] or usable
+        if not usable:
+            return None
+        which = None if self.config.group_by_prompt else pair
+        turns = [response.turn for response in prompt.responses]
+        text = json.dumps(["target", self.seed, prompt.messages, turns, which])
+        return random.Random(text).choice(usable)
+
     def _gap(self, gap: float) -> float:
         """Return a gap between ratings on 0..1, or 0 where it is too small to count."""
         return gap if abs(gap) > EPSILON and abs(gap) >= self.config.min_gap - EPSILON else 0.0
@@ -277,15 +308,22 @@ class PairRule:
             dropped[IDENTICAL] += 1
             return None
         ratings = [response.ratings for response in responses]
-        rated = {name: None not in (ratings[0][name], ratings[1][name]) for name in self.scales}
+        target = self._target(prompt, (first, second))
+        rated = {
+            name: None not in (self._score(side, name, target) for side in ratings)
+            for name in self.scales
+        }
         if not all(rated.values()) and config.missing_ratings != "mask":
             dropped[MISSING] += 1
             return None
         common = [{n: r for n, r in side.items() if rated[n]} for side in ratings]
-        overall = [
-            self._overall(prompt, index, side)
-            for index, side in zip((first, second), common, strict=True)
-        ]
+        if target is None:
+            overall = [
+                self._overall(prompt, index, side)
+                for index, side in zip((first, second), common, strict=True)
+            ]
+        else:
+            overall = [self._nearness(side, target) for side in common]
         if None in overall and config.winner == "overall":
             dropped[NO_ORDER] += 1
             return None
@@ -301,10 +339,15 @@ class PairRule:
                 continue
             gap = 0.0
             if rated[name]:
-                better, worse = (self._normalised(side, name) for side in ratings)
+                better, worse = (self._score(side, name, target) for side in ratings)
                 gap = self._gap(better - worse)
             signs.append((gap > 0) - (gap < 0))
         if (config.winner == "overall" and lead == 0) or not any(signs):
             dropped[TIE if not config.min_gap else CLOSE] += 1
             return None
-        return Pair(prompt, (first, second), signs)
+        return Pair(prompt, (first, second), signs, target)
+
+    def _nearness(self, ratings: Ratings, target: Ratings) -> float:
+        """Return the mean distance of ratings from the target's, as a negative number."""
+        scores = [self._score(ratings, name, target) or 0.0 for name in ratings]
+        return round(sum(scores) / max(1, len(scores)), 9)

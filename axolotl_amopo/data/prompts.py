@@ -36,8 +36,8 @@ def prompted(
 ) -> Prompted:
     """Return which responses stand behind which instructions, each prompt and response once.
 
-    A prompt asks for the rating of its winner, of the response itself, or for none
-    (`rating_in_prompt`). Criteria whose prompts have the same texts share one prompt.
+    A prompt asks for the rating of its winner, of the response itself, of the pair's target, or for
+    none (`rating_in_prompt`). Criteria whose prompts have the same texts share one prompt.
 
     Args:
         pairs: all of one prompt.
@@ -58,7 +58,7 @@ def prompted(
     def prompt(pair: Pair, criterion: int, vector: int) -> int:
         weights = vectors[vector] if vectors else ()
         winner = pair.winner(criterion)
-        rated = responses[pair.responses[winner]].ratings
+        rated = pair.target or responses[pair.responses[winner]].ratings
         if config.rating_in_prompt == "own":
             first = [pair.responses[winner], pair.responses[1 - winner]]
             for index in first:  # numbers the texts in the order of the pairs

@@ -75,7 +75,7 @@ class Steering(BaseModel):
     template: str = Field(alias="instruction")
     overall_template: str = Field(alias="overall_instruction")
     instruction_place: Place = "before"
-    rating_in_prompt: Literal["chosen", "own", "none"] = "chosen"
+    rating_in_prompt: Literal["chosen", "own", "none", "target"] = "chosen"
     one_prompt: bool = False  # whether every prompt of training named all the dimensions
     weighted: bool = False  # whether it stated weights of them
     chat_template_kwargs: dict[str, Any] = {}

@@ -284,7 +284,7 @@ def example(preparation: Preparation, pairs: list[Pair], row: dict[str, Any]) ->
     sides = (0,) if pair.alone else (0, 1)
     seen = []
     for c, name in enumerate(format.config.criteria):
-        ratings = response_of(pair, pair.winner(c)).ratings
+        ratings = pair.target or response_of(pair, pair.winner(c)).ratings
         weights = made.weights[: len(rule.scales)]  # of the first prompt
         text = instruction_of(format.config, rule.scales, c, ratings, weights)
         ids = made.prompts[made.winner_first(0, c)[0][0]]

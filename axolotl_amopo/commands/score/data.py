@@ -161,10 +161,11 @@ def example_of(
 def labels_of(format: DatasetFormat, rule: PairRule, pair: Pair) -> list[int]:
     """Return [K], which response each rating prefers.
 
-    With `winner: per_dimension` as in training. With `winner: overall` training has the overall
-    winner win under every prompt; here each dimension's own ratings count.
+    With `winner: overall` training has the overall winner win under every prompt; here each
+    dimension's own ratings count. Else as in training, so with `winner: nearest` the response is
+    preferred whose rating is nearer to the one that is asked for.
     """
-    if format.config.winner == "per_dimension":
+    if format.config.winner != "overall":
         return pair.signs
     own = [rule.gap(pair, name) for name in format.config.dimension_names]
     return [1] * format.config.overall + [int(np.sign(np.nan_to_num(value))) for value in own]
