@@ -315,6 +315,28 @@ CONFIGS = {
         {"amopo": {"winner": "nearest", "offset": 1.0}},
         ["winner: nearest does not go with objective amopo and its settings"],
     ),
+    "weights per row that nothing reads": (
+        {"amopo": {"weights_per_row": True}},
+        ["weights_per_row: true is not used by objective amopo with weighting: gaussian"],
+    ),
+    "weights per row and for all": (
+        {
+            "amopo": {
+                "weighting": "static",
+                "weights_per_row": True,
+                "weights": {"overall": 1, "helpfulness": 1, "honesty": 1},
+            }
+        },
+        ["weights: have no effect with weights_per_row: true; remove one of the two"],
+    ),
+    "weights per row that the loss divides by": (
+        {"amopo": {"objective": "modpo", "weights_per_row": True}},
+        ["weights_per_row: true does not go with objective modpo", "the weight of train_on"],
+    ),
+    "weights per row of combined gradients": (
+        {"amopo": {"objective": "raco", "weights_per_row": True}},
+        ["weights_per_row: true does not go with gradients: cagrad"],
+    ),
     "weights drawn for no prompt": (
         {"amopo": {"weight_draws": 3}},
         ["weight_draws: has no effect with objective amopo, which has no weights in its prompts"],

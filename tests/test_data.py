@@ -40,6 +40,7 @@ from axolotl_amopo.data.pipeline import (
 )
 from axolotl_amopo.data.prompts import prompted
 from axolotl_amopo.data.rows import RatedPrompt, Response
+from axolotl_amopo.errors import DataError
 
 SCALES = {"help": (0, 100), "truth": (1, 5)}
 SCALED = [{"name": name, "scale": scale} for name, scale in SCALES.items()]
@@ -289,6 +290,38 @@ def test_one_prompt_names_the_dimensions_that_are_rated():
     assert half.instructions == ["help=90"]
     none, _ = prompted_of([(90, None)], **RIC | show | MASK | NO_RATING)
     assert none.instructions == ["help=None truth=None"]
+
+
+STATIC = {"weighting": "static", "weights_per_row": True}
+
+
+def test_a_row_may_have_weights_of_its_own():
+    row = Q | LISTED | {"w": {"overall": 1, "help": "2", "truth": 5}}
+    ((prompt,)) = read("rated", [row], STATIC | fields(weights="w"))
+    assert prompt.weights == [0.125, 0.25, 0.625]
+    assert read("rated", [row])[0].weights is None
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (None, "key 'weights': is missing"),
+        ({"help": 1, "truth": 1}, "must have a weight per criterion, overall, help, truth"),
+        ({"overall": 1, "help": -1, "truth": 1}, r"key 'weights.help': must be a number from 0"),
+        ({"overall": 0, "help": 0, "truth": 0}, "must not all be 0"),
+        ([1, 2, 3], "must have a weight per criterion"),
+    ],
+)
+def test_weights_of_a_row_that_can_not_be_used(weights, message):
+    with pytest.raises(DataError, match=f"data.jsonl, row 1, .*{message}"):
+        read("rated", [Q | LISTED | {"weights": weights}], STATIC)
+
+
+def test_rows_of_a_prompt_have_the_same_weights():
+    weights = {"overall": 1, "help": 1, "truth": 1}
+    rows = [Q | Y | YES | {"weights": weights}, Q | N | NO | {"weights": weights | {"help": 2}}]
+    with pytest.raises(DataError, match="row 2: its weights are not those of row 1"):
+        read("helpsteer", rows, STATIC)
 
 
 COS = {"objective": "cos_dpo"}

@@ -120,6 +120,11 @@ CASES = {
     ),
     "nearest": (TRIPLE, SHOW | {"winner": "nearest"}, {"seed": 5}),
     "nearest, group": (TRIPLE, SHOW | GROUP | {"winner": "nearest"}, {"seed": 5}),
+    "weights of a row": (
+        [PAIR[0] | {"weights": {"help": 1, "truth": 3}}],
+        NONE | {"weighting": "static", "weights_per_row": True, "overall": False},
+        {},
+    ),
     "all responses": (
         [*TRIPLE, rated("Why?", (50, 3), (50, 3), texts=("So.", "So it is.")), ONE],
         ASK | {"objective": "ric"},

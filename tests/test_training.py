@@ -454,6 +454,30 @@ def test_ric_trains_on_every_response_by_its_tokens(tmp_path, tiny_model, answer
     assert trainer.steering.one_prompt
 
 
+def test_weights_of_rows_are_those_of_their_losses(tmp_path, tiny_model, data):
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    for i, row in enumerate(rows):
+        row["importance"] = {"overall": 0, "helpfulness": i, "honesty": 8 - i, "safety": 0}
+    values = full(
+        tmp_path,
+        tiny_model,
+        runs.write_jsonl(tmp_path / "weighted.jsonl", rows),
+        max_steps=1,
+        micro_batch_size=8,
+        amopo={"weighting": "static", "weights_per_row": True, "winner": "overall"},
+    )
+    values["datasets"][0]["fields"] = {"weights": "importance"}
+    trainer = runs.train(runs.write_config(tmp_path, values))
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    kept = [row["weights"][1] for row in trainer.train_dataset]
+    assert set(kept) <= {i / 8 for i in range(8)} and len(set(kept)) > 4
+    assert logged["amopo/helpfulness/weight"] == pytest.approx(statistics.mean(kept), abs=1e-6)
+    assert logged["amopo/helpfulness/weight_std"] == pytest.approx(
+        statistics.pstdev(kept), abs=1e-6
+    )
+    assert logged["amopo/safety/weight"] == 0
+
+
 def test_a_contrast_rewards_the_prompt_that_fits(tmp_path, tiny_model, data):
     """The logged term, from plain forward passes of the untrained model."""
     from transformers import AutoModelForCausalLM

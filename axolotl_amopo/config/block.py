@@ -146,6 +146,10 @@ class AMoPOConfig(BaseModel):
         description="A weight per criterion, by name, or equal; for objectives that use them, such "
         "as dpo, or amopo with weighting: static",
     )
+    weights_per_row: bool = Field(
+        default=False,
+        description="Instead of weights, each row of the data has its own, in its field weights",
+    )
     winner: Literal["overall", "per_dimension", "nearest"] = Field(
         default="overall",
         description="overall: one winner per pair; per_dimension: each dimension's ratings decide; "
@@ -267,6 +271,8 @@ class AMoPOConfig(BaseModel):
             return block  # refused by `check_objective`
         # A null is a key that is not set: axolotl drops it when it hands the config on.
         defaults = {k: v for k, v in OBJECTIVES[name].defaults.items() if block.get(k) is None}
+        if block.get("weights_per_row"):
+            defaults.pop("weights", None)
         block = {**block, **defaults}
         if block.get("winner") == "nearest" and block.get("rating_in_prompt") is None:
             block["rating_in_prompt"] = "target"
@@ -455,6 +461,9 @@ class AMoPOConfig(BaseModel):
             )
 
     def _check_weights(self) -> None:
+        if self.weights_per_row:
+            self._check_weights_per_row()
+            return
         objective, names = self.make_objective(), self.criteria
         if "weights" in objective.needs and self.weights is None:
             raise ValueError(
@@ -491,6 +500,26 @@ class AMoPOConfig(BaseModel):
                 raise ValueError(
                     f"weights: have no effect with gradients: {setting.gradients}, which finds its "
                     "own; remove them"
+                )
+
+    def _check_weights_per_row(self) -> None:
+        key, objective = "weights_per_row: true", self.make_objective()
+        if "weights" not in objective.needs:
+            raise ValueError(
+                f"{key} is not used by objective {self.objective}{_with(objective)}; remove it"
+            )
+        if self.weights is not None:
+            raise ValueError(f"weights: have no effect with {key}; remove one of the two")
+        for field in self._criterion_fields():
+            raise ValueError(
+                f"{key} does not go with objective {self.objective}, whose loss divides by the "
+                f"weight of {field.name}; write weights"
+            )
+        for setting in self.make_settings():
+            if isinstance(setting, Gradients) and setting.gradients != "sum":
+                raise ValueError(
+                    f"{key} does not go with gradients: {setting.gradients}, which combines the "
+                    "gradients of all rows; write weights"
                 )
 
     @property

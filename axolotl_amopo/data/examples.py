@@ -84,7 +84,7 @@ def as_text(pairs: list[Pair], rule: PairRule, where: str) -> dict[str, Any]:
         "signs": flat(made.signs),
         "ratings": flat(rule.ratings(prompt, index) * times for index in made.used),
         "points": rule.points() * times,
-        "weights": flat(vectors),
+        "weights": flat(vectors) or prompt.weights or [],
         "fit": [rule.fit(prompt, index, asks) for asks in made.asks for index in made.used],
     }
 

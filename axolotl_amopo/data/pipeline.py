@@ -159,7 +159,7 @@ def survey_rows(format: "DatasetFormat", dataset: Dataset, dropped: Counter) -> 
     groups: dict[bytes, list[int]] = {}
     for index, values in enumerate(_rows(dataset)):
         try:
-            prompt = format.read(Row(values, index + 1, format.source))
+            prompt = format.prompt_of(Row(values, index + 1, format.source))
         except DataError:
             if format.config.bad_rows == "error":
                 raise
@@ -190,16 +190,22 @@ def read_prompts(
     if survey.groups is None:
         for index, values in enumerate(_rows(dataset)):
             if index not in survey.bad:
-                yield format.read(Row(values, index + 1, format.source))
+                yield format.prompt_of(Row(values, index + 1, format.source))
         return
     for part in itertools.batched(survey.groups, READ_BATCH):
         indices = [index for group in part for index in group]
         rows = zip(indices, unpack(dataset[indices]), strict=True)
         for group in part:
             read = [
-                format.read(Row(values, index + 1, format.source))
+                format.prompt_of(Row(values, index + 1, format.source))
                 for index, values in itertools.islice(rows, len(group))
             ]
+            for other in read[1:]:
+                if other.weights != read[0].weights:
+                    raise DataError(
+                        f"{format.source.name}, row {other.rows[0]}: its weights are not those of "
+                        f"row {read[0].rows[0]}, which has the same prompt; write the same."
+                    )
             responses = [response for prompt in read for response in prompt.responses]
             yield replace(read[0], responses=responses, rows=[index + 1 for index in group])
 
