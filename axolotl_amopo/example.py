@@ -14,8 +14,8 @@
 Nothing is imported here, so that every layer may know it.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import batched
 from math import nan
 from typing import Any, Self
@@ -35,11 +35,14 @@ class Example:
     prompts: list[list[int]]  # [X] token ids of the different texts
     responses: list[list[int]]  # [N] token ids, each response once
     follows: list[list[int]]  # [K][N] which of the texts a response follows under a prompt
-    comparisons: list[Place]  # [P] the places of two responses, the overall winner first
+    comparisons: list[Place]  # [P] two responses, the overall winner first; or one with itself
     reads: list[list[int]]  # [P][C] the prompt under which a criterion reads a comparison
     signs: list[list[int]]  # [P][C] +1 the first response wins, -1 the second, 0 says nothing
     ratings: list[list[float]]  # [N][C] on 0 to 1, 1 the better end; NaN where missing
     points: list[float]  # [C] the width of each criterion's scale
+    weights: list[float] = field(default_factory=list)  # [C] of the criteria, or none
+    # [K][N] how near a response's ratings are to what a prompt asks for; NaN where it is not known
+    fit: list[list[float]] = field(default_factory=list)
     id: int = 0  # seeds the example's draws
 
     @property
@@ -58,16 +61,33 @@ class Example:
     def places(self, *, silent: bool = False) -> list[Place]:
         """Return each text with each response that a criterion reads behind it, once.
 
+        A comparison of a response with itself says nothing, and is there so that it is read.
+
         Args:
             silent: also what only criteria read that say nothing. Without it, an example in which
                 no criterion says anything keeps what its first one reads, so that it can run.
         """
         found: dict[Place, None] = {}
-        for p, signs in enumerate(self.signs):
-            for c, sign in enumerate(signs):
-                if sign or silent:
+        for p, (first, second) in enumerate(self.comparisons):
+            for c, sign in enumerate(self.signs[p]):
+                if sign or silent or first == second:
                     found |= dict.fromkeys(self.winner_first(p, c))
         return list(found or self.winner_first(0, 0))
+
+    def only(self, kept: Sequence[int]) -> Self:
+        """Return the example with some of its responses, and the comparisons between them."""
+        places = {response: place for place, response in enumerate(kept)}
+        among = [p for p, both in enumerate(self.comparisons) if places.keys() >= set(both)]
+        return replace(
+            self,
+            responses=[self.responses[n] for n in kept],
+            follows=[[texts[n] for n in kept] for texts in self.follows],
+            comparisons=[(places[a], places[b]) for a, b in (self.comparisons[p] for p in among)],
+            reads=[self.reads[p] for p in among],
+            signs=[self.signs[p] for p in among],
+            ratings=[self.ratings[n] for n in kept],
+            fit=[[fits[n] for n in kept] for fits in self.fit],
+        )
 
     def longest(self) -> tuple[list[int], list[int]]:
         """Return prompt and response of the sequence with the most tokens."""
@@ -96,6 +116,8 @@ class Example:
             "signs": flat(self.signs),
             "ratings": flat(self.ratings),
             "points": self.points,
+            "weights": self.weights,
+            "fit": flat(self.fit),
             "example_id": self.id,
         }
 
@@ -116,6 +138,8 @@ class Example:
             signs=rows("signs", criteria),
             ratings=rows("ratings", criteria),
             points=list(row["points"]),
+            weights=list(row["weights"]),
+            fit=rows("fit", responses),
             id=row["example_id"],
         )
 

@@ -128,14 +128,16 @@ class AMoPOPlugin(BasePlugin):
             return None
         import torch
 
+        from axolotl_amopo.config.block import read_block
         from axolotl_amopo.training.collator import AMoPOCollator
 
+        wanted = {"token_counts": "token_counts" in read_block(cfg).needs}
         # axolotl pads to 64 unless told otherwise, which is a fifth of a short pair. A GPU likes
         # multiples of 8, and products in 8 bits take multiples of 16 alone.
         if cfg.pad_to_sequence_len or cfg.pad_to_multiple_of:
-            return AMoPOCollator, {}
+            return AMoPOCollator, wanted
         multiple = 8 if torch.accelerator.is_available() else 1
-        return AMoPOCollator, {"pad_to_multiple_of": 16 if cfg.fp8 else multiple}
+        return AMoPOCollator, wanted | {"pad_to_multiple_of": 16 if cfg.fp8 else multiple}
 
     def _runs(self, cfg: Any) -> bool:
         return self.enabled and bool(cfg.amopo and cfg.amopo.enabled)

@@ -303,9 +303,87 @@ CONFIGS = {
         {"amopo": {"objective": "dpo", "reference": "none"}},
         ["amopo.reference: none can't go with objective dpo, which compares with a reference"],
     ),
-    "what the trainer does not supply to a setting": (
+    "a contrast of one prompt": (
         {"amopo": {"objective": "simpo", "contrast": 0.1}},
-        ["amopo.contrast: 0.1 needs fit, which this version does not supply"],
+        ["contrast: needs two prompts that ask for different things", "write an instruction"],
+    ),
+    "a contrast of prompts that fit everything": (
+        {"amopo": {"rating_in_prompt": "own", "contrast": 0.1}},
+        ["contrast: has no effect with rating_in_prompt: own"],
+    ),
+    "a target that nobody is nearest to": (
+        {"amopo": {"rating_in_prompt": "target"}},
+        ["rating_in_prompt: target goes with winner: nearest alone"],
+    ),
+    "nearest to the chosen": (
+        {"amopo": {"winner": "nearest", "rating_in_prompt": "chosen"}},
+        ["winner: nearest does not go with rating_in_prompt: chosen; write target"],
+    ),
+    "nearest to what no prompt says": (
+        {"amopo": {"objective": "simpo", "winner": "nearest"}},
+        ["winner: nearest needs prompts that say which rating they ask for"],
+    ),
+    "nearest in an order": (
+        {"amopo": {"winner": "nearest", "order_by": "mean"}},
+        ["order_by: has no effect with winner: nearest"],
+    ),
+    "nearest where higher ratings are better": (
+        {"amopo": {"winner": "nearest", "offset": 1.0}},
+        ["winner: nearest does not go with objective amopo and its settings"],
+    ),
+    "weights per row that nothing reads": (
+        {"amopo": {"weights_per_row": True}},
+        ["weights_per_row: true is not used by objective amopo with weighting: gaussian"],
+    ),
+    "weights per row and for all": (
+        {
+            "amopo": {
+                "weighting": "static",
+                "weights_per_row": True,
+                "weights": {"overall": 1, "helpfulness": 1, "honesty": 1},
+            }
+        },
+        ["weights: have no effect with weights_per_row: true; remove one of the two"],
+    ),
+    "weights per row that the loss divides by": (
+        {"amopo": {"objective": "modpo", "weights_per_row": True}},
+        ["weights_per_row: true does not go with objective modpo", "the weight of train_on"],
+    ),
+    "weights per row of combined gradients": (
+        {"amopo": {"objective": "raco", "weights_per_row": True}},
+        ["weights_per_row: true does not go with gradients: cagrad"],
+    ),
+    "weights drawn for no prompt": (
+        {"amopo": {"weight_draws": 3}},
+        ["weight_draws: has no effect with objective amopo, which has no weights in its prompts"],
+    ),
+    "weights that the prompt does not show": (
+        {"amopo": {"objective": "cos_dpo", "overall_instruction": "Be good."}},
+        ["overall_instruction: does not show the weights", "{{ d.weight }}"],
+    ),
+    "weights in a prompt without any": (
+        {"amopo": {"overall_instruction": "{% for d in dimensions %}{{ d.weight }}{% endfor %}"}},
+        ["amopo.overall_instruction: is not a Jinja template that works"],
+    ),
+    "a criterion without a weight": (
+        {"amopo": {"objective": "cos_dpo", "overall": True}},
+        ["overall: true does not go with objective cos_dpo", "write false"],
+    ),
+    "a single response where responses are compared": (
+        {"amopo": {"objective": "simpo", "single_responses": "keep"}},
+        ["single_responses: keep does not go with objective simpo, which compares responses"],
+    ),
+    "pairs where whole groups are wanted": (
+        {"amopo": {"objective": "ric", "pairs": 2}},
+        ["pairs: 2 does not go with objective ric, which takes all responses of a prompt"],
+    ),
+    "a chosen response where none is": (
+        {"amopo": {"objective": "ric", "rating_in_prompt": "chosen"}},
+        ["rating_in_prompt: chosen does not go with objective ric", "write own or none"],
+    ),
+    "an instruction that no prompt has": (
+        {"amopo": {"prompts": "one", "instruction": "Be good."}},
+        ["instruction: has no effect with prompts: one; write overall_instruction"],
     ),
     "weights of other names": (
         {

@@ -28,6 +28,9 @@ from axolotl_amopo.data.pairing import (
     NOT_DRAWN,
     SINGLE,
     TIE,
+    UNRATED,
+    Asks,
+    Pair,
     PairRule,
 )
 from axolotl_amopo.data.pipeline import (
@@ -37,8 +40,9 @@ from axolotl_amopo.data.pipeline import (
     scales_of,
     survey_rows,
 )
-from axolotl_amopo.data.prompts import count_prompts, prompted
+from axolotl_amopo.data.prompts import prompted
 from axolotl_amopo.data.rows import RatedPrompt, Response
+from axolotl_amopo.errors import DataError
 
 SCALES = {"help": (0, 100), "truth": (1, 5)}
 SCALED = [{"name": name, "scale": scale} for name, scale in SCALES.items()]
@@ -238,6 +242,226 @@ def test_pair_rule(name):
     assert made(rated_prompt(ratings, ordered=name in ORDERED), **block) == (pairs, dropped)
 
 
+# The responses of objectives that take all of them. By name: ratings, settings, the pairs, who is
+# there alone, what is dropped.
+RIC, LISTS = {"objective": "ric"}, {"objective": "lambda_dpo", "overall": True}
+# fmt: off
+ALL_RESPONSES = {
+    "a pair": ([(60, 1), (40, 4)], LISTS, [(1, 0)], [0, 1], {}),
+    "ties": ([(60, 1), (60, 1), (60, 1)], LISTS, [], [0, 1, 2], {TIE: 3}),
+    "one": ([(60, 1)], LISTS, [], [], {SINGLE: 1}),
+    "one, supervised": ([(60, 1)], RIC, [], [0], {}),
+    "one, supervised but not wanted": (
+        [(60, 1)], RIC | {"single_responses": "drop"}, [], [], {SINGLE: 1}),
+    "one unrated": (
+        [(60, 1), (None, None), (40, 4)], LISTS | MASK, [(2, 0)], [0, 2],
+        {UNRATED: 1, TIE: 2}),
+    "one half rated": (
+        [(60, 1), (None, 4)], LISTS | MASK, [(1, 0)], [0, 1], {}),
+    "half rated ones are dropped": ([(60, 1), (None, 4)], LISTS | DROP, [], [],
+                                    {UNRATED: 1, SINGLE: 1}),
+    "none is left": ([(None, None)], RIC | MASK, [], [], {UNRATED: 1, SINGLE: 1}),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", ALL_RESPONSES)
+def test_all_responses_of_a_prompt(name):
+    ratings, block, pairs, alone, dropped = ALL_RESPONSES[name]
+    everything, counted = made(rated_prompt(ratings), **block)
+    assert counted == dropped
+    places = [places for places, _ in everything]
+    assert places == pairs + [(i, i) for i in alone]
+    assert all(signs == [0, 0, 0] for (a, b), signs in everything if a == b)
+
+
+def test_one_prompt_states_each_responses_own_ratings():
+    """Of a prompt with a single response and one of a tie, under the overall prompt alone."""
+    show = {"overall_instruction": SHOW["overall_instruction"]}
+    single, _ = prompted_of([(90, 2)], **RIC | show)
+    assert (single.instructions, single.follows) == ([A], [[0]])
+    assert (single.comparisons, single.reads, single.signs) == ([(0, 0)], [[0] * 3], [[0] * 3])
+    tied, config = prompted_of([(90, 2), (90, 2), (20, 4)], **RIC | show)
+    assert (tied.used, tied.instructions, tied.follows) == ([0, 2, 1], [A, B], [[0, 1, 0]])
+    assert config.prompt_count == 1
+
+
+def test_one_prompt_names_the_dimensions_that_are_rated():
+    show = {"overall_instruction": SHOW["overall_instruction"]}
+    half, _ = prompted_of([(90, None)], **RIC | show | MASK)
+    assert half.instructions == ["help=90"]
+    none, _ = prompted_of([(90, None)], **RIC | show | MASK | NO_RATING)
+    assert none.instructions == ["help=None truth=None"]
+
+
+STATIC = {"weighting": "static", "weights_per_row": True}
+
+
+def test_a_row_may_have_weights_of_its_own():
+    row = Q | LISTED | {"w": {"overall": 1, "help": "2", "truth": 5}}
+    ((prompt,)) = read("rated", [row], STATIC | fields(weights="w"))
+    assert prompt.weights == [0.125, 0.25, 0.625]
+    assert read("rated", [row])[0].weights is None
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (None, "key 'weights': is missing"),
+        ({"help": 1, "truth": 1}, "must have a weight per criterion, overall, help, truth"),
+        ({"overall": 1, "help": -1, "truth": 1}, r"key 'weights.help': must be a number from 0"),
+        ({"overall": 0, "help": 0, "truth": 0}, "must not all be 0"),
+        ([1, 2, 3], "must have a weight per criterion"),
+    ],
+)
+def test_weights_of_a_row_that_can_not_be_used(weights, message):
+    with pytest.raises(DataError, match=f"data.jsonl, row 1, .*{message}"):
+        read("rated", [Q | LISTED | {"weights": weights}], STATIC)
+
+
+def test_rows_of_a_prompt_have_the_same_weights():
+    weights = {"overall": 1, "help": 1, "truth": 1}
+    rows = [Q | Y | YES | {"weights": weights}, Q | N | NO | {"weights": weights | {"help": 2}}]
+    with pytest.raises(DataError, match="row 2: its weights are not those of row 1"):
+        read("helpsteer", rows, STATIC)
+
+
+COS = {"objective": "cos_dpo"}
+
+
+def vectors_of(prompt=None, seed=0, grid=False, names="ab", **block):
+    """The weights that stand in the prompts of a prompt's first pair."""
+    prompt = prompt or rated_prompt([(4, 0), (0, 4)], names="ab")
+    config = AMoPOConfig(dimensions=list(names), **COS | block)
+    rule = PairRule(config, dict.fromkeys(names, (0, 4)), seed=seed, grid=grid)
+    return rule.weight_vectors([Pair(prompt, (0, 1), [1] * len(names))])
+
+
+def test_weights_are_drawn_by_the_seed_and_the_texts():
+    drawn = vectors_of(weight_draws=50)
+    assert len(drawn) == 50 and drawn == vectors_of(weight_draws=50)
+    assert drawn[:3] == vectors_of(weight_draws=3)
+    for weights in drawn:
+        assert sum(weights) == pytest.approx(1) and min(weights) >= 0
+        assert weights == [pytest.approx(round(weight, 1)) for weight in weights]
+    other = rated_prompt([(4, 0), (0, 4)], texts=["another", "answer"], names="ab")
+    assert len({str(one) for one in (drawn[:4], vectors_of(seed=1), vectors_of(other))}) == 3
+    assert len(vectors_of()) == 4  # the default
+
+
+def test_the_concentration_of_weights():
+    """The mean of a weight's square under Dirichlet(alpha) is (alpha + 1) / (2 (2 alpha + 1))."""
+    for alpha in (0.2, 1.0, 5.0):
+        drawn = vectors_of(weight_draws=4000, weight_concentration=alpha)
+        squares = [first**2 for first, _ in drawn]
+        assert sum(squares) / 4000 == pytest.approx((alpha + 1) / (4 * alpha + 2), abs=0.02)
+
+
+def test_evaluation_reads_corners_and_centre():
+    assert vectors_of(grid=True) == [[1, 0], [0, 1], [0.5, 0.5]]
+    assert vectors_of(grid=True, names="a") == [[1], [1]]
+
+
+def test_each_drawn_vector_has_a_prompt():
+    """Also two of equal weights: the loss is a mean over M prompts."""
+    config = AMoPOConfig(dimensions=["a", "b"], **COS)
+    pair = Pair(rated_prompt([(4, 0), (0, 4)], names="ab"), (0, 1), [1, -1])
+    scales = dict.fromkeys("ab", (0, 4))
+    made = prompted([pair], config, scales, [[0.3, 0.7], [1, 0], [0.3, 0.7]])
+    assert made.follows == [[0, 0], [1, 1], [0, 0]]
+    assert made.reads == [[0, 0, 1, 1, 2, 2]]
+    assert made.signs == [[1, -1] * 3]
+    assert made.instructions == [
+        "Your answer will be rated on several dimensions, which count by these weights: "
+        f"a {a}, b {b}."
+        for a, b in (("0.3", "0.7"), ("1.0", "0.0"))
+    ]
+
+
+# How near ratings of (help, truth) = (75, 2), so (0.75, 0.25) on 0 to 1, are to what is asked for.
+@pytest.mark.parametrize(
+    ("asks", "lower", "expected"),
+    [
+        (Asks(["help"], {"help": 100}, ()), (), 0.75),
+        (Asks(["help"], {"help": 50}, ()), (), 0.75),
+        (Asks(["help"], {"help": 50}, ()), ["help"], 0.75),
+        (Asks(["help", "truth"], {"help": 75, "truth": 5}, ()), (), 0.625),
+        (Asks(["help"], None, ()), (), 0.75),
+        (Asks(["help"], None, ()), ["help"], 0.25),
+        (Asks(["help", "truth"], None, (0.4, 0.6)), (), 0.45),
+        (Asks(["help"], {"help": None}, ()), (), math.nan),
+        (Asks([], None, ()), (), math.nan),
+    ],
+)
+def test_fit_by_hand(asks, lower, expected):
+    fit = rule_of(lower).fit(rated_prompt([(75, 2)]), 0, asks)
+    assert fit == pytest.approx(expected, nan_ok=True)
+
+
+def test_what_is_not_rated_fits_nothing():
+    asks = Asks(["help"], {"help": 50}, ())
+    assert math.isnan(rule_of(**MASK).fit(rated_prompt([(None, 2)]), 0, asks))
+
+
+NEAR = {"winner": "nearest", "group_by_prompt": True}
+
+
+def nearest(ratings, target, lower=()):
+    """The pairs of a prompt's responses, with a rule that draws the ratings of one as target."""
+    prompt, config = rated_prompt(ratings), AMoPOConfig(dimensions=SCALED, **SHOW | NEAR)
+    for seed in range(50):
+        rule = PairRule(config, SCALES, frozenset(lower), seed)
+        pairs = list(rule.pairs(prompt, dropped := Counter()))
+        if all(pair.target == prompt.responses[target].ratings for pair in pairs):
+            return pairs, dropped, rule
+    raise AssertionError("never drawn")
+
+
+def signs_of(pairs):
+    return [(pair.responses, pair.signs) for pair in pairs]
+
+
+def test_a_target_at_the_best_ratings_is_as_per_dimension():
+    ratings = [(90, 2), (20, 1), (90, 5), (20, 5)]
+    pairs, dropped, _ = nearest(ratings, 2)
+    assert (signs_of(pairs), dropped) == made(rated_prompt(ratings), **PER)
+
+
+@pytest.mark.parametrize("lower", [(), ("help",)])
+def test_who_has_the_ratings_that_are_asked_for_wins(lower):
+    for target in (0, 1):
+        pairs, dropped, _ = nearest([(90, 2), (20, 4)], target, lower)
+        assert (signs_of(pairs), dropped) == ([((target, 1 - target), ALL)], {})
+
+
+def test_equally_near_ratings_say_nothing():
+    pairs, _, rule = nearest([(70, 2), (30, 3), (50, 3)], 2)
+    assert signs_of(pairs) == [((1, 0), [1, 0, 1]), ((2, 0), ALL), ((2, 1), NO_TRUTH)]
+    assert [rule.gap(pair, "help") for pair in pairs] == [0, 0.2, 0.2]
+    pairs, dropped, _ = nearest([(70, 2), (30, 4), (50, 3)], 2)
+    assert [pair.responses for pair in pairs] == [(2, 0), (2, 1)] and dropped == {TIE: 1}
+
+
+def test_targets_are_drawn_from_the_prompts_own_ratings():
+    prompt = rated_prompt([(i, 3) for i in range(0, 100, 10)])
+    config = AMoPOConfig(dimensions=list(SCALES), winner="nearest")
+    drawn = [
+        [pair.target["help"] for pair in PairRule(config, SCALES, seed=s).pairs(prompt, Counter())]
+        for s in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert set(drawn[0]) == set(range(0, 100, 10))  # each of 45 pairs its own draw
+
+
+def test_prompts_ask_for_the_target():
+    for target, expected in ((0, [A, "help=90", "truth=2"]), (1, [B, "help=20", "truth=4"])):
+        (pair,), _, rule = nearest([(90, 2), (20, 4)], target)
+        made = prompted([pair], rule.config, SCALES)
+        assert made.instructions == expected
+        fits = [[rule.fit(pair.prompt, i, asks) for i in made.used] for asks in made.asks]
+        assert fits == [[1, 0.4], [1, 0.3], [1, 0.5]]
+
+
 def test_the_datasets_own_rating_decides_where_that_is_asked_for():
     prompt = rated_prompt([(90, 5), (10, 1), (50, 3)])
     for response, overall in zip(prompt.responses, (0.2, 0.9, None), strict=True):
@@ -417,7 +641,7 @@ def test_rating_in_the_instruction(name):
     assert set(made.instructions) == {text for both in expected for text in both}
     assert len(set(made.instructions)) == len(made.instructions)
     if "alike" not in name:  # what it can tell without rendering
-        assert count_prompts(config) == prompts
+        assert config.prompt_count == prompts
 
 
 def same_twice(*texts):

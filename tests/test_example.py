@@ -22,7 +22,8 @@ def examples(draw):
     responses = draw(st.lists(IDS, min_size=2, max_size=4))
     criteria = draw(st.integers(1, 4))
     places = st.permutations(range(len(responses))).map(lambda order: tuple(order[:2]))
-    comparisons = draw(st.lists(places, min_size=1, max_size=4))
+    alone = st.integers(0, len(responses) - 1).map(lambda n: (n, n))
+    comparisons = draw(st.lists(places | alone, min_size=1, max_size=4))
 
     def rows(count, width, values):
         return [draw(st.lists(values, min_size=width, max_size=width)) for _ in range(count)]
@@ -37,6 +38,8 @@ def examples(draw):
         signs=rows(len(comparisons), criteria, st.sampled_from([-1, 0, 1])),
         ratings=rows(len(responses), criteria, RATING),
         points=draw(st.lists(st.integers(1, 100).map(float), min_size=criteria, max_size=criteria)),
+        weights=draw(st.sampled_from([[], [0.25] * criteria])),
+        fit=draw(st.just([]) | st.just(rows(len(follows), len(responses), RATING))),
         id=draw(st.integers(0, 2**63 - 1)),
     )
 
@@ -61,7 +64,10 @@ def test_an_example_comes_back_from_the_disk(made, tmp_path_factory):
 
 def same(one, other):
     """Whether two examples are equal, NaN to NaN."""
-    values = [vars(example) | {"ratings": repr(example.ratings)} for example in (one, other)]
+    values = [
+        vars(example) | {name: repr(getattr(example, name)) for name in ("ratings", "fit")}
+        for example in (one, other)
+    ]
     return values[0] == values[1]
 
 
@@ -77,7 +83,7 @@ def test_what_criteria_read(example):
             sign = example.signs[p][c]
             assert example.winner_first(p, c) == (sides[::-1] if sign < 0 else sides)
             read.update(sides)
-            if sign:
+            if sign or first == second:
                 said.update(sides)
     every, some = example.places(silent=True), example.places()
     assert len(every) == len(set(every)) and set(every) == read
@@ -91,6 +97,26 @@ def test_what_criteria_read(example):
     assert row["input_ids"] == prompt + response
     assert row["labels"] == [-100] * len(prompt) + response
     assert row["attention_mask"] == [1] * len(row["input_ids"])
+
+
+def test_some_of_the_responses():
+    """What is left stands for itself under the same prompts."""
+    group = Example(
+        prompts=[[1], [2]],
+        responses=[[3], [4], [5]],
+        follows=[[0, 1, 0]],
+        comparisons=[(0, 1), (2, 0), (0, 0), (1, 1), (2, 2)],
+        reads=[[0]] * 5,
+        signs=[[1], [-1], [0], [0], [0]],
+        ratings=[[0.1], [0.2], [0.3]],
+        points=[1.0],
+    )
+    assert group.places() == [(0, 0), (1, 1), (0, 2)]
+    some = group.only([0, 2])
+    assert (some.responses, some.follows) == ([[3], [5]], [[0, 0]])
+    assert (some.comparisons, some.signs) == ([(1, 0), (0, 0), (1, 1)], [[-1], [0], [0]])
+    assert (some.ratings, some.reads) == ([[0.1], [0.3]], [[0]] * 3)
+    assert some.only([1]).places() == [(0, 0)]
 
 
 def test_a_pair_under_its_prompts():

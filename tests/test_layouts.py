@@ -487,6 +487,17 @@ def test_what_no_criterion_reads_is_not_run():
     ]  # fmt: skip
 
 
+def test_tokens_count_under_every_prompt_that_they_run_under():
+    """Those of RiC's loss: its mask, summed over prompts."""
+    model = build("llama", "sdpa", dtype=torch.float32)
+    teach(model)
+    for which in ("groups", "equal prompts"):
+        batch = make_batch(EXAMPLES[which](), token_counts=True)
+        mask = response_logps(model, batch, "sequences").mask
+        assert batch["counts"].tolist() == mask.sum((1, 2, 3)).tolist()
+        assert batch_of(EXAMPLES[which]())["counts"].tolist() == [1.0] * len(mask)
+
+
 def test_a_prompt_that_begins_another_keeps_a_token_of_its_own():
     prompt, more = ids(1, 40, 3)
     forest, _ = Forest.of([pair([prompt, prompt + more], ids(2, 3, 4))])

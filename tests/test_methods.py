@@ -15,13 +15,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
+from test_data import data_format
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 from trl import DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 
+from axolotl_amopo.commands.score.data import example_of
 from axolotl_amopo.config.instructions import overall_instruction
+from axolotl_amopo.data.pairing import Pair, PairRule
+from axolotl_amopo.data.rows import RatedPrompt, Response
 from axolotl_amopo.loss import amopo_loss
+from axolotl_amopo.model.batch import responses
 from axolotl_amopo.objectives import OBJECTIVES, Draw, Outcome, Responses, example_losses
 from axolotl_amopo.objectives.amopo import AMoPO
 from axolotl_amopo.objectives.cos_dpo import COSDPO
@@ -44,6 +50,7 @@ from axolotl_amopo.objectives.ric import RiC, targets
 from axolotl_amopo.objectives.simpo import SimPO
 from axolotl_amopo.objectives.terms import Anchor, Contrast, Offset
 from axolotl_amopo.objectives.weights import Scalarization, tchebycheff, worst
+from axolotl_amopo.training.collator import AMoPOCollator
 from axolotl_amopo.training.metrics import example_metrics
 
 RECORDED = {"rtol": 1e-9, "atol": 1e-9}
@@ -665,6 +672,57 @@ def test_ric_is_the_token_mean_of_supervised_fine_tuning() -> None:
     ours.backward()
     theirs.backward()
     torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-6, atol=1e-7)
+
+
+def test_cos_dpo_on_prepared_rows(tokenizer) -> None:
+    """Rows, batch, loss and metrics: each dimension's DPO under each drawn prompt."""
+    rated = [{"text": t, "scores": {"a": a, "b": b}} for t, a, b in (("Yes.", 4, 1), ("No.", 2, 3))]
+    rows = Dataset.from_list([{"prompt": f"Is it {i}?", "responses": rated} for i in (1, 2)])
+    made = data_format(
+        "rated", tokenizer, dimensions=["a", "b"], objective="cos_dpo", weight_draws=3,
+        options={"scale": (1, 5)},
+    )  # fmt: skip
+    prepared = list(made.wrap_dataset(rows))
+    batch = AMoPOCollator(tokenizer)(prepared)
+    random = torch.Generator().manual_seed(0)
+    shape = (2, 3, 2)  # examples, prompts, responses
+    logps = -torch.rand((*shape, 4), generator=random).double()
+    reference = -torch.rand((1, *shape), generator=random).double()
+    mask = torch.ones_like(logps, dtype=torch.bool)
+    given = responses(batch, logps, mask, reference=reference)
+    outcome = COSDPO(beta=0.5)(given, None)
+    ratios = 0.5 * (logps.sum(-1) - reference[0])  # [B, K, N]
+    margins = ratios[..., 0] - ratios[..., 1]  # the first one wins on a, the second on b
+    weights = given.weights.double().view(2, 3, 2)
+    assert weights.sum(-1).tolist() == [[pytest.approx(1)] * 3] * 2
+    assert len({tuple(one) for one in weights.flatten(0, 1).tolist()}) > 1
+    terms = torch.stack([F.softplus(-margins), F.softplus(margins)], dim=-1)  # [B, M, D]
+    expected = (weights * terms).sum(-1).mean(-1)
+    torch.testing.assert_close(example_losses(outcome, given), expected, rtol=1e-6, atol=1e-7)
+    logged = example_metrics(outcome, given, ["a", "b"])
+    torch.testing.assert_close(logged["amopo/b/margin"], -margins.mean(-1).float())
+    torch.testing.assert_close(logged["amopo/a/weight"], weights[..., 0].mean(-1).float())
+    # What a prompt says is what weighs in it.
+    for row, vectors in zip(prepared, weights.tolist(), strict=True):
+        for ids, (a, b) in zip(row["prompt_ids"], vectors, strict=True):
+            assert f"weights: a {a:.1f}, b {b:.1f}." in tokenizer.decode(ids)
+
+
+def test_score_reads_a_dimension_where_it_has_all_the_weight(tokenizer) -> None:
+    options = {"scale": (1, 5)}
+    made = data_format(
+        "rated", tokenizer, dimensions=["a", "b"], objective="cos_dpo", options=options
+    )
+    answers = [Response("Yes.", {"a": 4, "b": 1}), Response("No.", {"a": 2, "b": 3})]
+    prompt = RatedPrompt([{"role": "user", "content": "Is it?"}], answers, [1])
+    rule = PairRule(made.config, dict.fromkeys("ab", (1, 5)))
+    example = example_of(
+        made, rule, Pair(prompt, (0, 1), [1, -1]), made.chat_tokenizer(), own=True, plain=True
+    )
+    read = [tokenizer.decode(example.prompts[example.winner_first(0, c)[0][0]]) for c in range(3)]
+    assert [text.split("weights: ")[1:] != [] for text in read] == [True, True, False]
+    assert "a 1.0, b 0.0." in read[0] and "a 0.0, b 1.0." in read[1]
+    assert example.signs == [[1, -1, 1]]
 
 
 def test_ric_asks_for_the_ratings_that_its_authors_ask_for(shared) -> None:

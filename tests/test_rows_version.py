@@ -63,6 +63,7 @@ def said(role, text, **more):
 
 TWO, THREE = ((90, 2), (20, 4)), ((90, 2), (20, 4), (50, 2))
 PAIR, TRIPLE = [rated("Is it?", *TWO)], [rated("Is it?", *THREE)]
+ONE = rated("Eh?", (9, 1))
 TALK = [said("system", "Be kind."), said("user", "Hi."), said("assistant", "Hello.")]
 TOLD = [rated("", *TWO) | {"prompt": None, "messages": [*TALK, said("user", "Is it?")]}]
 LONG = [said("user", "What now? " * 9), said("assistant", "This. " * 9)]
@@ -73,6 +74,7 @@ TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {"type
 TOOLS = [rated("Is it?", *TWO, texts=(THOUGHT, said("assistant", "No."))) | {"tools": TOOLS}]
 SHOW = {"instruction": "{{ dimension }} {{ rating }} of {{ max }}:"}
 SHOW["overall_instruction"] = "{{ dimensions | map(attribute='rating') | join(' and ') }}:"
+ASK = {"overall_instruction": SHOW["overall_instruction"]}
 NONE = {"instruction": "", "overall_instruction": ""}
 PER, GROUP = {"winner": "per_dimension"}, {"group_by_prompt": True}
 OWN, NO_RATING = {"rating_in_prompt": "own"}, {"rating_in_prompt": "none"}
@@ -110,6 +112,32 @@ CASES = {
     "group": (TRIPLE + PAIR, SHOW | GROUP, {}),
     "group, own": (TRIPLE, SHOW | GROUP | OWN | PER, {}),
     "group, no rating": (TRIPLE, SHOW | GROUP | NO_RATING, {}),
+    "weights in the prompts": (
+        PAIR, {"objective": "cos_dpo", "weight_draws": 2, "weight_concentration": 0.5}, {"seed": 5},
+    ),
+    "weights in the prompts, held out": (
+        PAIR, {"objective": "cos_dpo", "datasets": {"id": {"eval_split": True}}}, {},
+    ),
+    "nearest": (TRIPLE, SHOW | {"winner": "nearest"}, {"seed": 5}),
+    "nearest, group": (TRIPLE, SHOW | GROUP | {"winner": "nearest"}, {"seed": 5}),
+    "weights of a row": (
+        [PAIR[0] | {"weights": {"help": 1, "truth": 3}}],
+        NONE | {"weighting": "static", "weights_per_row": True, "overall": False},
+        {},
+    ),
+    "all responses": (
+        [*TRIPLE, rated("Why?", (50, 3), (50, 3), texts=("So.", "So it is.")), ONE],
+        ASK | {"objective": "ric"},
+        {},
+    ),
+    "all responses, per criterion": (
+        TRIPLE, SHOW | OWN | {"objective": "lambda_dpo"}, {},
+    ),
+    "all responses, one too long": (
+        [rated("Is it?", *THREE, texts=("Yes.", "No. " * 20, "Perhaps so?")), ONE],
+        ASK | {"objective": "ric"},
+        {"sequence_len": 60},
+    ),
     "group, no instruction": (TRIPLE, NONE | GROUP, {}),
     "truncated": (LONG, SHOW, {"sequence_len": 90, "excess_length_strategy": "truncate"}),
     "truncated to the responses": (
@@ -145,12 +173,18 @@ def readable(tokenizer, row):
     assert row.pop("attention_mask") == [1] * len(ids)
     masked = labels.count(-100)
     assert labels == [-100] * masked + ids[masked:]
-    return row | {
-        "prompt_ids": tokenizer.batch_decode(row["prompt_ids"]),
-        "response_ids": tokenizer.batch_decode(row["response_ids"]),
-        "longest": [tokenizer.decode(ids[:masked]), tokenizer.decode(ids[masked:])],
-        "ratings": [None if value != value else round(value, 6) for value in row["ratings"]],
-    }
+    return (
+        row
+        | {
+            "prompt_ids": tokenizer.batch_decode(row["prompt_ids"]),
+            "response_ids": tokenizer.batch_decode(row["response_ids"]),
+            "longest": [tokenizer.decode(ids[:masked]), tokenizer.decode(ids[masked:])],
+        }
+        | {
+            name: [None if value != value else round(value, 6) for value in row[name]]
+            for name in ("ratings", "weights", "fit")
+        }
+    )
 
 
 WRITE = "write the golden rows anew with `python tests/test_rows_version.py`"

@@ -91,3 +91,15 @@ def test_row_lengths(prepared):
 def test_pairs_are_counted(prepared):
     assert pairs_in(prepared) == 1 + 1 + 1 + 2
     assert pairs_in(prepared.select([3, 0])) == 3
+
+
+def test_a_response_alone_is_no_pair():
+    alone = replace(pair([[5] * 10], [[1] * 2]), follows=[[0]], comparisons=[(0, 0)])
+    two = replace(
+        pair([[5] * 10], [[1] * 2, [2] * 3]),
+        comparisons=[(0, 1), (0, 0), (1, 1)],
+        reads=[[0]] * 3,
+        signs=[[1], [0], [0]],
+    )
+    rows = Dataset.from_list([example.to_row() for example in [alone, two, alone]])
+    assert pairs_in(rows) == 1

@@ -22,7 +22,11 @@ from axolotl_amopo.commands.kit.generator import Generator, Sampling, stop_ids, 
 from axolotl_amopo.commands.kit.models import chat_tokenizer, find_model, load_tokenizer
 from axolotl_amopo.commands.template.steered import steered_template
 from axolotl_amopo.config.block import AMoPOConfig
-from axolotl_amopo.config.instructions import DEFAULT_INSTRUCTION, DEFAULT_OVERALL_INSTRUCTION
+from axolotl_amopo.config.instructions import (
+    DEFAULT_INSTRUCTION,
+    DEFAULT_OVERALL_INSTRUCTION,
+    DEFAULT_WEIGHTS_INSTRUCTION,
+)
 from axolotl_amopo.data.tokenizer import ChatTokenizer
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.steering.steering import FILE, SteeredDimension, Steering, parse_settings
@@ -95,6 +99,43 @@ def test_a_missing_or_cut_file_is_named(tmp_path):
 
 
 # Settings
+
+
+def test_a_model_can_be_asked_for_by_weights():
+    names = ["helpfulness", "is_safe", "toxicity"]
+    made = steering(
+        prompts=names, one_prompt=True, weighted=True, rating_in_prompt="none",
+        overall_template="{% for d in dimensions %}{{ d.weight }} {% endfor %}",
+    )  # fmt: skip
+    for settings, expected in [
+        ({}, ""),
+        ({"is_safe": None}, "0.0 1.0 0.0"),
+        ({"is_safe": 0.6}, "0.2 0.6 0.2"),
+        ({"is_safe": 0}, "0.5 0.0 0.5"),
+        ({"is_safe": None, "toxicity": None}, "0.0 0.5 0.5"),
+        (dict.fromkeys(names, 0.7), "0.3 0.3 0.3"),
+        ({"helpfulness": 0.2, "is_safe": 0.1, "toxicity": 0.1}, "0.5 0.2 0.2"),
+    ]:
+        assert made.instruction(settings) == expected, settings
+    for settings, message in [
+        ({"is_safe": 2}, "2 is no weight; write a number from 0 to 1"),
+        (dict.fromkeys(names, 0), "the weights are all 0"),
+        ({"overall": None}, "no dimension 'overall'"),
+    ]:
+        with pytest.raises(AMoPOError, match=message):
+            made.instruction(settings)
+    assert made.tries(made.dimension("is_safe"))[:2] == [0, 0.1]
+
+
+def test_a_model_of_one_prompt_is_asked_for_all_dimensions():
+    made = steering(one_prompt=True)
+    assert made.instruction({}) == ""
+    one = made.instruction({"helpfulness": 2})
+    assert "aim for 2. is safe, from 0 to 1: aim for 1. toxicity, from -2 to 2: aim for -2." in one
+    assert one == made.instruction({"helpfulness": 2, "toxicity": None})
+    assert one == steering().instruction({"overall": None, "helpfulness": 2})
+    apart = steering(one_prompt=True, prompts=["helpfulness", "is_safe", "toxicity"])
+    assert apart.instruction({"helpfulness": 2, "is_safe": 1}) == one
 
 
 def test_settings_become_instructions():
@@ -257,6 +298,15 @@ def test_the_template_renders_what_training_did(tokenizer, name, place):
         made = steering(instruction_place=place, template=texts[0], overall_template=texts[1])
         template = steered(own, made)
         check(tokenizer, template, made)
+        one = made.model_copy(update={"one_prompt": True})
+        check(tokenizer, steered(own, one), one)
+        by_weight = made.model_copy(
+            update={
+                "one_prompt": True, "weighted": True, "prompts": made.prompts[1:],
+                "overall_template": texts[1] and DEFAULT_WEIGHTS_INSTRUCTION,
+            }
+        )  # fmt: skip
+        check(tokenizer, steered(own, by_weight), by_weight)
         chat = ChatTokenizer(tokenizer, own, {}, ("<|END_OF_TURN_TOKEN|>",))  # command_a's
         for line in (
             "helpfulness=3",

@@ -531,6 +531,113 @@ def grouped(**block):
 
 
 @pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Prompts with a response alone, with two that tie, and with four: seven tokens or forty."""
+    scores = {"helpfulness": 4, "honesty": 2}
+    rows = [
+        {
+            "prompt": f"What is {i} and {i}?",
+            "responses": [
+                {"text": f"It {'really ' * (i * j)}is {i + j}.", "scores": scores | changes}
+                for j, changes in enumerate(listed)
+            ],
+        }
+        for i, listed in enumerate(
+            [[{}], [{}, {}], [{"honesty": n} for n in (1, 2, 5, 3)], [{}, {"helpfulness": 1}]]
+        )
+    ]
+    return runs.write_jsonl(tmp_path_factory.mktemp("answers") / "answers.jsonl", rows)
+
+
+def test_ric_trains_on_every_response_by_its_tokens(tmp_path, tiny_model, answers):
+    """The loss of supervised fine-tuning: a mean over the tokens of the optimizer step, however it
+    is cut into micro batches."""
+    from transformers import AutoModelForCausalLM
+
+    block = {"objective": "ric", "dimensions": ["helpfulness", "honesty"], "winner": "overall"}
+    values = full(tmp_path, tiny_model, answers, amopo=block, max_steps=1, learning_rate=0.1)
+    values |= {"micro_batch_size": 1, "gradient_accumulation_steps": 4}
+    trainer = runs.train(runs.write_config(tmp_path, values))
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+
+    model, texts = AutoModelForCausalLM.from_pretrained(tiny_model), []
+    total = tokens = 0
+    for example in map(Example.from_row, trainer.train_dataset):
+        (follows,) = example.follows
+        for text, response in zip(follows, example.responses, strict=True):
+            prompt = example.prompts[text]
+            labels = torch.tensor([[-100] * len(prompt) + response])
+            loss = model(torch.tensor([prompt + response]), labels=labels).loss
+            total, tokens = total + loss * len(response), tokens + len(response)
+            texts.append(trainer.processing_class.decode(prompt))
+    assert len(texts) == 9
+    assert sum("helpfulness, from 1 to 5: aim for 4" in text for text in texts) == 8
+    (total / tokens).backward()
+    assert logged["loss"] == pytest.approx(float(total / tokens), abs=1e-4)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        moved = parameter.detach() - 0.1 * parameter.grad
+        torch.testing.assert_close(after[name], moved, rtol=1e-5, atol=1e-6)
+    assert trainer.steering.one_prompt
+
+
+def test_weights_of_rows_are_those_of_their_losses(tmp_path, tiny_model, data):
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    for i, row in enumerate(rows):
+        row["importance"] = {"overall": 0, "helpfulness": i, "honesty": 8 - i, "safety": 0}
+    values = full(
+        tmp_path,
+        tiny_model,
+        runs.write_jsonl(tmp_path / "weighted.jsonl", rows),
+        max_steps=1,
+        micro_batch_size=8,
+        amopo={"weighting": "static", "weights_per_row": True, "winner": "overall"},
+    )
+    values["datasets"][0]["fields"] = {"weights": "importance"}
+    trainer = runs.train(runs.write_config(tmp_path, values))
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    kept = [row["weights"][1] for row in trainer.train_dataset]
+    assert set(kept) <= {i / 8 for i in range(8)} and len(set(kept)) > 4
+    assert logged["amopo/helpfulness/weight"] == pytest.approx(statistics.mean(kept), abs=1e-6)
+    assert logged["amopo/helpfulness/weight_std"] == pytest.approx(
+        statistics.pstdev(kept), abs=1e-6
+    )
+    assert logged["amopo/safety/weight"] == 0
+
+
+def test_a_contrast_rewards_the_prompt_that_fits(tmp_path, tiny_model, data):
+    """The logged term, from plain forward passes of the untrained model."""
+    from transformers import AutoModelForCausalLM
+
+    block = {"contrast": 2.0, "contrast_beta": 0.5, "weighting": "mean", "winner": "overall"}
+    values = full(
+        tmp_path, tiny_model, data, max_steps=1, micro_batch_size=8, learning_rate=0.0, amopo=block
+    )
+    trainer = runs.train(runs.write_config(tmp_path, values))
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    model, terms = AutoModelForCausalLM.from_pretrained(tiny_model), []
+    for example in map(Example.from_row, trainer.train_dataset):
+        losses = []
+        for n, response in enumerate(example.responses):
+            by_fit = sorted(
+                (fits[n], -k) for k, fits in enumerate(example.fit) if not math.isnan(fits[n])
+            )
+            if by_fit[0][0] == by_fit[-1][0]:
+                continue
+            sums = []
+            for _, k in (by_fit[-1], min(by_fit, key=lambda one: (one[0], -one[1]))):
+                prompt = example.prompts[example.follows[-k][n]]
+                labels = torch.tensor([[-100] * len(prompt) + response])
+                with torch.no_grad():
+                    loss = model(torch.tensor([prompt + response]), labels=labels).loss
+                sums.append(-float(loss) * len(response))
+            losses.append(math.log1p(math.exp(-0.5 * (sums[0] - sums[1]))))
+        terms.append(2.0 * statistics.mean(losses) if losses else 0.0)
+    assert any(terms)
+    assert logged["terms/contrast"] == pytest.approx(statistics.mean(terms), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
 def trainer_of_groups(tmp_path_factory, tiny_model, groups):
     """A trainer whose model is the untouched one."""
     folder = tmp_path_factory.mktemp("untouched")

@@ -23,7 +23,12 @@ from pydantic import (
     model_validator,
 )
 
-from axolotl_amopo.config.instructions import ENVIRONMENT, dimension_facts, render
+from axolotl_amopo.config.instructions import (
+    ENVIRONMENT,
+    dimension_facts,
+    overall_instruction,
+    render,
+)
 from axolotl_amopo.errors import ConfigError, did_you_mean
 from axolotl_amopo.objectives import OBJECTIVES, Objective, Setting
 from axolotl_amopo.objectives.gradients import Gradients
@@ -34,7 +39,17 @@ OVERALL = "overall"
 # Fields of the block that the plugin fills in.
 INTERNAL = {"enabled", "datasets"}
 # What the trainer supplies of what objectives and settings need beside log-probabilities.
-SUPPLIED = {"ratings", "points", "weights", "reference", "gradients"}
+SUPPLIED = {
+    "ratings",
+    "points",
+    "weights",
+    "reference",
+    "gradients",
+    "all_responses",
+    "token_counts",
+    "drawn_weights",
+    "fit",
+}
 
 Scale = Annotated[
     tuple[float, float],
@@ -141,13 +156,34 @@ class AMoPOConfig(BaseModel):
         description="A weight per criterion, by name, or equal; for objectives that use them, such "
         "as dpo, or amopo with weighting: static",
     )
-    winner: Literal["overall", "per_dimension"] = Field(
-        default="overall",
-        description="overall: one winner per pair; per_dimension: each dimension's ratings decide",
+    weights_per_row: bool = Field(
+        default=False,
+        description="Instead of weights, each row of the data has its own, in its field weights",
     )
-    rating_in_prompt: Literal["chosen", "own", "none"] = Field(
+    winner: Literal["overall", "per_dimension", "nearest"] = Field(
+        default="overall",
+        description="overall: one winner per pair; per_dimension: each dimension's ratings decide; "
+        "nearest: those nearest to what the prompt asks for win",
+    )
+    rating_in_prompt: Literal["chosen", "own", "none", "target"] = Field(
         default="chosen",
-        description="The rating a prompt asks for: the chosen response's, each its own, or none",
+        description="The rating a prompt asks for: the chosen response's, each its own, none, or "
+        "(with winner: nearest, and by default there) that of a response that is drawn",
+    )
+    prompts: Literal["per_criterion", "one"] = Field(
+        default="per_criterion",
+        description="per_criterion: each criterion reads a prompt of its own; one: all of them "
+        "read the prompt that names all the dimensions, of overall_instruction",
+    )
+    weight_draws: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="How many weight vectors are drawn per example, each into a prompt of its own; "
+        "for cos_dpo",
+    )
+    weight_concentration: Annotated[float, Field(ge=0.05, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="Of the Dirichlet distribution that they are drawn from: below 1 it prefers "
+        "corners",
     )
     rating_levels: int | None = Field(
         default=None,
@@ -162,8 +198,8 @@ class AMoPOConfig(BaseModel):
     )
     overall_instruction: str | None = Field(
         default=None,
-        description="Jinja template of the overall instruction: dimensions, a list of the same; "
-        "empty for none",
+        description="Jinja template of the overall instruction: dimensions, a list of the same "
+        "(for cos_dpo with weight); empty for none",
     )
     instruction_place: Literal["before", "after", "system"] = Field(
         default="before",
@@ -219,8 +255,10 @@ class AMoPOConfig(BaseModel):
         default="error",
         description="A response without a rating: stop, drop its pairs, or mask that dimension",
     )
-    single_responses: Literal["drop", "error"] = Field(
-        default="drop", description="A prompt with one response only: drop and count, or stop"
+    single_responses: Literal["drop", "error", "keep"] = Field(
+        default="drop",
+        description="A prompt with one response only: drop and count, stop, or (objectives without "
+        "pairs) keep",
     )
     bad_rows: Literal["error", "drop"] = Field(
         default="error", description="A row that can't be used: stop, or drop and count"
@@ -254,7 +292,11 @@ class AMoPOConfig(BaseModel):
             return block  # refused by `check_objective`
         # A null is a key that is not set: axolotl drops it when it hands the config on.
         defaults = {k: v for k, v in OBJECTIVES[name].defaults.items() if block.get(k) is None}
+        if block.get("weights_per_row"):
+            defaults.pop("weights", None)
         block = {**block, **defaults}
+        if block.get("winner") == "nearest" and block.get("rating_in_prompt") is None:
+            block["rating_in_prompt"] = "target"
         others = {key: value for key, value in block.items() if key not in cls.model_fields}
         read = hyperparameter_model(OBJECTIVES[name], *admitted(name)).model_validate(others)
         # Of settings, which mostly are not in use, what is set.
@@ -295,7 +337,8 @@ class AMoPOConfig(BaseModel):
             return text
         facts = dimension_facts("name", None, (1, 5), 3)
         if info.field_name == "overall_instruction":
-            facts = {"dimensions": [facts]}
+            weighted = "drawn_weights" in OBJECTIVES[info.data.get("objective", "amopo")]().needs
+            facts = {"dimensions": [facts | ({"weight": "0.5"} if weighted else {})]}
         try:
             unknown = meta.find_undeclared_variables(ENVIRONMENT.parse(text)) - set(facts)
             if unknown:
@@ -323,7 +366,11 @@ class AMoPOConfig(BaseModel):
                 f"{did_you_mean(self.order_by, orders)}"
             )
         self._check_criterion_keys()
+        self._check_prompts()
+        self._check_nearest()
+        self._check_all_responses()
         check_together(self.make_objective(), self.make_settings())
+        self._check_fit()
         if self.rating_levels and not self._asks_for_ratings:
             why = (
                 "rating_in_prompt: none"
@@ -357,7 +404,102 @@ class AMoPOConfig(BaseModel):
         instructions = [self.instruction] + [self.overall_instruction] * self.overall
         return self.rating_in_prompt != "none" and any(text != "" for text in instructions)
 
+    def _check_prompts(self) -> None:
+        if self.prompts == "one" and self.instruction:
+            raise ValueError(
+                "instruction: has no effect with prompts: one; write overall_instruction, which "
+                "names all the dimensions"
+            )
+        for key in ("weight_draws", "weight_concentration"):
+            if getattr(self, key) is not None and not self.draws_weights:
+                raise ValueError(
+                    f"{key}: has no effect with objective {self.objective}, which has no weights "
+                    "in its prompts; remove it"
+                )
+        if self.draws_weights:
+            self._check_drawn_weights()
+
+    def _check_drawn_weights(self) -> None:
+        takes = f"objective {self.objective}, whose prompts state the weights of the dimensions"
+        for key, value in (("prompts", "one"), ("overall", False), ("rating_in_prompt", "none")):
+            if (given := getattr(self, key)) != value:
+                given, value = (str(one).lower() for one in (given, value))
+                raise ValueError(f"{key}: {given} does not go with {takes}; write {value}")
+        asked = [
+            tuple((name, None, (0.0, 1.0), None, weight) for name in self.dimension_names)
+            for weight in (0.2, 0.7)
+        ]
+        if len({overall_instruction(self.overall_instruction, one) for one in asked}) < 2:
+            raise ValueError(
+                "overall_instruction: does not show the weights; write {{ d.weight }} in a loop "
+                "over dimensions"
+            )
+
+    def _check_nearest(self) -> None:
+        if self.winner != "nearest":
+            if self.rating_in_prompt == "target":
+                raise ValueError(
+                    f"rating_in_prompt: target goes with winner: nearest alone, not with winner: "
+                    f"{self.winner}"
+                )
+            return
+        if self.rating_in_prompt != "target":
+            raise ValueError(
+                f"winner: nearest does not go with rating_in_prompt: {self.rating_in_prompt}; "
+                "write target, the rating that the winner is nearest to"
+            )
+        if not self.has_instructions:
+            raise ValueError(
+                "winner: nearest needs prompts that say which rating they ask for; write an "
+                "instruction"
+            )
+        if self.order_by is not None:
+            raise ValueError("order_by: has no effect with winner: nearest; remove it")
+        if "ratings" in self.needs:
+            raise ValueError(
+                f"winner: nearest does not go with objective {self.objective} and its settings, "
+                "which take the higher rating for the better one; write per_dimension"
+            )
+
+    def _check_fit(self) -> None:
+        if "fit" not in self.needs:
+            return
+        if self.rating_in_prompt == "own":
+            raise ValueError(
+                "contrast: has no effect with rating_in_prompt: own, where every prompt fits every "
+                "response; write chosen or none"
+            )
+        if self.prompt_count < 2:
+            raise ValueError(
+                "contrast: needs two prompts that ask for different things, and a pair has one; "
+                "write an instruction"
+            )
+
+    def _check_all_responses(self) -> None:
+        """Check the keys that say which responses are trained on."""
+        objective = f"objective {self.objective}"
+        if self.single_responses == "keep" and not self.keeps_single_responses:
+            raise ValueError(
+                f"single_responses: keep does not go with {objective}, which compares responses; "
+                "write drop or error"
+            )
+        if not self.all_responses:
+            return
+        takes = f"{objective}, which takes all responses of a prompt"
+        if not self.group_by_prompt:
+            raise ValueError(f"group_by_prompt: false does not go with {takes}; remove it")
+        if self.pairs != "all":
+            raise ValueError(f"pairs: {self.pairs} does not go with {takes}; remove it")
+        if self.rating_in_prompt in ("chosen", "target") and self.has_instructions:
+            raise ValueError(
+                f"rating_in_prompt: {self.rating_in_prompt} does not go with {takes} and chooses "
+                "none; write own or none"
+            )
+
     def _check_weights(self) -> None:
+        if self.weights_per_row:
+            self._check_weights_per_row()
+            return
         objective, names = self.make_objective(), self.criteria
         if "weights" in objective.needs and self.weights is None:
             raise ValueError(
@@ -396,6 +538,26 @@ class AMoPOConfig(BaseModel):
                     "own; remove them"
                 )
 
+    def _check_weights_per_row(self) -> None:
+        key, objective = "weights_per_row: true", self.make_objective()
+        if "weights" not in objective.needs:
+            raise ValueError(
+                f"{key} is not used by objective {self.objective}{_with(objective)}; remove it"
+            )
+        if self.weights is not None:
+            raise ValueError(f"weights: have no effect with {key}; remove one of the two")
+        for field in self._criterion_fields():
+            raise ValueError(
+                f"{key} does not go with objective {self.objective}, whose loss divides by the "
+                f"weight of {field.name}; write weights"
+            )
+        for setting in self.make_settings():
+            if isinstance(setting, Gradients) and setting.gradients != "sum":
+                raise ValueError(
+                    f"{key} does not go with gradients: {setting.gradients}, which combines the "
+                    "gradients of all rows; write weights"
+                )
+
     @property
     def dimension_names(self) -> list[str]:
         """Return the names of the dimensions."""
@@ -405,6 +567,53 @@ class AMoPOConfig(BaseModel):
     def criteria(self) -> list[str]:
         """Return what judges a comparison, in order: overall first, as in AMoPO's paper."""
         return ([OVERALL] if self.overall else []) + self.dimension_names
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Return what the objective and its settings need beside log-probabilities."""
+        return frozenset().union(
+            *(one.needs for one in (self.make_objective(), *self.make_settings()))
+        )
+
+    @property
+    def draws_weights(self) -> bool:
+        """Return whether weights are drawn for an example, and stand in its prompts."""
+        return "drawn_weights" in self.needs
+
+    @property
+    def rows_are_drawn(self) -> bool:
+        """Return whether rows depend on the seed."""
+        return isinstance(self.pairs, int) or self.draws_weights or self.winner == "nearest"
+
+    @property
+    def prompt_count(self) -> int:
+        """Return how many different prompts a pair has: criteria without an instruction share one.
+
+        With `winner: per_dimension` and ratings of the winner some have more.
+        """
+        if self.prompts == "one":
+            return self.weight_draws or 1
+        own = len(self.dimensions) if self.instruction != "" else 1
+        alike = self.instruction == self.overall_instruction == ""
+        return own + (self.overall and not alike)
+
+    @property
+    def all_responses(self) -> bool:
+        """Return whether an example has every response of its prompt, also those in no pair."""
+        return "all_responses" in self.needs
+
+    @property
+    def keeps_single_responses(self) -> bool:
+        """Return whether a response alone can be trained on, because nothing is compared."""
+        return {"all_responses", "token_counts"} <= self.needs
+
+    @property
+    def has_instructions(self) -> bool:
+        """Return whether any criterion's prompt has an instruction."""
+        in_use = [self.overall_instruction] * (self.overall or self.prompts == "one")
+        if self.prompts == "per_criterion":
+            in_use.append(self.instruction)
+        return any(text != "" for text in in_use)
 
     @property
     def shares(self) -> list[float] | None:

@@ -16,7 +16,7 @@ from axolotl_amopo.config.files import digest, local_files
 # The version of the prepared rows, kept by hand: raise it when the same config and data give other
 # rows than before (their columns, their ids, the text of an instruction). Without it, rows of an
 # older version would be used again. tests/test_rows_version.py fails where it was forgotten.
-ROWS_VERSION = 2
+ROWS_VERSION = 3
 
 # Keys of the block that change the loss, not the rows; as every hyperparameter of an objective
 # does. Of `objective` the rows know its defaults, which other keys of the block have taken.
@@ -59,8 +59,10 @@ def shared_facts(cfg: dict, config: AMoPOConfig) -> dict[str, Any]:
     return {
         "rows": ROWS_VERSION,
         "block": config.model_dump(mode="json", exclude={*NOT_IN_ROWS, *config.hyperparameters()}),
+        # Of what an objective needs, that alone shapes rows.
+        "all_responses": config.all_responses,
         "excess_length_strategy": cfg.get("excess_length_strategy"),
-        "seed": cfg.get("seed") if isinstance(config.pairs, int) else None,  # of the pairs drawn
+        "seed": cfg.get("seed") if config.rows_are_drawn else None,
         "sequence_len": [cfg.get("sequence_len"), cfg.get("eval_sequence_len")],
         "template": _template_text(cfg),
         "tokenizer": [digest(path) for path in files if path.is_file()],

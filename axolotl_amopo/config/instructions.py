@@ -13,8 +13,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
 
-# A dimension's name, description, scale, and the rating to aim for.
-Asked = tuple[str, str | None, tuple[float, float], float | None]
+# A dimension's name, description, scale, and the rating to aim for; where weights stand in the
+# prompt, its weight as well.
+Asked = (
+    tuple[str, str | None, tuple[float, float], float | None]
+    | tuple[str, str | None, tuple[float, float], float | None, float]
+)
 
 DEFAULT_INSTRUCTION = (
     "Your answer will be rated on {{ dimension }}"
@@ -29,6 +33,12 @@ DEFAULT_OVERALL_INSTRUCTION = (
     "{% if d.rating is not none %}: aim for {{ d.rating }}{% endif %}."
     "{% endfor %}"
     "{% if dimensions | selectattr('rating', 'none') | list %} Aim for the best ratings.{% endif %}"
+)
+DEFAULT_WEIGHTS_INSTRUCTION = (
+    "Your answer will be rated on several dimensions, which count by these weights:"
+    "{% for d in dimensions %} {{ d.dimension }}"
+    "{% if d.description %} ({{ d.description }}){% endif %} {{ d.weight }}"
+    "{{ '.' if loop.last else ',' }}{% endfor %}"
 )
 
 
@@ -55,10 +65,15 @@ def _template(text: str):
 
 
 def dimension_facts(
-    name: str, description: str | None, scale: Sequence[float], rating: float | None
+    name: str,
+    description: str | None,
+    scale: Sequence[float],
+    rating: float | None,
+    weight: float | None = None,
 ) -> dict[str, Any]:
     """Return what a template may use of one dimension; numbers come as readable text."""
-    return {
+    weighted = {} if weight is None else {"weight": f"{weight:.1f}"}
+    return weighted | {
         "dimension": name.replace("_", " "),
         "description": description,
         "min": number(scale[0]),
@@ -83,5 +98,7 @@ def instruction(template: str | None, asked: Asked) -> str:
 @functools.lru_cache(maxsize=4096)
 def overall_instruction(template: str | None, asked: tuple[Asked, ...]) -> str:
     """Return the overall prompt's instruction, which names all the dimensions."""
-    template = DEFAULT_OVERALL_INSTRUCTION if template is None else template
+    if template is None:
+        weighted = any(len(one) > 4 for one in asked)
+        template = DEFAULT_WEIGHTS_INSTRUCTION if weighted else DEFAULT_OVERALL_INSTRUCTION
     return render(template, {"dimensions": [dimension_facts(*one) for one in asked]})

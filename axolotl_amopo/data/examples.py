@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
@@ -23,6 +24,7 @@ from axolotl_amopo.example import Example, flat
 BAD_PAIR = "pairs that can't be tokenised (bad_rows: drop)"
 TOO_LONG = "pairs longer than sequence_len"
 SHORTENED = "pairs shortened to sequence_len"
+LEFT_OUT = "pairs without a response, longer than sequence_len"
 ALIKE = "pairs whose responses the chat template writes alike"
 
 # Truncation leaves at least this much of the end of a long question (or all of a short one).
@@ -36,6 +38,8 @@ _ARRANGED = {
     "signs": _SIGNS,
     "ratings": List(Value("float32")),
     "points": List(Value("float32")),
+    "weights": List(Value("float32")),
+    "fit": List(Value("float32")),
 }
 # An example as text.
 PLAIN = Features(
@@ -65,7 +69,9 @@ FEATURES = Features(
 def as_text(pairs: list[Pair], rule: PairRule, where: str) -> dict[str, Any]:
     """Return the row of `PLAIN` that has all pairs of an example."""
     prompt = pairs[0].prompt
-    made = prompted(pairs, rule.config, rule.scales)
+    vectors = rule.weight_vectors(pairs)
+    made = prompted(pairs, rule.config, rule.scales, vectors)
+    times = max(1, len(vectors))  # every criterion is there once per vector
     return {
         "messages": json.dumps(prompt.messages),
         "tools": json.dumps(prompt.tools),
@@ -76,8 +82,10 @@ def as_text(pairs: list[Pair], rule: PairRule, where: str) -> dict[str, Any]:
         "comparisons": flat(made.comparisons),
         "reads": flat(made.reads),
         "signs": flat(made.signs),
-        "ratings": flat(rule.ratings(prompt, index) for index in made.used),
-        "points": rule.points(),
+        "ratings": flat(rule.ratings(prompt, index) * times for index in made.used),
+        "points": rule.points() * times,
+        "weights": flat(vectors) or prompt.weights or [],
+        "fit": [rule.fit(prompt, index, asks) for asks in made.asks for index in made.used],
     }
 
 
@@ -96,6 +104,7 @@ def prepare_row(
     drop_bad: bool,
     place: Place = "before",
     own: bool = False,
+    least: int = 2,
 ) -> dict[str, Any]:
     """Return an example's prepared row.
 
@@ -109,6 +118,8 @@ def prepare_row(
         drop_bad: whether what can't be tokenised is dropped instead of raised.
         place: of the instruction.
         own: whether a prompt states each response's own rating (`rating_in_prompt: own`).
+        least: how few responses are worth keeping of an example that has all of its prompt's, where
+            the others are too long.
 
     Raises:
         DataError: naming file and row.
@@ -128,7 +139,8 @@ def prepare_row(
                 example = shorten(tokenize, chat, messages, sequence_len)
                 outcome = SHORTENED if example else TOO_LONG
             elif excess_length == "drop":
-                example = None
+                example = _fitting(example, sequence_len, least)
+                outcome = LEFT_OUT if example else TOO_LONG
     except DataError:
         if not drop_bad:
             raise
@@ -234,8 +246,25 @@ def shorten(
     return None if _has_alike(example) else example
 
 
+def _fitting(example: Example, sequence_len: int, least: int) -> Example | None:
+    """Return an example of all responses of a prompt without those that are too long.
+
+    None for an example of pairs, and where fewer than `least` responses are left.
+    """
+    if all(a != b for a, b in example.comparisons):
+        return None
+    long = {
+        n
+        for text, n in example.places(silent=True)
+        if len(example.prompts[text]) + len(example.responses[n]) > sequence_len
+    }
+    kept = [n for n in range(len(example.responses)) if n not in long]
+    return example.only(kept) if len(kept) >= least else None
+
+
 def _has_alike(example: Example) -> bool:
-    return any(example.responses[a] == example.responses[b] for a, b in example.comparisons)
+    pairs = ((a, b) for a, b in example.comparisons if a != b)
+    return any(example.responses[a] == example.responses[b] for a, b in pairs)
 
 
 def _tokens(example: Example) -> int:
@@ -268,7 +297,7 @@ def example_id(example: Example, own: bool) -> int:
 
 
 def outcomes(prepared: Dataset) -> Iterator[tuple[str, int]]:
-    """Yield what came of every example, and how many pairs it has.
+    """Yield what came of every example, and how many pairs it has; 0 if all responses are alone.
 
     Read from the files a batch at a time: what is read through a dataset's memory mapping counts
     as this process's memory for as long as the dataset lives.
@@ -283,11 +312,16 @@ def outcomes(prepared: Dataset) -> Iterator[tuple[str, int]]:
             pa.ipc.open_stream(source, options=options) as it,
         ):
             for batch in it:
-                places = pc.list_value_length(batch["comparisons"])
-                for outcome, count in zip(
-                    batch["outcome"].to_pylist(), places.to_pylist(), strict=True
-                ):
-                    yield outcome, count // 2
+                counts = pairs_of(batch["comparisons"])
+                yield from zip(batch["outcome"].to_pylist(), counts.tolist(), strict=True)
+
+
+def pairs_of(comparisons: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """Return how many pairs each row of the column has; a response with itself is none."""
+    first, second = pc.list_flatten(comparisons).to_numpy().reshape(-1, 2).T
+    ends = pc.list_value_length(comparisons).to_numpy().cumsum() // 2
+    pairs = np.concatenate([[0], np.cumsum(first != second)])
+    return np.diff(pairs[ends], prepend=0)
 
 
 def unpack(batch: Mapping[str, list]) -> Iterator[dict[str, Any]]:

@@ -64,6 +64,13 @@ class DatasetFormat(DatasetWrappingStrategy, ABC):
             DataError: through the methods of `row`, which name file, row and key.
         """
 
+    def prompt_of(self, row: Row) -> RatedPrompt:
+        """Return one row as `read` does, with what every format has beside it."""
+        prompt = self.read(row)
+        if self.config.weights_per_row:
+            prompt.weights = row.weights(self.config.criteria)
+        return prompt
+
     def __init__(self, tokenizer: Any, cfg: Any, ds_cfg: Any):
         self.config = read_block(cfg)
         stored = self.config.datasets.get(mark_of(ds_cfg) or "", {})
@@ -140,6 +147,7 @@ class DatasetFormat(DatasetWrappingStrategy, ABC):
             "drop_bad": self.config.bad_rows == "drop",
             "place": self.config.instruction_place,
             "own": self.config.rating_in_prompt == "own",
+            "least": 1 if self.config.single_responses == "keep" else 2,
         }
 
     def lower(self) -> Set[str]:

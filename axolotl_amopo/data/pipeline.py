@@ -18,6 +18,7 @@ from datasets.fingerprint import generate_random_fingerprint, get_temporary_cach
 from axolotl_amopo.config.through_axolotl import stamp
 from axolotl_amopo.data.examples import (
     FEATURES,
+    LEFT_OUT,
     PLAIN,
     SHORTENED,
     as_text,
@@ -118,7 +119,13 @@ def prepare(format: "DatasetFormat", dataset: Dataset, process_count: int | None
         )  # fmt: skip
     dropped: Counter = Counter()
     survey = survey_rows(format, dataset, dropped)
-    rule = PairRule(format.config, scales_of(format, survey), format.lower(), format.cfg.seed or 0)
+    rule = PairRule(
+        format.config,
+        scales_of(format, survey),
+        format.lower(),
+        seed=format.cfg.seed or 0,
+        grid=format.eval_split,
+    )
     prompts = read_prompts(format, dataset, survey)
     plain, made = write_text(format, prompts, rule, dropped)
     prepared, kept, pairs = tokenize(format, plain, chat, process_count, dropped)
@@ -152,7 +159,7 @@ def survey_rows(format: "DatasetFormat", dataset: Dataset, dropped: Counter) -> 
     groups: dict[bytes, list[int]] = {}
     for index, values in enumerate(_rows(dataset)):
         try:
-            prompt = format.read(Row(values, index + 1, format.source))
+            prompt = format.prompt_of(Row(values, index + 1, format.source))
         except DataError:
             if format.config.bad_rows == "error":
                 raise
@@ -183,16 +190,22 @@ def read_prompts(
     if survey.groups is None:
         for index, values in enumerate(_rows(dataset)):
             if index not in survey.bad:
-                yield format.read(Row(values, index + 1, format.source))
+                yield format.prompt_of(Row(values, index + 1, format.source))
         return
     for part in itertools.batched(survey.groups, READ_BATCH):
         indices = [index for group in part for index in group]
         rows = zip(indices, unpack(dataset[indices]), strict=True)
         for group in part:
             read = [
-                format.read(Row(values, index + 1, format.source))
+                format.prompt_of(Row(values, index + 1, format.source))
                 for index, values in itertools.islice(rows, len(group))
             ]
+            for other in read[1:]:
+                if other.weights != read[0].weights:
+                    raise DataError(
+                        f"{format.source.name}, row {other.rows[0]}: its weights are not those of "
+                        f"row {read[0].rows[0]}, which has the same prompt; write the same."
+                    )
             responses = [response for prompt in read for response in prompt.responses]
             yield replace(read[0], responses=responses, rows=[index + 1 for index in group])
 
@@ -247,7 +260,7 @@ def write_text(
     path, made = _temporary_file(), 0
     with ArrowWriter(features=PLAIN, path=path) as writer:
         for part in itertools.batched(examples, READ_BATCH):
-            made += sum(map(len, part))
+            made += sum(not pair.alone for pairs in part for pair in pairs)
             rows = [as_text(pairs, rule, format.where(pairs)) for pairs in part]
             writer.write_batch({name: [row[name] for row in rows] for name in PLAIN})
         count, _ = writer.finalize()
@@ -275,11 +288,13 @@ def tokenize(
         num_proc=processes if processes > 1 else None,
         desc=f"Tokenising pairs of {format.source.name}",
     )
-    kept, pairs = [], 0
+    kept, pairs, whole = [], 0, format.config.all_responses
     for i, (outcome, count) in enumerate(outcomes(prepared)):
-        if outcome:
+        if outcome and whole:
+            dropped[outcome.replace("pairs", "prompts")] += 1
+        elif outcome:
             dropped[outcome] += count
-        if outcome in ("", SHORTENED):
+        if outcome in ("", SHORTENED, LEFT_OUT):
             kept.append(i)
             pairs += count
     if not kept:
@@ -289,8 +304,9 @@ def tokenize(
 
 def _nothing_left(format: "DatasetFormat", dropped: Counter) -> DataError:
     reasons = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
+    what = "response" if format.config.all_responses else "preference pair"
     return DataError(
-        f"{format.source.name}: no preference pair is left to train on "
+        f"{format.source.name}: no {what} is left to train on "
         f"({reasons or 'the dataset has no rows'})."
     )
 

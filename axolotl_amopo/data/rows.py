@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +55,7 @@ class RatedPrompt:
     # True where the data itself says that each response beats those after it.
     ordered: bool = False
     tools: list[dict[str, Any]] | None = None  # what the chat template is told of them
+    weights: list[float] | None = None  # of the criteria, where rows have their own; they sum to 1
 
     def key(self) -> bytes:
         """Return 16 bytes that are equal for equal prompts.
@@ -285,6 +287,22 @@ class Row:
         if message.keys() == {"role", "content"}:
             return message["content"]
         return {"content": "", **message}
+
+    def weights(self, criteria: list[str]) -> list[float]:
+        """The row's weights of the criteria, scaled to sum to 1, from its field `weights`."""
+        values, key = self.get("weights"), self.key("weights")
+        if not isinstance(values, Mapping) or set(without_none(values)) != set(criteria):
+            raise self.error(
+                key,
+                f"must have a weight per criterion, {', '.join(criteria)}; got {_show(values)}.",
+            )
+        weights = [
+            self.check_number(values[name], f"{key}.{name}", 0, sys.float_info.max)
+            for name in criteria
+        ]
+        if not sum(weights):
+            raise self.error(key, "must not all be 0.")
+        return [weight / sum(weights) for weight in weights]
 
     def ratings(self, values: Any = None, key: str = "") -> Ratings:
         """The configured dimensions' ratings, from the row itself or a block of it."""

@@ -51,7 +51,16 @@ class COSDPO:
     """COS-DPO, see the head of this file."""
 
     paper: ClassVar[Paper] = PAPER
-    defaults: ClassVar[Mapping[str, Any]] = {"overall": False, "winner": "per_dimension"}
+    #: The instruction stands after the question, so that the M prompts share it.
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "overall": False,
+        "winner": "per_dimension",
+        "prompts": "one",
+        "instruction_place": "after",
+        "rating_in_prompt": "none",
+        "weight_draws": 4,
+        "weight_concentration": 1.0,
+    }
 
     beta: float = hyperparameter(0.1, "Reward scale", above=0)
     length_normalised: bool = hyperparameter(

@@ -52,7 +52,12 @@ class RiC:
     """RiC, see the head of this file."""
 
     paper: ClassVar[Paper] = PAPER
-    defaults: ClassVar[Mapping[str, Any]] = {"rating_in_prompt": "own", "group_by_prompt": True}
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "prompts": "one",
+        "rating_in_prompt": "own",
+        "group_by_prompt": True,
+        "single_responses": "keep",
+    }
 
     beta: float = hyperparameter(
         1.0, "Scale of the rewards in the metrics; training does not depend on it", above=0

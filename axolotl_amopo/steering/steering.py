@@ -13,7 +13,10 @@ Settings name dimensions and the ratings to aim for, which are the data's own: o
 lower ratings are better, 1 may be the best. One dimension is asked for by its own instruction,
 several by the overall one, with those alone in it; `overall` stands for all of them. A dimension
 without a rating is asked for at its best. Where training rounded the ratings in its prompts
-(`rating_levels`), so does steering.
+(`rating_levels`), so does steering. A model that was trained with one prompt, which names all the
+dimensions (`prompts: one`), is asked for all of them, those that are not named at their best. Where
+the prompt stated weights instead of ratings (COS-DPO), numbers are weights from 0 to 1, and
+dimensions that are not named share what is left.
 """
 
 import math
@@ -78,8 +81,10 @@ class Steering(BaseModel):
     template: str = Field(alias="instruction")
     overall_template: str = Field(alias="overall_instruction")
     instruction_place: Place = "before"
-    rating_in_prompt: Literal["chosen", "own", "none"] = "chosen"
+    rating_in_prompt: Literal["chosen", "own", "none", "target"] = "chosen"
     rating_levels: int | None = Field(default=None, ge=2)
+    one_prompt: bool = False  # whether every prompt of training named all the dimensions
+    weighted: bool = False  # whether it stated weights of them
     chat_template_kwargs: dict[str, Any] = {}
     eot_tokens: list[str] = []
 
@@ -101,7 +106,10 @@ class Steering(BaseModel):
             eot_tokens: the same.
         """
         given = (config.instruction, config.overall_instruction)
-        usual = (instructions.DEFAULT_INSTRUCTION, instructions.DEFAULT_OVERALL_INSTRUCTION)
+        default = instructions.DEFAULT_OVERALL_INSTRUCTION
+        if config.draws_weights:
+            default = instructions.DEFAULT_WEIGHTS_INSTRUCTION
+        usual = (instructions.DEFAULT_INSTRUCTION, default)
         own, overall = (u if g is None else g for g, u in zip(given, usual, strict=True))
         return cls(
             prompts=config.criteria,
@@ -119,6 +127,8 @@ class Steering(BaseModel):
             instruction_place=config.instruction_place,
             rating_in_prompt=config.rating_in_prompt,
             rating_levels=config.rating_levels,
+            one_prompt=config.prompts == "one",
+            weighted=config.draws_weights,
             chat_template_kwargs=dict(chat_template_kwargs or {}),
             eot_tokens=list(eot_tokens or []),
         )
@@ -132,7 +142,7 @@ class Steering(BaseModel):
             raise ValueError("a scale must be [lowest, highest]")
         try:
             self.instruction({names[0]: None})
-            self.instruction({OVERALL: None} if self.overall else {})
+            self.instruction({OVERALL: None} if self.overall else {names[0]: None})
         except TemplateError as error:
             raise ValueError(
                 f"an instruction is not a Jinja template that works: {error}"
@@ -182,6 +192,26 @@ class Steering(BaseModel):
         """Whether training had the overall prompt."""
         return len(self.prompts) > len(self.dimensions)
 
+    @property
+    def takes_numbers(self) -> bool:
+        """Whether a dimension can be asked for by a rating or a weight."""
+        return self.weighted or self.rating_in_prompt != "none"
+
+    def best(self, dimension: SteeredDimension) -> float:
+        """What stands for a dimension that is named without a number: all the weight, or the best
+        rating."""
+        return 1.0 if self.weighted else dimension.best
+
+    def range(self, dimension: SteeredDimension) -> tuple[float, float]:
+        """The lowest and highest number to ask for."""
+        return (0.0, 1.0) if self.weighted else dimension.scale
+
+    def tries(self, dimension: SteeredDimension) -> list[float]:
+        """The numbers to try, one after the other."""
+        if self.weighted:
+            return [step / 10 for step in range(11)]
+        return dimension.ratings(self.rating_levels)
+
     def dimension(self, name: str) -> SteeredDimension:
         """A dimension by its name.
 
@@ -202,29 +232,39 @@ class Steering(BaseModel):
         Raises:
             AMoPOError: for a dimension or a rating that training can't have had.
         """
-        every = self.overall and OVERALL in settings
+        named = self.overall and OVERALL in settings
         for name, rating in settings.items():
-            if every and name == OVERALL:
+            if named and name == OVERALL:
                 if rating is not None:
                     raise AMoPOError("overall takes no rating; name a dimension, or overall alone.")
                 continue
-            low, high = self.dimension(name).scale
+            low, high = self.range(self.dimension(name))
+            if rating is not None and self.weighted and not low <= rating <= high:
+                raise AMoPOError(f"{name}: {rating:g} is no weight; write a number from 0 to 1.")
             if rating is not None and not low <= rating <= high:
                 raise AMoPOError(
                     f"{name}: {rating:g} is outside the scale that the model was trained with, "
                     f"{low:g} to {high:g}."
                 )
-            if rating is not None and self.rating_in_prompt == "none":
+            if rating is not None and not self.takes_numbers:
                 raise AMoPOError(
                     f"{name}: the model was trained without ratings in its prompts "
                     f"(rating_in_prompt: none); ask for {name} alone."
                 )
-        if len(settings) > 1 and not self.overall:
+        if len(settings) > 1 and not (self.overall or self.one_prompt):
             raise AMoPOError(
                 "the model was trained without the overall prompt (amopo.overall: false), so it "
                 "can be asked for one dimension at a time."
             )
-        asked = []
+        if self.weighted:
+            weights = self.weights(settings) if settings else {}
+            return [
+                (d.name, d.description, d.scale, None, weights[d.name])
+                for d in self.dimensions
+                if weights
+            ]
+        every = named or (self.one_prompt and bool(settings))
+        asked: list[instructions.Asked] = []
         for d in self.dimensions:
             if every or d.name in settings:
                 rating = settings.get(d.name)
@@ -235,12 +275,30 @@ class Steering(BaseModel):
                 asked.append((d.name, d.description, d.scale, rating))
         return asked
 
+    def weights(self, settings: Settings) -> dict[str, float]:
+        """The weights that a prompt states, which sum to 1.
+
+        Dimensions that are not named share what is left of 1; one that is named without a weight
+        has 1.
+
+        Raises:
+            AMoPOError: where all are 0.
+        """
+        given = {name: 1.0 if value is None else value for name, value in settings.items()}
+        others = [d.name for d in self.dimensions if d.name not in given]
+        left = max(0.0, 1.0 - sum(given.values())) / max(1, len(others))
+        weights = {d.name: given.get(d.name, left) for d in self.dimensions}
+        total = sum(weights.values())
+        if total <= 0:
+            raise AMoPOError("the weights are all 0; give a dimension one.")
+        return {name: weight / total for name, weight in weights.items()}
+
     def instruction(self, settings: Settings) -> str:
         """The instruction's text, empty without settings; see `asked` for errors."""
         asked = self.asked(settings)
         if not asked:
             return ""
-        if len(asked) > 1 or (self.overall and OVERALL in settings):
+        if len(asked) > 1 or self.one_prompt or (self.overall and OVERALL in settings):
             return instructions.overall_instruction(self.overall_template, tuple(asked))
         return instructions.instruction(self.template, asked[0])
 

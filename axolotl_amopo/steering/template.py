@@ -34,7 +34,7 @@ def steered(template: str, steering: Steering, settings: Settings | None = None)
     steering.asked(settings or {})
     dimensions = {
         d.name: dimension_facts(d.name, d.description, d.scale, None)
-        | {"low": d.scale[0], "high": d.scale[1], "best": d.best}
+        | dict(zip(("low", "high"), steering.range(d), strict=True), best=steering.best(d))
         for d in steering.dimensions
     }
     values = {
@@ -44,13 +44,15 @@ def steered(template: str, steering: Steering, settings: Settings | None = None)
         "KNOWN": repr(", ".join(steering.prompts)),
         "DEFAULT": repr(written(settings or {})),
         "OVERALL": repr(steering.overall),
-        "RATED": repr(steering.rating_in_prompt != "none"),
+        "ONE_PROMPT": repr(steering.one_prompt),
+        "RATED": repr(steering.takes_numbers),
         "STEPS": repr(steering.rating_levels - 1 if steering.rating_levels else 0),
+        "WEIGHTED": repr(steering.weighted),
         "PLACE": repr(steering.instruction_place),
         "END": END,
     }
     prologue = PROLOGUE.read_text(encoding="utf-8")
-    return re.sub("<<([A-Z]+)>>", lambda found: values[found[1]], prologue) + unsteered(template)
+    return re.sub("<<([A-Z_]+)>>", lambda found: values[found[1]], prologue) + unsteered(template)
 
 
 def unsteered(template: str) -> str:
@@ -86,11 +88,14 @@ def check(tokenizer: Any, template: str, steering: Steering) -> None:
     user, system = {"role": "user", "content": "Why?"}, {"role": "system", "content": "Be brief."}
     told = [user, {"role": "assistant", "content": "So."}, {"role": "user", "content": "Really? "}]
     every: list[Settings] = [{}, *({d.name: None} for d in steering.dimensions)]
-    if steering.rating_in_prompt != "none":
+    if steering.takes_numbers and not steering.weighted:
         for d in steering.dimensions:
             low, high = d.scale
             between = round(low + 0.4 * (high - low), 2)  # as `written` writes it
             every += [{d.name: rating} for rating in (low, between, high)]
+    if steering.weighted:
+        first, *others = (d.name for d in steering.dimensions)
+        every += [{first: 0.35}, dict.fromkeys([first, *others], 0.7)]
     every += [{OVERALL: None}] * steering.overall
 
     def render(messages: list[dict], chat_template: str) -> str:

@@ -15,7 +15,8 @@ class AMoPOCollator:
     pad_to_multiple_of: int | None = None
     padding: Any = True
     return_tensors: str = "pt"
+    token_counts: bool = False  # see `make_batch`
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         examples = [Example.from_row(row) for row in rows]
-        return make_batch(examples, self.pad_to_multiple_of or 1)
+        return make_batch(examples, self.pad_to_multiple_of or 1, token_counts=self.token_counts)

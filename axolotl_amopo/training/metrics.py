@@ -33,7 +33,8 @@ def example_metrics(
     Args:
         outcome: of an objective.
         responses: that the objective was given.
-        criteria: names of the C criteria.
+        criteria: names of the criteria. Where there are M times as many, of M sets of weights, what
+            is logged is the mean over the sets, and the sum of their weights.
 
     Returns:
         By name [B] float32. Losses and weights of criteria are not there where the losses are those
@@ -52,11 +53,14 @@ def example_metrics(
     def known(values: Tensor) -> Tensor:
         return values.detach().masked_fill(~said, torch.nan)
 
+    def by_name(values: Tensor) -> Tensor:
+        return known(values).unflatten(-1, (-1, len(criteria))).nanmean(-2)
+
     values = (
         outcome.losses,
         margins,
         accuracies,
-        outcome.weights,
+        outcome.weights * (outcome.weights.shape[-1] // len(criteria)),
         first(stats.prob_mean).mean(-1),
         chosen,
         rejected,
@@ -75,7 +79,7 @@ def example_metrics(
         "logps/rejected": logps[..., 1],
     }
     per_comparison = {
-        f"amopo/{name}/{metric}": known(values)[:, c]
+        f"amopo/{name}/{metric}": by_name(values)[:, c]
         for c, name in enumerate(criteria)
         for metric, values in by_criterion.items()
     } | {name: known(values).nanmean(-1) for name, values in totals.items()}

@@ -8,6 +8,8 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from torch.utils.data import Sampler
 
+from axolotl_amopo.data.examples import pairs_of
+
 # Forward passes whose rows are sorted together with `group_by_length: true`; more would pad less
 # and shuffle less.
 GROUPED_PASSES = 50
@@ -81,7 +83,8 @@ def row_items(dataset: Dataset, column: str) -> np.ndarray:
 
 def pairs_in(dataset: Dataset) -> int:
     """Return how many pairs the examples of a dataset have in all."""
-    return int(row_items(dataset, "comparisons").sum()) // 2
+    tables = dataset.select_columns(["comparisons"]).with_format("arrow").iter(batch_size=10_000)
+    return sum(int(pairs_of(table["comparisons"]).sum()) for table in tables)
 
 
 def _items(lists: pa.ChunkedArray) -> np.ndarray:

@@ -414,7 +414,7 @@ class AMoPOTrainer(AxolotlTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor]:
-        """Return the micro batches of an optimizer step, and how many examples all ranks have.
+        """Return the micro batches of an optimizer step, and how much all ranks' examples count.
 
         Where an epoch's rows don't fill its last pass, accelerate pads the pass with rows from the
         epoch's beginning. They get a count of 0, so that they count for nothing.
@@ -426,7 +426,7 @@ class AMoPOTrainer(AxolotlTrainer):
             left = (len(self.train_dataset) - 1) % (len(counts) * args.world_size) + 1
             own = min(max(left - args.process_index * len(counts), 0), len(counts))
             places = torch.arange(len(counts), device=counts.device)
-            batches[-1]["counts"] = (places < own).to(counts)
+            batches[-1]["counts"] = counts * (places < own)
         count = sum((batch["counts"].sum() for batch in batches), torch.zeros(()))
         return batches, self.accelerator.reduce(count.to(device), reduction="sum")
 

@@ -72,7 +72,7 @@ def chat_page(models: ComparedModels) -> gr.Blocks:
         wanted, ratings = controls[: len(steering.dimensions)], controls[len(steering.dimensions) :]
         for dimension, on, rating in zip(steering.dimensions, wanted, ratings, strict=True):
             if on:
-                settings[dimension.name] = None if steering.rating_in_prompt == "none" else rating
+                settings[dimension.name] = rating if steering.takes_numbers else None
         return settings
 
     def instruction(*controls: Any) -> str:
@@ -132,16 +132,16 @@ def chat_page(models: ComparedModels) -> gr.Blocks:
                 with gr.Column(min_width=240):
                     lower = " (lower is better)" if d.direction == "lower" else ""
                     wanted.append(gr.Checkbox(label=f"Ask for {d.name}"))
-                    tries = d.ratings(steering.rating_levels)
+                    tries = steering.tries(d)
                     ratings.append(
                         gr.Slider(
-                            *d.scale,
-                            value=d.best,
+                            *steering.range(d),
+                            value=steering.best(d),
                             step=round(tries[1] - tries[0], 6),
                             label=(d.description or d.name) + lower,
                             buttons=[],
                             interactive=False,
-                            visible=steering.rating_in_prompt != "none",
+                            visible=steering.takes_numbers,
                         )
                     )
         with gr.Row():

@@ -166,10 +166,9 @@ def _sweep(
 
     if name in settings:
         raise AMoPOError(f"--sweep {name}: leave --dimension {name} out.")
-    if steering.rating_in_prompt == "none":
+    if not steering.takes_numbers:
         raise AMoPOError("--sweep: the model was trained without ratings in its prompts.")
-    ratings = steering.dimension(name).ratings(steering.rating_levels)
-    return [settings | {name: rating} for rating in ratings]
+    return [settings | {name: rating} for rating in steering.tries(steering.dimension(name))]
 
 
 @contextlib.contextmanager

@@ -53,9 +53,9 @@ class ShownExample:
     """A pair, as the model sees it."""
 
     where: str
-    ratings: list[dict[str, float | None]]  # of the overall winner, and of the other response
+    ratings: list[dict[str, float | None]]  # of each response
     seen: list[Seen]  # one a prompt
-    responses: list[list[Text]]
+    responses: list[list[Text]]  # the overall winner, the other; or one that is in no pair
 
 
 @dataclass
@@ -181,6 +181,8 @@ def describe(
             rated.extend(np.nan if value is None else value for value in values)
         for pairs in groups:
             for pair in pairs:
+                if pair.alone:
+                    continue
                 gaps.extend(rule.gap(pair, name) for name in names)
                 both = [response_of(pair, side).text for side in (0, 1)]
                 lengths.extend(map(len, both))
@@ -223,7 +225,8 @@ def describe(
         tokens={f"{p}%": int(np.percentile(tokens, p)) for p in (5, 50, 95)}
         | {"longest": int(max(tokens))},
         token_counts=steps(tokens, 0, format.sequence_len, LENGTH_STEPS),
-        too_long=preparation.dropped[TOO_LONG],
+        too_long=preparation.dropped[TOO_LONG]
+        + preparation.dropped[TOO_LONG.replace("pairs", "prompts")],
         repeated_prompts=sum(count - 1 for count in seen.values()),
         repeated_pairs=sum(count - 1 for count in texts.values()),
         examples=examples,
@@ -281,10 +284,13 @@ def example(preparation: Preparation, pairs: list[Pair], row: dict[str, Any]) ->
     """Return a prepared row, decoded from its token ids; of a group, its first pair."""
     format, rule, pair = preparation.format, preparation.rule, pairs[0]
     made = Example.from_row(row)
+    count = sum(not one.alone for one in pairs)
+    sides = (0,) if pair.alone else (0, 1)
     seen = []
     for c, name in enumerate(format.config.criteria):
-        ratings = response_of(pair, pair.winner(c)).ratings
-        text = instruction_of(format.config, rule.scales, c, ratings)
+        ratings = pair.target or response_of(pair, pair.winner(c)).ratings
+        weights = made.weights[: len(rule.scales)]  # of the first prompt
+        text = instruction_of(format.config, rule.scales, c, ratings, weights)
         ids = made.prompts[made.winner_first(0, c)[0][0]]
         seen.append(
             Seen(
@@ -295,11 +301,12 @@ def example(preparation: Preparation, pairs: list[Pair], row: dict[str, Any]) ->
             )
         )
     return ShownExample(
-        where=format.where(pairs) + (f" (1 of {len(pairs)} pairs)" if len(pairs) > 1 else ""),
-        ratings=[response_of(pair, side).ratings for side in (0, 1)],
+        where=format.where(pairs) + (f" (1 of {count} pairs)" if count > 1 else ""),
+        ratings=[response_of(pair, side).ratings for side in sides],
         seen=seen,
         responses=[
-            pieces(format.tokenizer, made.responses[n], "response") for n in made.comparisons[0]
+            pieces(format.tokenizer, made.responses[made.comparisons[0][side]], "response")
+            for side in sides
         ],
     )
 

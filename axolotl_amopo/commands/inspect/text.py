@@ -105,16 +105,18 @@ def _tokens(entry: Entry, report: Report, console: Console) -> None:
 
 def _example(example: ShownExample, console: Console) -> None:
     console.rule(escape(example.where), align="left", style="dim")
-    for title, ratings in zip(("winner", "loser"), example.ratings, strict=True):
+    titles = ("winner", "loser") if len(example.responses) > 1 else ("response",)
+    for title, ratings in zip(titles, example.ratings, strict=True):
         text = ", ".join(
             f"{name} {'-' if rating is None else format(rating, 'g')}"
             for name, rating in ratings.items()
         )
-        console.print(f"{title} overall: {escape(text)}")
+        which = f"{title} overall" if len(titles) > 1 else "its ratings"
+        console.print(f"{which}: {escape(text)}")
     first, *others = example.seen
     console.print(f"\n[bold]{escape(first.prompt)}[/]{'' if first.weighs else ' (weighs nothing)'}")
     console.print(styled(first.pieces))
-    for title, response in zip(("winner", "loser"), example.responses, strict=True):
+    for title, response in zip(titles, example.responses, strict=True):
         console.print(f"[bold]{title}[/], all of it bears the loss")
         console.print(styled(response))
     for seen in others:

@@ -13,7 +13,6 @@ from axolotl_amopo.commands.plan.cards import GIB, Card
 from axolotl_amopo.commands.plan.step import Moment, PairShape, Step, made_up_batch, run_step
 from axolotl_amopo.config.block import AMoPOConfig
 from axolotl_amopo.config.devices import deepspeed_settings
-from axolotl_amopo.data.prompts import count_prompts
 
 # What a process has on a GPU before the first tensor (CUDA context, cuBLAS workspaces), and what
 # the caching allocator wastes on blocks that fit nothing.
@@ -250,7 +249,7 @@ def estimate(
     """
     shards = sharding(cfg, devices)
     usual_batch, largest = (
-        made_up_batch(cfg.micro_batch_size, count_prompts(amopo), shape)
+        made_up_batch(cfg.micro_batch_size, amopo.prompt_count, shape)
         for shape in (usual, largest_pair(cfg.sequence_len, usual))
     )
     step = run_step(cfg, config, amopo, usual_batch, largest, device)
@@ -265,7 +264,7 @@ def estimate(
         parameters=step.parameters,
         trainable=step.trainable,
         pairs_per_step=cfg.micro_batch_size * micro_batches,
-        prompts=count_prompts(amopo),
+        prompts=amopo.prompt_count,
         tokens_per_step=step.tokens * micro_batches,
         tokens_per_step_unshared=step.tokens_unshared * micro_batches,
         flops_per_step=step.flops * micro_batches,

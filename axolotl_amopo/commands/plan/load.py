@@ -44,6 +44,12 @@ def plan_config(
     if device == "cuda" and (gpu is not None or gpu_memory is not None):
         card = find_card(gpu or "this card", gpu_memory, gpu_tflops)
     cfg, amopo = load(path, device, gpus)
+    if amopo.all_responses:
+        raise ConfigError(
+            f"{path}: the plan knows pairs alone, and objective {amopo.objective} takes all "
+            "responses of a prompt; plan it with objective: simpo. A prompt with N responses takes "
+            "about N / 2 times what a pair takes."
+        )
     if amopo.group_by_prompt:
         raise ConfigError(
             f"{path}: the plan knows pairs alone; plan it with amopo.group_by_prompt: false. A "

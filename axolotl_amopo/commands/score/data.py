@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -115,11 +115,13 @@ def rated_pairs(
 
 
 def pairs_by_example(preparation: Preparation) -> dict[int, list[RatedPair]]:
-    """By example id, the pairs of every row that was prepared: one, or all of a prompt's."""
+    """By example id, the pairs of every row that was prepared: none, one, or all of a prompt's."""
     groups = (group for _, groups in preparation.prompts() for group in groups)
     ids = dict(zip(preparation.kept, preparation.prepared["example_id"], strict=True))
     return {
-        ids[number]: [(preparation.format, preparation.rule, pair) for pair in group]
+        ids[number]: [
+            (preparation.format, preparation.rule, pair) for pair in group if not pair.alone
+        ]
         for number, group in enumerate(groups)
         if number in ids
     }
@@ -138,14 +140,20 @@ def example_of(
 
     That one is never longer than they are, so what is shortened is shortened as in training.
     """
-    row = as_text([pair], rule, format.where([pair]))
+    # Where weights stand in the prompts, each dimension is read where it has all the weight.
+    row = as_text([pair], replace(rule, grid=True), format.where([pair]))
+    count = len(format.config.criteria)
+    kept = range(0, count * count, count + 1) if row["weights"] else range(count)
+    for name in ("reads", "signs", "points"):
+        row[name] = [row[name][c] for c in kept]
     prompts = len(row["follows"]) // 2
     row["instructions"] = [*row["instructions"], ""]
     row["follows"] = [*row["follows"], *[len(row["instructions"]) - 1] * 2]
     row["reads"] = [*row["reads"], prompts]
     row["signs"] = [*(sign * own for sign in row["signs"]), int(plain)]
     row["points"] = [*row["points"], math.nan]
-    row["ratings"] = [math.nan] * (2 * len(row["points"]))  # not needed here
+    row["ratings"] = [math.nan] * (2 * len(row["points"]))  # not needed here, nor the next two
+    row["weights"], row["fit"] = [], []
     prepared = prepare_row(row, chat=chat, **format.tokenizing() | {"drop_bad": False})
     return Example.from_row(prepared)
 
@@ -153,10 +161,11 @@ def example_of(
 def labels_of(format: DatasetFormat, rule: PairRule, pair: Pair) -> list[int]:
     """Return [K], which response each rating prefers.
 
-    With `winner: per_dimension` as in training. With `winner: overall` training has the overall
-    winner win under every prompt; here each dimension's own ratings count.
+    With `winner: overall` training has the overall winner win under every prompt; here each
+    dimension's own ratings count. Else as in training, so with `winner: nearest` the response is
+    preferred whose rating is nearer to the one that is asked for.
     """
-    if format.config.winner == "per_dimension":
+    if format.config.winner != "overall":
         return pair.signs
     own = [rule.gap(pair, name) for name in format.config.dimension_names]
     return [1] * format.config.overall + [int(np.sign(np.nan_to_num(value))) for value in own]
