@@ -16,7 +16,7 @@ from transformers import JambaConfig, JambaForCausalLM, MixtralConfig, MixtralFo
 from axolotl_amopo.commands.report.findings import findings
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.example import Example
-from axolotl_amopo.objectives import Draw, gradients
+from axolotl_amopo.objectives import OBJECTIVES, Draw, gradients
 from axolotl_amopo.training import reference
 from axolotl_amopo.training import trainer as training_trainer
 from axolotl_amopo.training.collator import AMoPOCollator
@@ -160,6 +160,30 @@ def against_reference(folder, model, data, **changes):
     values = runs.config(folder, model, data, amopo=block, **changes)
     trainer = runs.train(runs.write_config(folder, values))
     return trainer, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "mrpo"])
+def test_every_objective_trains(objective, tmp_path, tiny_model, groups):
+    """By its name alone, with an adapter, on prompts with several responses; and is evaluated."""
+    values = runs.config(
+        tmp_path,
+        tiny_model,
+        groups,
+        amopo={"objective": objective, "dimensions": ["helpfulness", "honesty"]},
+        test_datasets=[{"path": str(groups), "type": "amopo.rated", "scale": [1, 5]}],
+        num_epochs=9,
+        max_steps=4,
+        eval_steps=4,
+        learning_rate=1e-2,
+        micro_batch_size=16,  # the same rows in every step
+        **runs.LORA,
+    )
+    history = runs.train(runs.write_config(tmp_path, values)).state.log_history
+    first = next(entry for entry in history if "loss" in entry)
+    before, *_, after = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert after < before - 1e-4
+    if "reference" in OBJECTIVES[objective]().needs:
+        assert abs(first["rewards/margins"]) < 1e-5
 
 
 REFERENCES = {
