@@ -3,14 +3,14 @@
 from importlib.metadata import version
 from typing import Any
 
-__version__ = version("axolotl-amopo")
-
 __all__ = ["AMoPOPlugin", "amopo_loss"]
 
 
 def __getattr__(name: str) -> Any:
     # `axolotl --help` imports this package for the summary of `axolotl amopo`; it must not wait
     # for torch.
+    if name == "__version__":
+        return version("axolotl-amopo")  # not at once: `model` also works from a bare checkout
     if name == "AMoPOPlugin":
         from axolotl_amopo.plugin import AMoPOPlugin
 

@@ -4,6 +4,8 @@
         [--output FOLDER]
     python benchmarks/gpu.py --dry-run      # anywhere: a tiny model of the same family
 
+It is the second part of what a GPU is asked; `gpu_model.py` is the first, which needs no axolotl.
+
 The model has the shape of a public one (their names are in `axolotl_amopo/commands/plan/models.py`)
 and random weights, so nothing is downloaded: memory and speed don't depend on what the weights say.
 Its pairs are made up, all as long as `sequence_len` lets through, for that is what a plan's memory

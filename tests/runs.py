@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,13 @@ def command(*arguments: str, cwd: Path, check: bool = True, **environment: str):
     if check and done.returncode:
         raise AssertionError(f"{arguments} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     return done
+
+
+def script(path: str, *arguments: str) -> None:
+    """Run a script in this process as a command would; for `fork_server`."""
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, str(Path(path).parent))
+    runpy.run_path(path, run_name="__main__")
 
 
 def losses(trainer) -> list[float]:

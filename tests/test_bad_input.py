@@ -284,8 +284,24 @@ CONFIGS = {
         ["weights: a, which train_on names, has a share of 0.01", "at least 0.05"],
     ),
     "what the trainer does not supply": (
-        {"amopo": {"objective": "dpo"}},
-        ["amopo.objective: dpo needs reference, which this version does not supply"],
+        {"amopo": {"objective": "mrpo"}},
+        ["amopo.objective: mrpo needs references, which this version does not supply"],
+    ),
+    "gradients per criterion under ZeRO": (
+        {"amopo": {"objective": "raco"}, "deepspeed": {"zero_optimization": {"stage": 1}}},
+        ["amopo.gradients: cagrad can't go with deepspeed", "take DDP or FSDP2"],
+    ),
+    "gradients per criterion of parts": (
+        {"amopo": {"objective": "mgda", "one_prompt_at_a_time": True}},
+        ["amopo.gradients: mgda can't go with amopo.one_prompt_at_a_time"],
+    ),
+    "a reference that nothing needs": (
+        {"amopo": {"objective": "simpo", "reference": "initial"}},
+        ["amopo.reference: initial can't go with objective simpo, which has no reference"],
+    ),
+    "no reference for an objective that needs one": (
+        {"amopo": {"objective": "dpo", "reference": "none"}},
+        ["amopo.reference: none can't go with objective dpo, which compares with a reference"],
     ),
     "a contrast of one prompt": (
         {"amopo": {"objective": "simpo", "contrast": 0.1}},

@@ -18,6 +18,8 @@ from pydantic import ValidationError
 
 from axolotl_amopo.config.block import AMoPOConfig, Dimension
 from axolotl_amopo.config.datasets import prepare_entries
+from axolotl_amopo.config.instructions import nearest_level, number
+from axolotl_amopo.data.examples import as_text
 from axolotl_amopo.data.pairing import (
     CLOSE,
     IDENTICAL,
@@ -692,9 +694,71 @@ def test_what_responses_of_a_group_follow(name):
     assert len(set(made.instructions)) == len(made.instructions)
 
 
+# Winners rated 90 and 100 of 100, and 3.6 and 4 of 5.
+NEARLY = [(100, 4), (90, 3.6), (10, 1)]
+
+
+@pytest.mark.parametrize("mode", [{}, OWN])
+def test_ratings_that_round_alike_share_a_prompt(mode):
+    exact, _ = prompted_of(NEARLY, **SHOW | mode)
+    made, config = prompted_of(NEARLY, **SHOW | mode, rating_levels=5)
+    assert {"help=100", "help=90", "truth=4", "truth=3.6"} < set(exact.instructions)
+    low = {"help=0", "truth=1", "help=0 truth=1"} if mode else set()
+    assert set(made.instructions) == {"help=100", "truth=4", "help=100 truth=4"} | low
+    assert len(made.follows) == 3  # one per criterion
+    # What an objective reads of a row stays exact.
+    rule = PairRule(config, SCALES)
+    pairs = list(rule.pairs(rated_prompt(NEARLY), Counter()))
+    ratings = as_text(pairs, rule, "here")["ratings"]
+    assert ratings == pytest.approx([0.875, 1, 0.75, 0.775, 0.9, 0.65, 0.05, 0.1, 0])
+
+
+@pytest.mark.parametrize(
+    ("scale", "levels", "ratings", "said"),
+    [
+        ((1, 5), 5, [1, 2, 3, 4, 5], ["1", "2", "3", "4", "5"]),
+        ((1, 5), 9, [1.5, 4], ["1.5", "4"]),
+        ((0, 100), 21, [85, 100], ["85", "100"]),
+        ((1, 5), 3, [2, 2.99, 4], ["3", "3", "5"]),  # what is halfway goes up
+        ((0, 1), 11, [0.15, 0.25, 0.349], ["0.2", "0.3", "0.3"]),
+        ((-2, 2), 2, [-2, -0.01, 0], ["-2", "-2", "2"]),
+        ((0, 4), 4, [1, 3], ["1.33", "2.67"]),
+    ],
+)
+def test_levels_of_a_scale(scale, levels, ratings, said):
+    assert [number(nearest_level(rating, scale, levels)) for rating in ratings] == said
+    text = instructions(
+        [(ratings[-1], scale[1]), (ratings[-1], scale[0])],
+        [{"name": name, "scale": scale} for name in SCALES],
+        rating_levels=levels,
+    )[1]
+    assert f"help is {said[-1]} of {scale[1]}." in text
+
+
+@given(st.data())
+def test_a_level_is_the_nearest(data):
+    low, high = sorted(data.draw(st.sets(st.integers(-10, 10), min_size=2, max_size=2)))
+    levels = data.draw(st.integers(2, 12))
+    rating = data.draw(st.floats(low, high))
+    every = [low + i * (high - low) / (levels - 1) for i in range(levels)]
+    found = nearest_level(rating, (low, high), levels)
+    assert found in every
+    assert abs(found - rating) <= min(abs(level - rating) for level in every) + 1e-6
+
+
+@pytest.mark.parametrize(
+    "block", [{"rating_in_prompt": "none"}, SILENT, {"objective": "simpo"}, ALONE | SILENT]
+)
+def test_levels_that_no_prompt_asks_for(block):
+    with pytest.raises(ValidationError, match=r"rating_levels: has no effect with .*; remove it"):
+        AMoPOConfig(dimensions=list(SCALES), rating_levels=5, **block)
+    AMoPOConfig(dimensions=list(SCALES), **block)
+
+
 @pytest.mark.parametrize(
     ("change", "same"),
     [
+        ({"rating_levels": 5}, False),
         ({"instruction_place": "after"}, False),
         ({"instruction_place": "before"}, True),  # the default
         ({"instruction": "Be good."}, False),

@@ -39,7 +39,9 @@ def path(tmp_path_factory, tiny_model):
     folder = tmp_path_factory.mktemp("inspect")
     data = write_jsonl(folder / "data.jsonl", [*ROWS, ROWS[1]])
     test = [{"path": str(write_jsonl(folder / "eval.jsonl", EVAL)), "type": "amopo.rated"}]
-    values = config(folder, tiny_model, data, test_datasets=[test[0] | {"scale": [1, 5]}])
+    block = {"dimensions": ["helpfulness", "honesty"], "rating_levels": 5}
+    test[0]["scale"] = [1, 5]
+    values = config(folder, tiny_model, data, test_datasets=test, amopo=block)
     return write_config(folder, values)
 
 
@@ -61,6 +63,7 @@ def test_counts(report):
     assert train.dropped == {"pairs whose responses tie": 1}
     assert (train.repeated_prompts, train.repeated_pairs) == (1, 1)
     assert (report.train_rows, report.eval_rows, report.shared_prompts) == (3, 1, 1)
+    assert train.prompts_per_example == 3
 
 
 def test_ratings(report):
@@ -121,7 +124,7 @@ def test_the_page_has_the_numbers_and_runs_nothing(report):
     parsed.feed(text)
     assert "script" not in parsed.tags and "b>answer" in parsed.words
     assert "<b>answer" not in text
-    assert "33%" in parsed.words
+    assert "33%" in parsed.words and "rounded to 5 levels" in parsed.words
     assert len(re.findall(r'<i style="height', text)) == sum(
         len(counts) for e in report.entries for counts in [e.token_counts, *e.ratings.values()]
     )
@@ -158,6 +161,7 @@ def test_the_command(path, tmp_path):
     done = run(path, "--rows", 1, "--find", "“très” one")
     assert done.exit_code == 0, done.output
     assert "A longer answer than that." in done.output and "Short." not in done.output
+    assert "3 different prompts per pair, with ratings rounded to 5 levels" in done.output
     assert "3 pairs to train on" in done.output and '"base_model"' not in done.output
     assert max(map(len, done.output.splitlines()[-20:])) <= 80
     html = tmp_path / "data.html"

@@ -689,8 +689,14 @@ def test_torchs_variable_length_kernel(name, monkeypatch):
 
 
 def test_values_narrower_than_queries_are_padded(monkeypatch):
-    """Multi-head latent attention has such; kernels want one size."""
-    monkeypatch.setattr(attention, "varlen_attn", lambda q, k, v, *_, **__: v[: len(q)])
+    """Multi-head latent attention has such; kernels want one size.
+
+    The kernel takes what torch 2.11's takes, which has no `enable_gqa`."""
+
+    def kernel(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+        return v[: len(q)]
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
     query, value = torch.randn(1, 4, 6, 8).half(), torch.randn(1, 4, 6, 5).half()
     forest = attention.PackedForest(Forest.of([pair([[1, 2]], [[3], [4, 5]])])[0], padding=1)
     places, _ = forest.varlen(query.device)
@@ -1040,6 +1046,7 @@ def test_what_fails_in_the_backward_pass_alone_falls_back():
     state = torch.get_rng_state()
     choice = choose_layout(model, batch_of(pairs()), "auto")
     assert choice.layout == "tree" and not choice.why_unshared
+    assert "packed layout, in training, fails with RuntimeError" in choice.why_not_cheaper
     with (
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(AMoPOError, match=r"packed layout, in training, fails.*no such kernel"),

@@ -1,6 +1,8 @@
 """What a config asks of processes, GPUs and files and can't have: one sentence, before loading."""
 
+import copy
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,14 +13,20 @@ from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.distributed import _get_parallel_config_kwargs
+from axolotl.utils.schemas.config import AxolotlInputConfig
+from axolotl.utils.schemas.enums import CustomSupportedOptimizers
 from bitsandbytes.optim import PagedAdamW8bit
 from pydantic import ValidationError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import trainer_optimizer
+from transformers import MixtralConfig, trainer_optimizer
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+from transformers.training_args import OptimizerNames
 
+from axolotl_amopo.config.axolotl_keys import SEQUENCE_LEN, steps_in_backward
+from axolotl_amopo.config.before_launch import check_before_launch
 from axolotl_amopo.config.devices import BITSANDBYTES, check_devices, check_layers, check_parallel
+from axolotl_amopo.config.take_over import take_over
 from axolotl_amopo.errors import ConfigError
 
 DATA = runs.ROOT / "quickstart" / "train.jsonl"
@@ -221,14 +229,111 @@ def _launched(monkeypatch, local_rank: str | None, world: int) -> None:
             monkeypatch.delenv(name, raising=False)
 
 
-def run_hook(changes, preprocess=False):
-    """The hook that `axolotl train` calls first, with a validated config."""
+def enabled_plugin():
     from axolotl_amopo.plugin import AMoPOPlugin
 
     plugin = AMoPOPlugin()
     plugin.enabled = True
+    return plugin
+
+
+def run_hook(changes, preprocess=False):
+    """The hook that `axolotl train` calls first, with a validated config."""
     cfg = DictDefault({"amopo": {"enabled": True}} | changes)
-    assert plugin.load_datasets(cfg, preprocess=preprocess) is None
+    assert enabled_plugin().load_datasets(cfg, preprocess=preprocess) is None
+
+
+# name: (axolotl's keys, the block's, parts of the error's text)
+IN_PARTS = {
+    "fewer tokens than a sequence": (
+        {"sequence_len": 1024},
+        {"max_tokens": 1000},
+        ["amopo.max_tokens: 1000", "sequence_len, 1024", "write at least 1024"],
+    ),
+    "fewer tokens than axolotl's default": (
+        {"sequence_len": None},
+        {"max_tokens": 511},
+        ["amopo.max_tokens: 511", "sequence_len, 512"],
+    ),
+    "fewer tokens than an evaluated sequence": (
+        {"eval_sequence_len": "2048"},
+        {"max_tokens": 512},
+        ["amopo.max_tokens: 512", "eval_sequence_len, 2048"],
+    ),
+    "an optimizer in the backward pass": (
+        {"optimizer": "lomo"},
+        {"max_tokens": 512, "one_prompt_at_a_time": True},
+        ["optimizer: lomo", "remove amopo.max_tokens and amopo.one_prompt_at_a_time."],
+    ),
+    "a router's loss": (
+        {"overrides_of_model_config": {"output_router_logits": True}},
+        {"one_prompt_at_a_time": True},
+        ["output_router_logits: true", "remove amopo.one_prompt_at_a_time", "_logits: false}"],
+    ),
+}
+WHOLE = {
+    "a sequence per part": ({}, {"max_tokens": 512}),
+    "the same, by default": ({"sequence_len": None}, {"max_tokens": 512}),
+    "optimizers, whole": ({"optimizer": "lomo"}, {}),
+    "optimizers, in parts": ({"optimizer": "galore_adamw"}, {"one_prompt_at_a_time": True}),
+    "a router, whole": ({"overrides_of_model_config": {"output_router_logits": True}}, {}),
+    "a router without a say": (
+        {"overrides_of_model_config": {"output_router_logits": True, "router_aux_loss_coef": 0}},
+        {"one_prompt_at_a_time": True},
+    ),
+}
+
+
+def values_in_parts(tmp_path, tiny_model, changes, block):
+    values = runs.config(tmp_path, tiny_model, DATA, amopo={"dimensions": ["help"]} | block)
+    return {key: value for key, value in (values | changes).items() if value is not None}
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_refused_in_parts(name, tmp_path, tiny_model):
+    changes, block, parts = IN_PARTS[name]
+    values = values_in_parts(tmp_path, tiny_model, changes, block)
+    with_data = {"with_data": False}
+    for check in (partial(check_before_launch, **with_data), partial(take_over, **with_data)):
+        text = refusal(check, copy.deepcopy(values))
+        assert all(part in text for part in parts), text
+        assert "\n" not in text
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_accepted_in_parts(name, tmp_path, tiny_model):
+    changes, block = WHOLE[name]
+    check_before_launch(values_in_parts(tmp_path, tiny_model, changes, block), with_data=False)
+
+
+def test_a_router_of_the_models_own_config(tmp_path):
+    """Its config.json asks for the loss; the YAML may say otherwise."""
+    MixtralConfig(output_router_logits=True).save_pretrained(tmp_path)
+    path = runs.write_config(tmp_path, {})
+    cfg = DictDefault(
+        base_model=str(tmp_path),
+        amopo={"enabled": True, "max_tokens": 512},
+        axolotl_config_path=str(path),
+    )
+    hook = enabled_plugin().pre_model_load
+    assert "remove amopo.max_tokens" in refusal(hook, cfg)
+    cfg.overrides_of_model_config = {"output_router_logits": False}
+    hook(cfg)
+    del cfg["overrides_of_model_config"], cfg["amopo"]["max_tokens"]
+    hook(cfg)
+
+
+def test_what_steps_in_the_backward_pass():
+    """By name, all of transformers'; whoever adds one must look at it. axolotl's own have none."""
+    known = {name.value for name in OptimizerNames}
+    found = {name for name in known if steps_in_backward(name)}
+    assert found == {name for name in known if "lomo" in name or "layerwise" in name}
+    assert len(found) == 6
+    assert not any(steps_in_backward(name.value) for name in CustomSupportedOptimizers)
+
+
+def test_axolotls_default_length():
+    assert AxolotlInputConfig.model_fields["sequence_len"].default == SEQUENCE_LEN
 
 
 def test_sharding_in_a_single_process(monkeypatch):

@@ -21,6 +21,7 @@ from axolotl_amopo.commands.generate.questions import read_prompts, text_prompt
 from axolotl_amopo.commands.kit.generator import Generator, Sampling, stop_ids, vllm_lora_rank
 from axolotl_amopo.commands.kit.models import chat_tokenizer, find_model, load_tokenizer
 from axolotl_amopo.commands.template.steered import steered_template
+from axolotl_amopo.config.block import AMoPOConfig
 from axolotl_amopo.config.instructions import (
     DEFAULT_INSTRUCTION,
     DEFAULT_OVERALL_INSTRUCTION,
@@ -184,6 +185,24 @@ def test_a_sweep_takes_whole_steps_or_ten():
     assert SteeredDimension(name="a", scale=(-0.5, 1.5)).ratings() == [-0.5, 0.5, 1.5]
     assert SteeredDimension(name="a", scale=(0, 100)).ratings() == list(range(0, 101, 10))
     assert SteeredDimension(name="a", scale=(0, 0.5)).ratings()[:2] == [0, 0.05]
+
+
+def test_ratings_are_rounded_as_in_training(tokenizer):
+    made = steering(rating_levels=3)
+    every = made.instruction({"overall": None, "helpfulness": 3.9})
+    assert re.findall(r"aim for (\S+)\.", every) == ["3", "1", "-2"]
+    assert made.instruction({"toxicity": 1.5}) == made.instruction({"toxicity": 2})
+    assert made.instruction({"is_safe": 0.25}).endswith("is safe is 0.5 of 1.")
+    assert made.dimensions[0].ratings(3) == [1, 3, 5]
+    scales = {d.name: d.scale for d in made.dimensions}
+    config = AMoPOConfig(dimensions=list(scales), rating_levels=3)
+    assert Steering.from_config(config, scales).rating_levels == 3
+    for levels in (2, 3, 4):
+        made = steering(rating_levels=levels)
+        template = steered(SMOLLM, made)
+        check(tokenizer, template, made)
+        with pytest.raises(AMoPOError, match="where training rendered"):
+            check(tokenizer, template, steering())  # that training did not round
 
 
 # Against training

@@ -16,8 +16,12 @@ from transformers import JambaConfig, JambaForCausalLM, MixtralConfig, MixtralFo
 from axolotl_amopo.commands.report.findings import findings
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.example import Example
-from axolotl_amopo.objectives import Draw
+from axolotl_amopo.objectives import Draw, gradients
+from axolotl_amopo.training import reference
+from axolotl_amopo.training import trainer as training_trainer
 from axolotl_amopo.training.collator import AMoPOCollator
+from axolotl_amopo.training.gradients import directions
+from axolotl_amopo.training.reference import AdapterOff, Precomputed
 from axolotl_amopo.training.runs import read_run
 
 ROWS = 8
@@ -148,6 +152,129 @@ def test_the_loss_of_a_router_is_trained(tmp_path, tokenizer, data):
     assert "terms/router" not in plain and routed["terms/router"] > 5.0  # 1 per layer is balance
     assert routed["loss"] == pytest.approx(plain["loss"] + routed["terms/router"], rel=1e-4)
     assert routed["grad_norm"] > 1.1 * plain["grad_norm"]
+
+
+def against_reference(folder, model, data, **changes):
+    """The trainer, and the logs of three steps, of DPO."""
+    block = {"objective": "dpo", "dimensions": ["helpfulness", "honesty", "safety"]}
+    values = runs.config(folder, model, data, amopo=block, **changes)
+    trainer = runs.train(runs.write_config(folder, values))
+    return trainer, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+REFERENCES = {
+    "full": {},
+    "lora": runs.LORA | {"lora_dropout": 0.3},
+    "dora": runs.LORA | {"peft_use_dora": True},
+    "saved head": runs.LORA | {"lora_modules_to_save": ["lm_head"]},
+    # Of the largest singular values, which it takes out of the base.
+    "pissa": runs.LORA | {"peft_init_lora_weights": "pissa"},
+}
+
+
+@pytest.mark.parametrize("method", REFERENCES)
+def test_the_policy_begins_as_its_reference(method, tmp_path, tiny_model, data):
+    """At step 0 every margin is 0, and the loss is log 2 of each dimension that tells the pair's
+    responses apart."""
+    trainer, (first, *_, last) = against_reference(
+        tmp_path, tiny_model, data, micro_batch_size=ROWS, num_epochs=3, **REFERENCES[method]
+    )
+    signs = torch.tensor([Example.from_row(row).signs for row in trainer.train_dataset])
+    share = (signs != 0).float().mean().item()
+    assert first["loss"] == pytest.approx(share * math.log(2), abs=1e-6)
+    assert abs(first["rewards/margins"]) < 1e-6
+    assert abs(last["rewards/margins"]) > 1e-4
+    kind = Precomputed if method in ("full", "pissa") else AdapterOff
+    assert type(trainer.reference) is kind
+
+
+@pytest.mark.parametrize("fault", ["dropout", "adapter"])
+def test_another_beginning_is_found(fault, tmp_path, tiny_model, data, monkeypatch):
+    """A policy with dropout, or an adapter that does not begin at zero taken for one that does."""
+    if fault == "dropout":
+        monkeypatch.setattr(training_trainer, "turn_dropout_off", lambda model: None)
+    else:
+        monkeypatch.setattr(reference, "STARTS_AT_ZERO", ("pissa",))
+    changes = REFERENCES["pissa"] | {"lora_dropout": 0.3 * (fault == "dropout")}
+    _, (first, *_) = against_reference(
+        tmp_path, tiny_model, data, micro_batch_size=ROWS, num_epochs=3, **changes
+    )
+    assert abs(first["rewards/margins"]) > 1e-5
+
+
+def test_a_reference_taken_once_is_that_of_every_step(tmp_path, tiny_model, data, monkeypatch):
+    """With an adapter both ways are possible."""
+    logs = []
+    for name, ways in (("off", reference.STARTS_AT_ZERO), ("once", ())):
+        monkeypatch.setattr(reference, "STARTS_AT_ZERO", ways)
+        folder = tmp_path / name
+        folder.mkdir()
+        logs.append(against_reference(folder, tiny_model, data, **runs.LORA)[1])
+    for one, other in zip(*logs, strict=True):
+        for name in ("loss", "rewards/margins", "rewards/chosen"):
+            # Of sums over hundreds of tokens.
+            assert one[name] == pytest.approx(other[name], abs=1e-5)
+
+
+def test_a_resumed_run_keeps_its_reference(tmp_path, tiny_model, data):
+    """Full fine-tuning: what is compared with is the model as training found it."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for folder in (whole, resumed):
+        folder.mkdir()
+    steps = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+    _, logs = against_reference(whole, tiny_model, data, **steps)
+    checkpoint = whole / "out" / "checkpoint-1"
+    assert (checkpoint / reference.FILE).is_file()
+    changes = {"resume_from_checkpoint": str(checkpoint)}
+    _, again = against_reference(resumed, tiny_model, data, **changes)
+    assert [entry["loss"] for entry in again[1:]] == [entry["loss"] for entry in logs[1:]]
+    (checkpoint / reference.FILE).write_bytes(b"damaged")
+    with pytest.raises(AMoPOError, match=r"amopo_reference\.npz"):
+        against_reference(resumed, tiny_model, data, **changes)
+
+
+def test_a_step_of_several_gradients(tmp_path, tiny_model, data):
+    """RACO's step is made of those of its dimensions alone, however the batch is cut."""
+    names = ["helpfulness", "honesty", "safety"]
+
+    def step(name, micro_batch=4, **block):
+        changes = {"micro_batch_size": micro_batch, "gradient_accumulation_steps": 4 // micro_batch}
+        changes["rl_beta"] = 0.2
+        return one_step(tmp_path / name, tiny_model, data, amopo=block, **changes)
+
+    def flat(change):
+        return torch.cat([change[name].flatten() for name in sorted(change)]).double()
+
+    alone = torch.stack(
+        [
+            flat(step(name, objective="dpo", weights={n: float(n == name) for n in names})[1])
+            for name in names
+        ]
+    )  # [3, D] of minus the gradients
+    gram, weights = gradients.gram(alone), torch.full((3,), 1 / 3, dtype=torch.float64)
+    shares = gradients.cagrad(gram, weights, c=0.4, clip=True)
+    assert (shares - weights).abs().max() > 1e-2  # not the plain sum
+    for micro_batch in (4, 2, 1):  # one pass per dimension, two, one per example
+        logged, change = step(f"raco-{micro_batch}", micro_batch, objective="raco")
+        torch.testing.assert_close(flat(change), shares @ alone, rtol=1e-4, atol=1e-6)
+        for name, share in zip(names, shares.tolist(), strict=True):
+            assert logged[f"gradients/{name}/share"] == pytest.approx(share, rel=1e-4)
+        cosine = gram[0, 1] / (gram[0, 0] * gram[1, 1]).sqrt()
+        found = logged["gradients/helpfulness-honesty/cosine"]
+        assert found == pytest.approx(cosine.item(), abs=1e-4)
+
+
+def test_gradients_that_are_multiples_need_one_pass():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(2, 1, 2, 5, generator=generator)  # [B, K, N, T]
+    shares = torch.tensor([[1.0, -2.0], [0.5, 0.0], [-3.0, 1.0]])  # [C, B]
+    wanted = shares[:, :, None, None, None] * base
+    for rows, count in ((wanted, 2), (wanted[:, :1], 1), (torch.randn(3, 2, 1, 2, 5), 3)):
+        found = directions(rows)
+        assert len(found) == count
+        made = sum(share[:, None, None, None, None] * vector for vector, share in found)
+        torch.testing.assert_close(made, rows)
+    assert len(directions(torch.zeros(3, 1, 1, 2, 5))) == 1
 
 
 def test_instruction_after_the_question(tokenizer, data):

@@ -2,12 +2,13 @@
 
 import difflib
 import importlib
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import fields
+from typing import Any
 
 from axolotl.cli.args import EvaluateCliArgs, InferenceCliArgs, PreprocessCliArgs, TrainerCliArgs
 
-from axolotl_amopo.config.block import known_keys
+from axolotl_amopo.config.block import AMoPOConfig, known_keys, read_block
 from axolotl_amopo.errors import ConfigError
 
 COMMAND_ARGUMENTS = (TrainerCliArgs, EvaluateCliArgs, PreprocessCliArgs, InferenceCliArgs)
@@ -21,7 +22,7 @@ INCOMPATIBLE: dict[str, str] = {
     "train_on_inputs": "set it to false: the loss is over the responses only",
     "reward_model": "remove it: AMoPO trains without a reward model",
     "process_reward_model": "remove it: AMoPO trains without a reward model",
-    "rl_adapter_ref_model": "remove it: AMoPO trains without a reference model",
+    "rl_adapter_ref_model": "remove it: amopo.reference says what an objective compares with",
     "pretraining_dataset": "use datasets: with a type of amopo.*",
     "streaming": "set it to false: pairs are made from the whole dataset",
     "skip_prepare_dataset": "set it to false: pairs are made while the dataset is prepared",
@@ -35,7 +36,7 @@ INCOMPATIBLE: dict[str, str] = {
     "dpo_ld_alpha": "remove it: it belongs to rl: dpo",
     "dpo_padding_free": "remove it: it belongs to rl: dpo; amopo.share_prompt saves more",
     "dpo_use_liger_kernel": "remove it: it belongs to rl: dpo; logits are made in chunks here too",
-    "precompute_ref_log_probs": "remove it: AMoPO trains without a reference model",
+    "precompute_ref_log_probs": "remove it: see amopo.reference, taken once where needed",
     "center_rewards_coefficient": "remove it: AMoPO trains without a reward model",
     "rpo_alpha": "remove it: it belongs to rl: dpo",
     "cpo_alpha": "remove it: it belongs to rl: simpo",
@@ -107,6 +108,9 @@ NO_EFFECT: tuple[str, ...] = (
 )
 
 
+# axolotl's default. Its schema takes too long to import for the check before a launch.
+SEQUENCE_LEN = 512
+
 # What axolotl's commands put into the raw config beside the YAML's keys.
 COMMAND_LINE_KEYS = {
     *(field.name for arguments in COMMAND_ARGUMENTS for field in fields(arguments)),
@@ -163,6 +167,65 @@ def check_axolotl_keys(cfg: dict, known: Set[str] | None = None) -> list[str]:
     if named and cfg.get("cut_cross_entropy") is None:  # naming its plugin turns it on
         without_effect.append("cut_cross_entropy")
     return without_effect
+
+
+def check_parts(cfg: dict, config: AMoPOConfig) -> None:
+    """Refuse what can't go with a batch that runs in parts.
+
+    Raises:
+        ConfigError: naming the keys and what to write instead.
+    """
+    if not config.in_parts:
+        return
+    optimizer = str(cfg.get("optimizer"))
+    if steps_in_backward(optimizer):
+        raise ConfigError(
+            f"optimizer: {optimizer} takes its step inside the backward pass, and a batch in parts "
+            f"has several of those; write another, such as adamw_torch_8bit, or remove "
+            f"{config.in_parts}."
+        )
+    _check_router(config, cfg.get("overrides_of_model_config") or {})
+    for key in ("sequence_len", "eval_sequence_len"):
+        length = str(cfg.get(key) or (SEQUENCE_LEN if key == "sequence_len" else 0))
+        if config.max_tokens and length.isdigit() and config.max_tokens < int(length):
+            raise ConfigError(
+                f"amopo.max_tokens: {config.max_tokens} is less than {key}, {length}, which is "
+                f"what a prompt and one response may have; write at least {length}, or a smaller "
+                f"{key}."
+            )
+
+
+def steps_in_backward(optimizer: str) -> bool:
+    """Return whether an optimizer changes each weight as soon as its gradient is there.
+
+    In axolotl 0.21 these are transformers' own (`trainer_optimizer.py`), and none of axolotl's.
+    """
+    return optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise")
+
+
+def check_router(cfg: Any) -> None:
+    """Refuse the auxiliary loss that a model's own config asks for, if batches run in parts.
+
+    Args:
+        cfg: axolotl's validated config.
+
+    Raises:
+        ConfigError: naming the keys and what to write instead.
+    """
+    config = read_block(cfg)
+    if config.in_parts:
+        from axolotl.loaders.utils import load_model_config
+
+        _check_router(config, load_model_config(cfg).get_text_config().to_dict())
+
+
+def _check_router(config: AMoPOConfig, model: Mapping[str, Any]) -> None:
+    if model.get("output_router_logits") and model.get("router_aux_loss_coef", 1):
+        raise ConfigError(
+            "output_router_logits: true adds a loss over all tokens of a batch, which is not the "
+            f"sum over its parts; remove {config.in_parts}, or write overrides_of_model_config: "
+            "{output_router_logits: false}."
+        )
 
 
 def schema_keys() -> set[str]:

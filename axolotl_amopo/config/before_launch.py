@@ -13,7 +13,7 @@ from typing import Any
 
 from axolotl.cli.config_options import AXOLOTL_CONFIG_CLI_OPTIONS
 
-from axolotl_amopo.config.axolotl_keys import check_axolotl_keys
+from axolotl_amopo.config.axolotl_keys import check_axolotl_keys, check_parts
 from axolotl_amopo.config.block import AMoPOConfig, parse_block, plain, read_beta
 from axolotl_amopo.config.datasets import read_entries
 from axolotl_amopo.config.devices import check_parallel
@@ -43,6 +43,7 @@ def check_before_launch(cfg: dict, *, with_data: bool = True) -> None:
     config = parse_block(AMoPOConfig, plain(cfg.get("amopo")), "amopo")
     check_axolotl_keys(cfg, _known_keys(cfg))
     check_parallel(cfg)
+    check_parts(cfg, config)
     read_beta(cfg, config)
     for entry in read_entries(cfg):
         for file in check_files(entry.values, entry.where) if with_data else []:

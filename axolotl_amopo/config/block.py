@@ -39,7 +39,17 @@ OVERALL = "overall"
 # Fields of the block that the plugin fills in.
 INTERNAL = {"enabled", "datasets"}
 # What the trainer supplies of what objectives and settings need beside log-probabilities.
-SUPPLIED = {"ratings", "points", "weights", "all_responses", "token_counts", "drawn_weights", "fit"}
+SUPPLIED = {
+    "ratings",
+    "points",
+    "weights",
+    "reference",
+    "gradients",
+    "all_responses",
+    "token_counts",
+    "drawn_weights",
+    "fit",
+}
 
 Scale = Annotated[
     tuple[float, float],
@@ -175,6 +185,12 @@ class AMoPOConfig(BaseModel):
         description="Of the Dirichlet distribution that they are drawn from: below 1 it prefers "
         "corners",
     )
+    rating_levels: int | None = Field(
+        default=None,
+        ge=2,
+        description="Round the rating that a prompt asks for to so many evenly spaced levels of "
+        "the scale, so that responses with nearly equal ratings share a prompt; default: exact",
+    )
     instruction: str | None = Field(
         default=None,
         description="Jinja template of a dimension's instruction: dimension, description, min, "
@@ -194,6 +210,11 @@ class AMoPOConfig(BaseModel):
         default="auto",
         description="Run the prompt that responses share once. auto: where the model gives the "
         "same numbers; true: always, or stop; false: never",
+    )
+    reference: Literal["none", "initial"] | None = Field(
+        default=None,
+        description="What an objective compares the model with. initial: the model as training "
+        "found it; none: nothing; default: what the objective needs",
     )
     max_tokens: int | None = Field(
         default=None,
@@ -350,6 +371,16 @@ class AMoPOConfig(BaseModel):
         self._check_all_responses()
         check_together(self.make_objective(), self.make_settings())
         self._check_fit()
+        if self.rating_levels and not self._asks_for_ratings:
+            why = (
+                "rating_in_prompt: none"
+                if self.rating_in_prompt == "none"
+                else "instructions that are empty"
+            )
+            raise ValueError(
+                f"rating_levels: has no effect with {why}, since no prompt asks for a rating; "
+                "remove it"
+            )
         self._check_weights()
         return self
 
@@ -459,6 +490,10 @@ class AMoPOConfig(BaseModel):
                 f"rating_in_prompt: {self.rating_in_prompt} does not go with {takes} and chooses "
                 "none; write own or none"
             )
+
+    @property
+    def _asks_for_ratings(self) -> bool:
+        return self.rating_in_prompt != "none" and self.has_instructions
 
     def _check_weights(self) -> None:
         if self.weights_per_row:
@@ -587,6 +622,12 @@ class AMoPOConfig(BaseModel):
         total = sum(self.weights.values())
         return [self.weights[name] / total for name in self.criteria]
 
+    @property
+    def in_parts(self) -> str:
+        """Return the keys by which batches run in parts, empty where they run whole."""
+        keys = ("max_tokens", "one_prompt_at_a_time")
+        return " and ".join(f"amopo.{key}" for key in keys if getattr(self, key))
+
     def hyperparameters(self) -> dict[str, Any]:
         """Return the objective's fields, and those of settings that are set.
 
@@ -632,6 +673,13 @@ def check_needs(config: AMoPOConfig) -> None:
         ConfigError: naming the key and what is lacking.
     """
     needs = [("objective", config.objective, config.make_objective().needs)]
+    wants = "reference" in needs[0][2]
+    if config.reference == ("none" if wants else "initial"):
+        raise ConfigError(
+            f"amopo.reference: {config.reference} can't go with objective {config.objective}, "
+            f"which {'compares with' if wants else 'has'} {'a' if wants else 'no'} reference; "
+            "remove it."
+        )
     for setting in config.make_settings():
         switch = next(iter(vars(setting)))
         needs.append((switch, getattr(setting, switch), setting.needs))

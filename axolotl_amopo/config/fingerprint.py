@@ -23,6 +23,7 @@ ROWS_VERSION = 3
 NOT_IN_ROWS = {
     "objective",
     "weights",
+    "reference",
     "share_prompt",
     "max_tokens",
     "one_prompt_at_a_time",

@@ -4,6 +4,7 @@ Templates are Jinja, rendered in a sandbox: a shared YAML runs no code.
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,18 @@ DEFAULT_WEIGHTS_INSTRUCTION = (
 def number(value: float) -> str:
     """Return a rating as people write it: 4, 3.5, 3.67."""
     return f"{round(value, 2):g}"
+
+
+def nearest_level(rating: float, scale: Sequence[float], levels: int) -> float:
+    """Return the nearest of so many evenly spaced ratings of a scale, both ends among them.
+
+    What is halfway between two becomes the higher one.
+    """
+    low, high = scale
+    steps = levels - 1
+    # The little on top: floats may make less of what is halfway.
+    step = math.floor((rating - low) / (high - low) * steps + 0.5 + 1e-9)
+    return low + step * (high - low) / steps
 
 
 @functools.lru_cache(maxsize=64)

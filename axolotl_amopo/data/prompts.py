@@ -4,8 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from axolotl_amopo.config.instructions import Asked, instruction, overall_instruction
-from axolotl_amopo.data.pairing import Asks, Pair, Scales
+from axolotl_amopo.config.instructions import (
+    Asked,
+    instruction,
+    overall_instruction,
+)
+from axolotl_amopo.data.pairing import Asks, Pair, Scales, at_levels
 from axolotl_amopo.data.rows import Message, Ratings
 from axolotl_amopo.example import flat
 
@@ -68,7 +72,8 @@ def prompted(
             follows = (text(criterion, rated, weights),) * len(used)
         if (vector, follows) not in prompts:
             common = config.rating_in_prompt != "own" and list(texts)[follows[0]] != ""
-            asked = None if config.rating_in_prompt == "none" else rated
+            asked = at_levels(rated, scales, config.rating_levels)
+            asked = None if config.rating_in_prompt == "none" else asked
             asks.append(Asks(dimensions_of(config, criterion) if common else [], asked, weights))
         return prompts.setdefault((vector, follows), len(prompts))
 
@@ -109,6 +114,7 @@ def instruction_of(
         ratings: of the response whose ratings are asked for.
         weights: [D], where the prompt states them.
     """
+    ratings = at_levels(ratings, scales, config.rating_levels)
     asked: tuple[Asked, ...] = tuple(
         (
             dimension.name,

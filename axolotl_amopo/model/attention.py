@@ -7,7 +7,8 @@ functions are registered by name, and keyword arguments of the model's forward r
 
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -283,10 +284,20 @@ def packed_varlen(
         varlen["max_length_k"],
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        # Also keeps cuDNN out, which plans anew for every shape and aligns its mask otherwise.
-        enable_gqa=True,
+        **_grouped(varlen_attn),
     )
     return output[..., :size].unsqueeze(0)
+
+
+@cache
+def _grouped(kernel: Callable) -> dict[str, Any]:
+    """Return the option with which a kernel takes fewer key heads than query heads.
+
+    It also keeps cuDNN out, which plans anew for every shape and aligns its mask otherwise. Torch
+    2.11 has neither: by its source it groups heads unasked, and never asks cuDNN
+    (torch/nn/attention/varlen.py).
+    """
+    return {"enable_gqa": True} if "enable_gqa" in signature(kernel).parameters else {}
 
 
 def _as_wide_as(value: Tensor, query: Tensor) -> Tensor:

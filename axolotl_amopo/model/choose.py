@@ -47,6 +47,7 @@ class Choice(NamedTuple):
     own_logits: bool  # whether the logits must be made by the model's own forward
     why_own_logits: str = ""  # empty where they need not
     why_unshared: str = ""  # why prompts are not shared; empty where they are, or shall not be
+    why_not_cheaper: str = ""  # why not in a cheaper layout; empty where they are in the cheapest
 
 
 def choose_layout(
@@ -87,6 +88,7 @@ def choose_layout(
     config = causal.config.get_text_config()
     implementation = str(config._attn_implementation)
     reason = cannot_share(type(causal), config, implementation)
+    passed_over = ""
     if not reason:
         for layout in candidates(implementation, proof.device, compiled):
             with _Attention(causal, layout) as attention:
@@ -99,7 +101,8 @@ def choose_layout(
             if not reason:
                 if layout == "tree" and proof.device.type == "cuda":
                     torch.backends.cuda.enable_cudnn_sdp(False)
-                return Choice(layout, own_logits, why_own_logits)
+                return Choice(layout, own_logits, why_own_logits, why_not_cheaper=passed_over)
+            passed_over = reason
     if share_prompt is True:
         raise refusal(reason)
     return Choice("sequences", own_logits, why_own_logits, reason)
@@ -204,7 +207,7 @@ class _Proof:
         )[0]
 
     def _logps(self, *args: Any) -> Tensor:
-        with torch.no_grad(), _without_dropout(self.model):
+        with torch.no_grad(), without_dropout(self.model):
             return self._run(*args)
 
     def _noise(self, rounding: float) -> float:
@@ -365,7 +368,8 @@ def _steps_by_itself(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _without_dropout(model: nn.Module) -> Generator[None]:
+def without_dropout(model: nn.Module) -> Generator[None]:
+    """Put a model into evaluation mode as far as that is free of consequences."""
     # Not model.eval(): in evaluation mode, on some CPUs, bitsandbytes repacks 4-bit weights for
     # good in a way that can't be trained. Only a module's own parameters are looked at: a weight
     # that is computed (PEFT's of its base layer, axolotl's of NF4 shards) can't be outside forward.

@@ -6,14 +6,16 @@
      "dimensions": [{"name": "helpfulness", "description": null, "scale": [1, 5],
                      "direction": "higher"}, ...],
      "instruction": "...", "overall_instruction": "...", "instruction_place": "before",
-     "rating_in_prompt": "chosen", "chat_template_kwargs": {}, "eot_tokens": []}
+     "rating_in_prompt": "chosen", "rating_levels": null, "chat_template_kwargs": {},
+     "eot_tokens": []}
 
 Settings name dimensions and the ratings to aim for, which are the data's own: of a dimension whose
 lower ratings are better, 1 may be the best. One dimension is asked for by its own instruction,
 several by the overall one, with those alone in it; `overall` stands for all of them. A dimension
-without a rating is asked for at its best. A model that was trained with one prompt, which names all
-the dimensions (`prompts: one`), is asked for all of them, those that are not named at their best.
-Where the prompt stated weights instead of ratings (COS-DPO), numbers are weights from 0 to 1, and
+without a rating is asked for at its best. Where training rounded the ratings in its prompts
+(`rating_levels`), so does steering. A model that was trained with one prompt, which names all the
+dimensions (`prompts: one`), is asked for all of them, those that are not named at their best. Where
+the prompt stated weights instead of ratings (COS-DPO), numbers are weights from 0 to 1, and
 dimensions that are not named share what is left.
 """
 
@@ -56,11 +58,15 @@ class SteeredDimension(BaseModel):
     def best(self) -> float:
         return self.scale[0 if self.direction == "lower" else 1]
 
-    def ratings(self) -> list[float]:
-        """The ratings to try, one after the other: whole steps, or ten of a longer scale."""
+    def ratings(self, levels: int | None = None) -> list[float]:
+        """The ratings to try, one after the other: whole steps, or ten of a longer scale.
+
+        Args:
+            levels: how many evenly spaced ratings training had in its prompts, if it rounded them.
+        """
         low, high = self.scale
         whole = high - low == int(high - low) <= MOST_STEPS
-        steps = int(high - low) if whole else MOST_STEPS
+        steps = levels - 1 if levels else int(high - low) if whole else MOST_STEPS
         return [round(low + (high - low) * i / steps, 6) for i in range(steps + 1)]
 
 
@@ -78,6 +84,7 @@ class Steering(BaseModel):
     rating_in_prompt: Literal["chosen", "own", "none", "target"] = "chosen"
     one_prompt: bool = False  # whether every prompt of training named all the dimensions
     weighted: bool = False  # whether it stated weights of them
+    rating_levels: int | None = Field(default=None, ge=2)
     chat_template_kwargs: dict[str, Any] = {}
     eot_tokens: list[str] = []
 
@@ -121,6 +128,7 @@ class Steering(BaseModel):
             rating_in_prompt=config.rating_in_prompt,
             one_prompt=config.prompts == "one",
             weighted=config.draws_weights,
+            rating_levels=config.rating_levels,
             chat_template_kwargs=dict(chat_template_kwargs or {}),
             eot_tokens=list(eot_tokens or []),
         )
@@ -200,7 +208,11 @@ class Steering(BaseModel):
 
     def tries(self, dimension: SteeredDimension) -> list[float]:
         """The numbers to try, one after the other."""
-        return [step / 10 for step in range(11)] if self.weighted else dimension.ratings()
+        return (
+            [step / 10 for step in range(11)]
+            if self.weighted
+            else dimension.ratings(self.rating_levels)
+        )
 
     def dimension(self, name: str) -> SteeredDimension:
         """A dimension by its name.
@@ -260,6 +272,8 @@ class Steering(BaseModel):
                 rating = settings.get(d.name)
                 if rating is None and self.rating_in_prompt != "none":
                     rating = d.best
+                if rating is not None and self.rating_levels:
+                    rating = instructions.nearest_level(rating, d.scale, self.rating_levels)
                 asked.append((d.name, d.description, d.scale, rating))
         return asked
 

@@ -47,6 +47,7 @@ def steered(template: str, steering: Steering, settings: Settings | None = None)
         "ONE_PROMPT": repr(steering.one_prompt),
         "RATED": repr(steering.takes_numbers),
         "WEIGHTED": repr(steering.weighted),
+        "STEPS": repr(steering.rating_levels - 1 if steering.rating_levels else 0),
         "PLACE": repr(steering.instruction_place),
         "END": END,
     }
@@ -88,7 +89,10 @@ def check(tokenizer: Any, template: str, steering: Steering) -> None:
     told = [user, {"role": "assistant", "content": "So."}, {"role": "user", "content": "Really? "}]
     every: list[Settings] = [{}, *({d.name: None} for d in steering.dimensions)]
     if steering.takes_numbers and not steering.weighted:
-        every += [{d.name: rating} for d in steering.dimensions for rating in d.scale]
+        for d in steering.dimensions:
+            low, high = d.scale
+            between = round(low + 0.4 * (high - low), 2)  # as `written` writes it
+            every += [{d.name: rating} for rating in (low, between, high)]
     if steering.weighted:
         first, *others = (d.name for d in steering.dimensions)
         every += [{first: 0.35}, dict.fromkeys([first, *others], 0.7)]

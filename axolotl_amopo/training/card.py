@@ -28,7 +28,15 @@ MARK = "Written by axolotl-amopo."
 # Text in cards that nobody wrote by hand: ours, transformers', and PEFT's unfilled form.
 MARKS = (MARK, "generated automatically according to the information the Trainer", "for Model ID")
 # Keys of the `amopo:` block in the table of settings; the other tables have the rest.
-SETTINGS = ("objective", "weights", "winner", "rating_in_prompt", "pairs", "order_by")
+SETTINGS = (
+    "objective",
+    "weights",
+    "winner",
+    "rating_in_prompt",
+    "rating_levels",
+    "pairs",
+    "order_by",
+)
 OURS = re.compile(r"^axolotl_amopo\.formats\.(.+?)_?$")
 
 

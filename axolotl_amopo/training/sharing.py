@@ -39,4 +39,5 @@ def log_choice(choice: Choice) -> None:
             choice.why_unshared,
         )
     elif choice.layout != "sequences":
-        LOG.info("AMoPO: prompts are shared (%s layout).", choice.layout)
+        why = f", because {choice.why_not_cheaper}" if choice.why_not_cheaper else ""
+        LOG.info("AMoPO: prompts are shared (%s layout%s).", choice.layout, why)

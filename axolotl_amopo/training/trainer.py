@@ -24,11 +24,21 @@ from axolotl_amopo.model.choose import Choice, choose_layout
 from axolotl_amopo.model.forward import TokenLogps, response_logps, teach
 from axolotl_amopo.model.parts import replayed_loss, split_batch, together
 from axolotl_amopo.objectives import Draw, Objective, Outcome, Responses, example_losses
+from axolotl_amopo.objectives.gradients import Gradients
 from axolotl_amopo.steering.steering import Steering
 from axolotl_amopo.training.card import FILE as CARD
 from axolotl_amopo.training.card import is_somebodys, write_card
 from axolotl_amopo.training.checkpoints import Checkpoints, Run
+from axolotl_amopo.training.gradients import CombinedGradients, Judged
 from axolotl_amopo.training.metrics import Means, example_metrics
+from axolotl_amopo.training.reference import (
+    AdapterOff,
+    Precomputed,
+    TakeReference,
+    reference_at_evaluation,
+    reference_in_training,
+    turn_dropout_off,
+)
 from axolotl_amopo.training.sampler import GROUPED_PASSES, LengthGroupedSampler, row_lengths
 from axolotl_amopo.training.sharing import log_choice
 
@@ -58,6 +68,7 @@ class AMoPOTrainer(AxolotlTrainer):
         self.compute_metrics = self._mean_metrics
         # Before accelerate wraps the forward in autocast and the model in DDP and the like.
         teach(self.accelerator.unwrap_model(self.model))
+        self.reference: AdapterOff | Precomputed | None = None
         self._choice: Choice | None = None
         self._choice_is_trained = False
         self._means = Means()
@@ -89,6 +100,16 @@ class AMoPOTrainer(AxolotlTrainer):
         self.objective: Objective = config.make_objective(beta)
         self.settings = config.make_settings()
         check_needs(config)
+        # The gradients of the criteria, where a step is made of each.
+        self.combined: CombinedGradients | None = None
+        for setting in self.settings:
+            if isinstance(setting, Gradients) and "gradients" in setting.needs:
+                equal = [1 / len(config.criteria)] * len(config.criteria)
+                weights = torch.tensor(config.shares or equal, dtype=torch.float64)
+                self.combined = CombinedGradients(self, setting, weights)
+        if self._needs_reference:
+            turn_dropout_off(self.model)
+            self.add_callback(TakeReference(self))
 
     @property
     def steering(self) -> Steering | None:
@@ -101,6 +122,10 @@ class AMoPOTrainer(AxolotlTrainer):
         return Steering.from_config(
             self.amopo, scales, lower, cfg.chat_template_kwargs, cfg.eot_tokens
         )
+
+    @property
+    def _needs_reference(self) -> bool:
+        return "reference" in self.objective.needs
 
     @property
     def choice(self) -> Choice | None:
@@ -127,6 +152,10 @@ class AMoPOTrainer(AxolotlTrainer):
             resume_from_checkpoint = self._checkpoints.newest()
         elif resume_from_checkpoint:
             resume_from_checkpoint = self._checkpoints.named(resume_from_checkpoint)
+        if self._needs_reference:
+            self.reference = reference_in_training(self)
+            if isinstance(self.reference, Precomputed) and resume_from_checkpoint:
+                self.reference.load(Path(resume_from_checkpoint))
         # axolotl's callbacks read from there what they had saved.
         self.axolotl_cfg.resume_from_checkpoint = resume_from_checkpoint or None
         done = super().train(resume_from_checkpoint or None, **kwargs)
@@ -189,6 +218,8 @@ class AMoPOTrainer(AxolotlTrainer):
         )
         try:
             super()._save_checkpoint(model, trial)
+            if isinstance(self.reference, Precomputed) and self._checkpoints.first_of_disk:
+                self.reference.save(folder)
         finally:
             args.save_total_limit, args.push_to_hub = limit, push
         self._checkpoints.finish(folder, limit, self.state.best_model_checkpoint)
@@ -220,8 +251,29 @@ class AMoPOTrainer(AxolotlTrainer):
             model, batch, choice.layout, own_logits=choice.own_logits, dtype=self._autocast
         )
 
+    def run(self, model: nn.Module, inputs: dict[str, Any]) -> TokenLogps:
+        """Return a batch's log-probabilities, from as many passes as `amopo.max_tokens` wants."""
+        parts, idle = self._parts(inputs)
+        found = [self._logps(model, part) for part in parts + parts[-1:] * idle]
+        return together(found[: len(parts)])
+
+    def _reference_sums(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+        if not self._needs_reference:
+            return None
+        if self.reference is None:  # nobody trains
+            self.reference = reference_at_evaluation(self)
+        # Decides how batches run, with the adapter on; and before the policy's own pass, which
+        # FSDP2 and ZeRO-3 expect to be followed by its backward pass.
+        self._choose(model, inputs)
+        return self.reference.sums(model, inputs, partial(self.run, model))
+
     def _judge(
-        self, inputs: dict[str, Any], found: TokenLogps, *, draws: bool
+        self,
+        inputs: dict[str, Any],
+        found: TokenLogps,
+        reference: Tensor | None,
+        *,
+        draws: bool,
     ) -> tuple[Responses, Outcome]:
         """Return what an objective is given, and what it makes of it; at evaluation nothing is
         drawn."""
@@ -229,7 +281,7 @@ class AMoPOTrainer(AxolotlTrainer):
         weights = None
         if config.shares is not None:
             weights = logps.new_tensor(config.shares).expand(len(logps), -1)  # [B, C]
-        given = responses(inputs, logps, mask, weights=weights)
+        given = responses(inputs, logps, mask, weights=weights, reference=reference)
         draw = Draw(self.data_seed, self.state.global_step) if draws else None
         outcome = self.objective(given, draw)
         for setting in self.settings:
@@ -273,44 +325,72 @@ class AMoPOTrainer(AxolotlTrainer):
         if self.args.include_tkps and model.training:
             self._accumulate_token_counts(inputs)
         values: dict[str, Tensor] = {}
+        reference = self._reference_sums(model, inputs)
 
-        def judge(found: TokenLogps) -> Tensor:
-            given, outcome = self._judge(inputs, found, draws=model.training)
+        def judge(found: TokenLogps) -> Judged:
+            given, outcome = self._judge(inputs, found, reference, draws=model.training)
             values.update(example_metrics(outcome, given, self.amopo.criteria))
-            loss = (example_losses(outcome, given) * given.counts).mean()
+            factor = 1.0
             if model.training and num_items_in_batch is not None:
                 # Data-parallel ranks average their gradients, so each scales its share up.
-                loss = loss * (len(given.logps) * self.args.world_size / num_items_in_batch)
-            return loss
+                factor = len(given.logps) * self.args.world_size / num_items_in_batch
+            loss = (example_losses(outcome, given) * given.counts).mean() * factor
+            return Judged(given, outcome, factor, loss)
 
         parts, idle = self._parts(inputs)
-        forward = partial(self._logps, model)
-        if len(parts) + idle > 1 and model.training and torch.is_grad_enabled():
-            loss = replayed_loss(parts, forward, judge, partial(self._add_gradients, model), idle)
+        forward, add = partial(self._logps, model), partial(self._add_gradients, model)
+        if not (model.training and torch.is_grad_enabled()):
+            loss = judge(self.run(model, inputs)).loss
+        elif self.combined:
+            # Without synchronising: what is summed up is reduced once per step.
+            unsynced = partial(self._unsynced, model, partial(forward, inputs))
+            loss = self.combined.loss(unsynced, judge, add, again=self.is_fsdp_enabled)
+        elif len(parts) + idle > 1:
+            loss = replayed_loss(parts, forward, lambda found: judge(found).loss, add, idle)
         else:
-            found = [forward(part) for part in parts + parts[-1:] * idle]
-            loss = judge(together(found[: len(parts)]))
+            loss = judge(forward(inputs)).loss
         if model.training:
             self._means.add(values)
         return (loss, values) if return_outputs else loss
 
-    def _add_gradients(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
-        """Run a backward pass that nobody synchronises, steps behind or reports."""
-        state, deepspeed = self.accelerator.gradient_state, self.is_deepspeed_enabled
-        # DDP alone: FSDP2 would keep whole gradients, and adds up sharded ones by itself.
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run a micro batch, and give a step's last one the gradient that was made of several."""
+        loss = super().training_step(*args, **kwargs)
+        if self.combined:
+            self.combined.collect()
+            if self.accelerator.sync_gradients:
+                self.combined.finish()
+        return loss
+
+    def _unsynced(self, model: nn.Module, run: Callable[[], Any]) -> Any:
+        """Return what `run` returns, with nothing for DDP to wait for in its backward pass.
+
+        FSDP2 would keep whole gradients, and adds up sharded ones by itself.
+        """
+        deepspeed = self.is_deepspeed_enabled
         no_sync: Any = nullcontext if deepspeed else getattr(model, "no_sync", nullcontext)
+        with no_sync():
+            return run()
+
+    def _add_gradients(self, model: nn.Module, loss: Callable[[], Tensor], **options: Any) -> None:
+        """Run a backward pass that nobody synchronises, steps behind or reports."""
+        state = self.accelerator.gradient_state
+        if self.is_deepspeed_enabled:
+            options["scale_wrt_gas"] = False
         synchronises = state.sync_gradients
         # A DeepSpeed engine steps behind each backward pass of a step's last micro batch.
         # transformers 5.20 sets it in the same way (trainer.py, `_set_sync_gradients`).
         state._set_sync_gradients(False)
+
+        def run() -> None:
+            value = loss()
+            # On for the forward pass; transformers runs its backward pass without it.
+            with torch.autocast(value.device.type, enabled=False):
+                self.accelerator.backward(value, **options)
+
         try:
-            with no_sync():
-                value = loss()
-                # On for the forward pass; transformers runs its backward pass without it.
-                with torch.autocast(value.device.type, enabled=False):
-                    self.accelerator.backward(
-                        value, **({"scale_wrt_gas": False} if deepspeed else {})
-                    )
+            self._unsynced(model, run)
         finally:
             state._set_sync_gradients(synchronises)
 
@@ -386,4 +466,5 @@ class AMoPOTrainer(AxolotlTrainer):
         if "loss" in logs:
             means = self._means.take(lambda sums: self.accelerator.reduce(sums, reduction="sum"))
             logs |= {name: mean for name, mean in means.items() if name != "loss"}
+            logs |= self.combined.metrics if self.combined else {}
         super().log(logs, start_time)

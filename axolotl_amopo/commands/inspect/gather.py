@@ -70,6 +70,7 @@ class Entry:
     pairs_made: int
     pairs_kept: int
     groups_kept: int | None  # training examples, with amopo.group_by_prompt
+    prompts_per_example: float  # the different ones, with their instructions, on average
     dropped: dict[str, int]
     scales: dict[str, tuple[float, float]]
     lower_is_better: list[str]
@@ -96,6 +97,7 @@ class Report:
     model: str
     sequence_len: int
     prompt_names: list[str]
+    rating_levels: int | None  # to which the prompts' ratings are rounded
     entries: list[Entry]
     train_rows: int
     eval_rows: int
@@ -137,6 +139,7 @@ def gather(path: str, rows: int = 3, find: str | None = None) -> Report:
         model=str(cfg.base_model),
         sequence_len=cfg.sequence_len,
         prompt_names=preparations[0].format.config.criteria,
+        rating_levels=preparations[0].format.config.rating_levels,
         entries=entries,
         train_rows=len(train_ids),
         eval_rows=len(test_ids),
@@ -207,6 +210,7 @@ def describe(
         pairs_made=len(ties),
         pairs_kept=pairs_in(prepared),
         groups_kept=len(prepared) if format.config.group_by_prompt else None,
+        prompts_per_example=float(row_items(prepared, "prompt_ids").mean()),
         dropped=dict(preparation.dropped),
         scales=dict(rule.scales),
         lower_is_better=sorted(rule.lower & set(names)),

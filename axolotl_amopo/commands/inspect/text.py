@@ -18,7 +18,7 @@ def print_inspection(report: Report) -> None:
     console = terminal()
     for entry in report.entries:
         console.rule(escape(f"{entry.name} ({entry.split})"), align="left")
-        _counts(entry, console)
+        _counts(entry, report, console)
         _ratings(entry, console)
         _between(entry, console)
         _tokens(entry, report, console)
@@ -31,7 +31,7 @@ def print_inspection(report: Report) -> None:
         console.print(f"[yellow]![/] {escape(warning)}", soft_wrap=False)
 
 
-def _counts(entry: Entry, console: Console) -> None:
+def _counts(entry: Entry, report: Report, console: Console) -> None:
     console.print(
         f"{entry.rows} rows, {entry.prompts} prompts, {entry.responses} responses; "
         f"{entry.pairs_made} pairs made, {entry.pairs_kept} kept"
@@ -39,6 +39,12 @@ def _counts(entry: Entry, console: Console) -> None:
     )
     for reason, count in sorted(entry.dropped.items()):
         console.print(f"  {count} {reason}")
+    levels = report.rating_levels
+    console.print(
+        f"{entry.prompts_per_example:.3g} different prompts per "
+        + ("pair" if entry.groups_kept is None else "group")
+        + (f", with ratings rounded to {levels} levels" if levels else "")
+    )
 
 
 def _ratings(entry: Entry, console: Console) -> None:
