@@ -399,11 +399,6 @@ class AMoPOConfig(BaseModel):
         of_objective = fields(OBJECTIVES[self.objective])
         return [field for field in of_objective if field.metadata["least_weight"] is not None]
 
-    @property
-    def _asks_for_ratings(self) -> bool:
-        instructions = [self.instruction] + [self.overall_instruction] * self.overall
-        return self.rating_in_prompt != "none" and any(text != "" for text in instructions)
-
     def _check_prompts(self) -> None:
         if self.prompts == "one" and self.instruction:
             raise ValueError(
@@ -495,6 +490,10 @@ class AMoPOConfig(BaseModel):
                 f"rating_in_prompt: {self.rating_in_prompt} does not go with {takes} and chooses "
                 "none; write own or none"
             )
+
+    @property
+    def _asks_for_ratings(self) -> bool:
+        return self.rating_in_prompt != "none" and self.has_instructions
 
     def _check_weights(self) -> None:
         if self.weights_per_row:

@@ -82,9 +82,9 @@ class Steering(BaseModel):
     overall_template: str = Field(alias="overall_instruction")
     instruction_place: Place = "before"
     rating_in_prompt: Literal["chosen", "own", "none", "target"] = "chosen"
-    rating_levels: int | None = Field(default=None, ge=2)
     one_prompt: bool = False  # whether every prompt of training named all the dimensions
     weighted: bool = False  # whether it stated weights of them
+    rating_levels: int | None = Field(default=None, ge=2)
     chat_template_kwargs: dict[str, Any] = {}
     eot_tokens: list[str] = []
 
@@ -126,9 +126,9 @@ class Steering(BaseModel):
             overall_template=overall,
             instruction_place=config.instruction_place,
             rating_in_prompt=config.rating_in_prompt,
-            rating_levels=config.rating_levels,
             one_prompt=config.prompts == "one",
             weighted=config.draws_weights,
+            rating_levels=config.rating_levels,
             chat_template_kwargs=dict(chat_template_kwargs or {}),
             eot_tokens=list(eot_tokens or []),
         )
@@ -208,9 +208,11 @@ class Steering(BaseModel):
 
     def tries(self, dimension: SteeredDimension) -> list[float]:
         """The numbers to try, one after the other."""
-        if self.weighted:
-            return [step / 10 for step in range(11)]
-        return dimension.ratings(self.rating_levels)
+        return (
+            [step / 10 for step in range(11)]
+            if self.weighted
+            else dimension.ratings(self.rating_levels)
+        )
 
     def dimension(self, name: str) -> SteeredDimension:
         """A dimension by its name.

@@ -46,8 +46,8 @@ def steered(template: str, steering: Steering, settings: Settings | None = None)
         "OVERALL": repr(steering.overall),
         "ONE_PROMPT": repr(steering.one_prompt),
         "RATED": repr(steering.takes_numbers),
-        "STEPS": repr(steering.rating_levels - 1 if steering.rating_levels else 0),
         "WEIGHTED": repr(steering.weighted),
+        "STEPS": repr(steering.rating_levels - 1 if steering.rating_levels else 0),
         "PLACE": repr(steering.instruction_place),
         "END": END,
     }
