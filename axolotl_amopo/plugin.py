@@ -72,7 +72,7 @@ class AMoPOPlugin(BasePlugin):
     def pre_model_load(self, cfg: Any) -> None:
         if not self._runs(cfg):
             return
-        from axolotl_amopo.config.axolotl_keys import check_router
+        from axolotl_amopo.config.axolotl_keys import check_models_router
         from axolotl_amopo.config.devices import check_layers, check_one_gpu
         from axolotl_amopo.config.redact import redact_config_file
         from axolotl_amopo.training.sharing import check_before_loading
@@ -83,7 +83,7 @@ class AMoPOPlugin(BasePlugin):
         if not cfg.merge_lora:  # which may use the memory of several
             check_one_gpu()  # again, for `axolotl evaluate`
         check_layers(cfg)
-        check_router(cfg)
+        check_models_router(cfg)
         if cfg.amopo.share_prompt is True:
             check_before_loading(cfg)
 

@@ -60,6 +60,7 @@ def measure(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             loss = plain_step(self, model, inputs, *args, **kwargs)
         seen["flops"] = counter.get_total_flops()
         seen["layout"] = self._choice.layout
+        seen["parts"] = len(self._parts(batch)[0])
         return loss
 
     gc.collect()

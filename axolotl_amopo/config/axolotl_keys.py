@@ -184,7 +184,7 @@ def check_parts(cfg: dict, config: AMoPOConfig) -> None:
             f"has several of those; write another, such as adamw_torch_8bit, or remove "
             f"{config.in_parts}."
         )
-    _check_router(config, cfg.get("overrides_of_model_config") or {})
+    check_router(config, cfg.get("overrides_of_model_config") or {})
     for key in ("sequence_len", "eval_sequence_len"):
         length = str(cfg.get(key) or (SEQUENCE_LEN if key == "sequence_len" else 0))
         if config.max_tokens and length.isdigit() and config.max_tokens < int(length):
@@ -203,24 +203,26 @@ def steps_in_backward(optimizer: str) -> bool:
     return optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise")
 
 
-def check_router(cfg: Any) -> None:
-    """Refuse the auxiliary loss that a model's own config asks for, if batches run in parts.
-
-    Args:
-        cfg: axolotl's validated config.
-
-    Raises:
-        ConfigError: naming the keys and what to write instead.
-    """
+def check_models_router(cfg: Any) -> None:
+    """Do what `check_router` does for the model's own config, of axolotl's validated one."""
     config = read_block(cfg)
     if config.in_parts:
         from axolotl.loaders.utils import load_model_config
 
-        _check_router(config, load_model_config(cfg).get_text_config().to_dict())
+        check_router(config, load_model_config(cfg).get_text_config().to_dict())
 
 
-def _check_router(config: AMoPOConfig, model: Mapping[str, Any]) -> None:
-    if model.get("output_router_logits") and model.get("router_aux_loss_coef", 1):
+def check_router(config: AMoPOConfig, model: Mapping[str, Any]) -> None:
+    """Refuse the auxiliary loss of a mixture of experts for a batch that runs in parts.
+
+    Args:
+        model: keys of the model's config.
+
+    Raises:
+        ConfigError: naming the keys and what to write instead.
+    """
+    asked = model.get("output_router_logits") and model.get("router_aux_loss_coef", 1)
+    if config.in_parts and asked:
         raise ConfigError(
             "output_router_logits: true adds a loss over all tokens of a batch, which is not the "
             f"sum over its parts; remove {config.in_parts}, or write overrides_of_model_config: "

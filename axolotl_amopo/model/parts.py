@@ -126,12 +126,15 @@ def replayed_loss(
             returns, without synchronising gradients between processes.
         idle: how many more times to run, for nothing, so that all processes run equally often.
     """
-    states, found = [], []
+    states = []
+    found: list[TokenLogps] = []  # one: as many as there are parts may be larger than a part
     with torch.no_grad():
-        for part in [parts[-1]] * idle + list(parts):
+        for i, part in enumerate([parts[-1]] * idle + list(parts)):
             states.append(_random_state(part["input_ids"].device))
-            found.append(forward(part))
-    whole = together(found[idle:])
+            one = forward(part)
+            if i >= idle:
+                found = [together([*found, one])]
+    (whole,) = found
     logps = whole.logps.requires_grad_()
     with torch.enable_grad():
         loss = judge(whole._replace(logps=logps))

@@ -28,6 +28,12 @@ from axolotl_amopo.commands.kit.options import (
 @click.option("--gpus", type=click.IntRange(1), default=1, help="Cards in all, over all nodes.")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=480, show_default=True)
 @click.option("--response-tokens", type=click.IntRange(1), default=115, show_default=True)
+@click.option(
+    "--responses",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Responses of a group; by default the prepared data's own groups, else 4.",
+)
 @click.option("--pairs", type=click.IntRange(1), default=10_000, show_default=True)
 @click.option(
     "--utilisation",
@@ -58,7 +64,9 @@ def plan(
     examples name, or from the hub. Tokens, FLOPs and time are those of pairs of
     --prompt-tokens (the instruction included) and --response-tokens each, by
     default HelpSteer's means; memory is that of the largest pair that
-    sequence_len lets through.
+    sequence_len lets through. With amopo.group_by_prompt, an example is a
+    group, all of whose responses are rated differently; where the data is
+    prepared here, the group of median length, and for memory the largest.
     """
     check_free(output, force)
     with library_output(quiet=quiet, as_json=as_json):

@@ -2,17 +2,34 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 from axolotl.utils.dict import DictDefault
+from datasets import Dataset
 from transformers import PreTrainedConfig
 
 from axolotl_amopo.commands.plan.cards import GIB, Card
-from axolotl_amopo.commands.plan.step import Moment, PairShape, Step, made_up_batch, run_step
-from axolotl_amopo.config.block import AMoPOConfig
+from axolotl_amopo.commands.plan.groups import (
+    largest_row,
+    made_up_group,
+    tokens,
+    usual_row,
+)
+from axolotl_amopo.commands.plan.step import (
+    Moment,
+    PairShape,
+    Step,
+    micro_batch,
+    run_step,
+    shaped,
+)
+from axolotl_amopo.config.block import AMoPOConfig, read_block
 from axolotl_amopo.config.devices import deepspeed_settings
+from axolotl_amopo.errors import ConfigError
+from axolotl_amopo.example import pair
 
 # What a process has on a GPU before the first tensor (CUDA context, cuBLAS workspaces), and what
 # the caching allocator wastes on blocks that fit nothing.
@@ -20,6 +37,8 @@ CONTEXT_BYTES = int(0.9 * GIB)
 FRAGMENTATION = 0.05
 # A question this short with two answers that fill `sequence_len` is the largest pair there is.
 SHORTEST_PROMPT = 64
+# Of a made-up group: as many as UltraFeedback has.
+RESPONSES = 4
 # DeepSpeed's own default, in numbers; what ZeRO-3 keeps gathered at most.
 MAX_LIVE_PARAMETERS = 10**9
 
@@ -186,10 +205,15 @@ class Plan:
     tokens_per_step_unshared: int
     flops_per_step: int
     sequence_len: int
-    memory: dict[str, int]  # bytes on each device, at the longest pairs
+    memory: dict[str, int]  # bytes on each device, with the largest examples
     card: Card | None
     utilisation: float
     epoch_pairs: int
+    largest: str  # what memory is counted of
+    responses: int = 2  # of a usual example
+    groups_per_step: int | None = None  # examples, where they are groups
+    parts: int = 1  # that a usual micro batch runs in, for one more forward pass
+    largest_parts: int = 1  # the same of the largest one
 
     @cached_property
     def total(self) -> int:
@@ -232,6 +256,8 @@ def estimate(
     amopo: AMoPOConfig,
     usual: PairShape,
     *,
+    responses: int | None = None,
+    rows: Dataset | None = None,
     card: Card | None,
     devices: int = 1,
     device: str = "cuda",
@@ -242,17 +268,30 @@ def estimate(
 
     Args:
         cfg: axolotl's validated config.
-        usual: tokens of a usual pair.
+        usual: tokens of a usual pair, or of a usual group.
+        responses: of a made-up group, with `group_by_prompt`.
+        rows: prepared ones, of which a group is one; instead of `responses`.
         card: what each process has; None to say nothing about fitting and time.
         device: `cuda` or `cpu`.
         utilisation: share of the card's speed that training reaches.
     """
     shards = sharding(cfg, devices)
-    usual_batch, largest = (
-        made_up_batch(cfg.micro_batch_size, amopo.prompt_count, shape)
-        for shape in (usual, largest_pair(cfg.sequence_len, usual))
-    )
-    step = run_step(cfg, config, amopo, usual_batch, largest, device)
+    kind, example = "pairs", pair([[]] * amopo.prompt_count, [[], []])
+    if amopo.group_by_prompt:
+        example = usual_row(rows) if rows else made_up_group(amopo, responses or RESPONSES)
+        kind = f"groups of {len(example.responses)} responses"
+    if rows:
+        largest = largest_row(rows, cfg.sequence_len)
+        what = (
+            f"the data's largest group ({len(largest.responses)} responses, "
+            f"{len(largest.prompts)} prompts, {tokens(largest):,} tokens)"
+        )
+    else:
+        largest = shaped(example, largest_pair(cfg.sequence_len, usual))
+        what = f"{kind} that fill sequence_len ({cfg.sequence_len})"
+    example = shaped(example, usual)
+    batches = [micro_batch(one, cfg.micro_batch_size) for one in (example, largest)]
+    step = run_step(cfg, config, amopo, *batches, device)
     accumulation = cfg.gradient_accumulation_steps or 1
     micro_batches = accumulation * devices
     training = "qlora" if cfg.load_in_4bit else cfg.adapter or "full"
@@ -263,8 +302,8 @@ def estimate(
         layout=step.layout,
         parameters=step.parameters,
         trainable=step.trainable,
-        pairs_per_step=cfg.micro_batch_size * micro_batches,
-        prompts=amopo.prompt_count,
+        pairs_per_step=cfg.micro_batch_size * micro_batches * len(example.comparisons),
+        prompts=len(example.prompts),
         tokens_per_step=step.tokens * micro_batches,
         tokens_per_step_unshared=step.tokens_unshared * micro_batches,
         flops_per_step=step.flops * micro_batches,
@@ -273,6 +312,11 @@ def estimate(
         card=card,
         utilisation=utilisation,
         epoch_pairs=epoch_pairs,
+        largest=what,
+        responses=len(example.responses),
+        groups_per_step=cfg.micro_batch_size * micro_batches if amopo.group_by_prompt else None,
+        parts=step.parts,
+        largest_parts=step.largest_parts,
     )
 
 
@@ -296,6 +340,8 @@ def changes(cfg: Any, devices: int) -> Iterator[tuple[str, dict[str, Any], int]]
     checkpointed = (cfg.fsdp_config or {}).get("activation_checkpointing")
     if not (cfg.gradient_checkpointing or checkpointed):
         yield "gradient_checkpointing: true", {"gradient_checkpointing": True}, devices
+    for text, key, value in in_parts(cfg):
+        yield text, {"amopo": {**cfg.amopo, key: value}}, devices
     if not cfg.adapter and not sharded:
         keys = {"optimizer": "paged_adamw_8bit"}
         yield "optimizer: paged_adamw_8bit", keys, devices
@@ -315,6 +361,17 @@ def changes(cfg: Any, devices: int) -> Iterator[tuple[str, dict[str, Any], int]]
         yield f"{more} GPUs" + (" with FSDP2" if not sharded else ""), keys, more
 
 
+def in_parts(cfg: Any) -> Iterator[tuple[str, str, Any]]:
+    """Yield the keys of the block that let a config's batches run in smaller parts."""
+    amopo = read_block(cfg)
+    several = amopo.group_by_prompt or amopo.prompt_count * (cfg.micro_batch_size or 1) > 1
+    if several and not amopo.one_prompt_at_a_time:
+        yield "amopo.one_prompt_at_a_time: true", "one_prompt_at_a_time", True
+    if amopo.group_by_prompt and not amopo.max_tokens:
+        least = max(cfg.sequence_len, cfg.eval_sequence_len or 0)
+        yield f"amopo.max_tokens: {least}", "max_tokens", least
+
+
 FSDP2 = {"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}
 LORA = {"adapter": "lora", "lora_r": 32, "lora_alpha": 64, "lora_target_linear": True}
 
@@ -327,23 +384,27 @@ def advise(cfg: Any, plan: Plan, again: Callable[[Any, int], Plan]) -> list[tupl
     """Changes after which a plan fits: each alone where one suffices, else several together.
 
     Args:
-        again: makes the plan of a changed config on a number of devices.
+        again: makes the plan of a changed config on a number of devices. A change for which it
+            raises a ConfigError, since training would, is left out.
     """
     if plan.fits is not False:
         return []
     devices = plan.sharding.devices
-    tried = [
-        (text, again(_changed(cfg, keys), count)) for text, keys, count in changes(cfg, devices)
-    ]
-    if alone := [(text, tried_plan) for text, tried_plan in tried if tried_plan.fits]:
+
+    def tried(cfg: Any, devices: int) -> Iterator[tuple[str, Any, Plan]]:
+        for text, keys, count in changes(cfg, devices):
+            changed = _changed(cfg, keys)
+            with suppress(ConfigError):
+                yield text, changed, again(changed, count)
+
+    if alone := [(text, made) for text, _, made in tried(cfg, devices) if made.fits]:
         return alone
     texts: list[str] = []
-    while not plan.fits:
-        found = next(changes(cfg, devices), None)
-        if found is None or len(texts) > 8:
+    while not plan.fits and len(texts) <= 8:
+        found = next(tried(cfg, devices), None)
+        if found is None:
             break
-        text, keys, devices = found
-        cfg = _changed(cfg, keys)
-        plan = again(cfg, devices)
+        text, cfg, plan = found
+        devices = plan.sharding.devices
         texts.append(text)
     return [("; ".join(texts), plan)] if texts else []

@@ -1,17 +1,22 @@
 """A YAML file -> its plan."""
 
+import copy
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from axolotl.integrations.base import PluginManager, normalize_plugin_name
 from axolotl.utils.config import prepare_plugins, validate_config
+from axolotl.utils.data.shared import get_prepared_dataset_path
 from axolotl.utils.dict import DictDefault
 from pydantic import ValidationError
 
 from axolotl_amopo.commands.plan.cards import find_card
 from axolotl_amopo.commands.plan.estimate import Plan, advise, estimate
+from axolotl_amopo.commands.plan.groups import prepared_rows
 from axolotl_amopo.commands.plan.models import model_config
 from axolotl_amopo.commands.plan.step import PairShape
+from axolotl_amopo.config.axolotl_keys import check_parts, check_router
 from axolotl_amopo.config.block import AMoPOConfig, read_block
 from axolotl_amopo.config.files import read_yaml
 from axolotl_amopo.config.take_over import take_over
@@ -30,6 +35,7 @@ def plan_config(
     gpus: int = 1,
     prompt_tokens: int = 480,
     response_tokens: int = 115,
+    responses: int | None = None,
     pairs: int = 10_000,
     utilisation: float = 0.4,
 ) -> tuple[Plan, list[tuple[str, Plan]]]:
@@ -44,27 +50,27 @@ def plan_config(
     if device == "cuda" and (gpu is not None or gpu_memory is not None):
         card = find_card(gpu or "this card", gpu_memory, gpu_tflops)
     cfg, amopo = load(path, device, gpus)
-    if amopo.all_responses:
+    if responses and not amopo.group_by_prompt:
         raise ConfigError(
-            f"{path}: the plan knows pairs alone, and objective {amopo.objective} takes all "
-            "responses of a prompt; plan it with objective: simpo. A prompt with N responses takes "
-            "about N / 2 times what a pair takes."
+            f"--responses {responses}: a pair has two; write amopo.group_by_prompt: true for "
+            "groups, or leave the option out."
         )
-    if amopo.group_by_prompt:
-        raise ConfigError(
-            f"{path}: the plan knows pairs alone; plan it with amopo.group_by_prompt: false. A "
-            "group of N responses to equal prompts takes about N / 2 times what a pair takes."
-        )
+    rows = None if responses else prepared_rows(cfg, amopo)
     config = model_config(cfg)
     after = amopo.instruction_place == "after"
     beginning = max(0, prompt_tokens - INSTRUCTION_TOKENS) if after else 0
 
     def plan(cfg: DictDefault, devices: int) -> Plan:
+        amopo = read_block(cfg)
+        check_parts(cfg, amopo)
+        check_router(amopo, config.get_text_config().to_dict())
         return estimate(
             cfg,
             config,
             amopo,
             PairShape(prompt_tokens, response_tokens, beginning),
+            responses=responses,
+            rows=rows,
             card=card,
             devices=devices,
             device=device,
@@ -85,10 +91,15 @@ def load(path: str, device: str, gpus: int) -> tuple[DictDefault, AMoPOConfig]:
     values = read_yaml(Path(path))
     if not isinstance(values, dict) or values.get("rl") != "amopo":
         raise ConfigError(f"{path}: has no `rl: amopo`; there is nothing to plan.")
-    cfg = DictDefault(values | {"axolotl_config_path": path})
+    cfg = DictDefault(copy.deepcopy(values) | {"axolotl_config_path": path})
     _load_plugins(cfg)
     # Before the plugin does, which would hold the config against the devices that are here.
     take_over(cfg, device=device, with_data=False)
+    if read_block(cfg).group_by_prompt and get_prepared_dataset_path(cfg, "").is_dir():
+        with_data = DictDefault(values | {"axolotl_config_path": path})
+        with suppress(AMoPOError):  # of data that is elsewhere
+            take_over(with_data, device=device)
+            cfg = with_data
     prepare_plugins(cfg)
     try:
         cfg = validate_config(

@@ -10,7 +10,7 @@ import gc
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 from weakref import finalize
@@ -33,14 +33,15 @@ from torch.utils.flop_counter import (
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from axolotl_amopo.config.block import AMoPOConfig
-from axolotl_amopo.example import pair
+from axolotl_amopo.example import Example, pair
 from axolotl_amopo.model.attention import PACKED_SDPA
 from axolotl_amopo.model.batch import make_batch, responses
 from axolotl_amopo.model.choose import candidates, cannot_share
 from axolotl_amopo.model.forest import Forest
-from axolotl_amopo.model.forward import causal_model, response_logps, teach
+from axolotl_amopo.model.forward import TokenLogps, causal_model, response_logps, teach
 from axolotl_amopo.model.layout import LayoutName
-from axolotl_amopo.objectives import Objective, example_losses
+from axolotl_amopo.model.parts import Batch, replayed_loss, split_batch
+from axolotl_amopo.objectives import example_losses
 
 # Attention on a CPU, which torch's counter doesn't know: as it counts the GPU's.
 FLOPS_ON_CPU = {
@@ -91,14 +92,16 @@ class Step:
     flops: int
     tokens: int  # through the model
     tokens_unshared: int  # the same pairs with a prompt for every response
+    parts: int = 1  # that the micro batch runs in, each of them forward once more
+    largest_parts: int = 1  # the same of the largest one
 
 
 def run_step(
     cfg: Any,
     config: PreTrainedConfig,
     amopo: AMoPOConfig,
-    usual: dict[str, Any],
-    largest: dict[str, Any],
+    usual: Batch,
+    largest: Batch,
     device: str,
 ) -> Step:
     """Simulate forward and backward of two micro batches.
@@ -115,11 +118,15 @@ def run_step(
     model = build_model(cfg, config)
     causal = causal_model(model)
     layout = _choose(causal, cfg, amopo, torch.device(device))
-    objective = amopo.make_objective()
     forest = usual["forest"]
     unshared = sum(forest.count(forest.path(leaf.segment)) for leaf in forest.leaves)
-    if layout == "sequences":  # as rows of a tree that shares nothing: it takes the same room
-        usual, largest = _unshared(usual), _unshared(largest)
+    parts, largest_parts = (_parts(batch, amopo, layout) for batch in (usual, largest))
+    # Parts that are all alike cost alike, so each kind runs once.
+    kinds: dict[tuple, list[Batch]] = {}
+    for part in parts:
+        kinds.setdefault(_shape(part), []).append(part)
+    # The fullest is when the largest part runs and others have left gradients.
+    fullest = [max(largest_parts, key=_tokens)] * min(2, len(largest_parts))
 
     layers = _layers(causal)
     period = _period(cfg, config, layers)
@@ -127,14 +134,18 @@ def run_step(
     flops, moments = [], []
     for count in runs:
         short = shortened(config, count)
-        with FlopCounterMode(display=False, custom_mapping=FLOPS_ON_CPU) as counter:
-            _simulate(build_model(cfg, short), cfg, objective, usual, layout)
-        flops.append(counter.get_total_flops())
+        flops.append(0)
+        for alike in kinds.values():
+            fresh = build_model(cfg, short)
+            with FlopCounterMode(display=False, custom_mapping=FLOPS_ON_CPU) as counter:
+                _simulate(fresh, cfg, amopo, usual, alike[:1], layout, replayed=len(parts) > 1)
+            flops[-1] += counter.get_total_flops() * len(alike)
         fresh = build_model(cfg, short)
         with LiveMemory(fresh) as memory:
-            _simulate(fresh, cfg, objective, largest, layout, memory)
+            replayed = len(largest_parts) > 1
+            _simulate(fresh, cfg, amopo, largest, fullest, layout, memory, replayed=replayed)
         moments.append(memory.peaks)
-    kinds = [field.name for field in fields(Moment)]
+    sizes_of = [field.name for field in fields(Moment)]
 
     def extrapolate(values: list[int]) -> int:
         low, high = values[0], values[-1]
@@ -143,7 +154,7 @@ def run_step(
         return int(low + (high - low) * (len(layers) - runs[0]) / (runs[1] - runs[0]))
 
     def at_peak(phase: int) -> Moment:
-        sizes = {kind: [peaks[phase][kind] for peaks in moments] for kind in kinds}
+        sizes = {kind: [peaks[phase][kind] for peaks in moments] for kind in sizes_of}
         return Moment(**{kind: max(0, extrapolate(values)) for kind, values in sizes.items()})
 
     parameters = list(model.parameters())
@@ -163,20 +174,48 @@ def run_step(
         unpacked=max((_bytes(p) for p in parameters if id(p) in quantised), default=0),
         moments=(at_peak(0), at_peak(1)),
         flops=extrapolate(flops),
-        tokens=sum(usual["forest"].lengths),
+        tokens=sum(map(_tokens, parts)),
         tokens_unshared=unshared,
+        parts=len(parts),
+        largest_parts=len(largest_parts),
     )
+
+
+def _parts(batch: Batch, amopo: AMoPOConfig, layout: LayoutName) -> list[Batch]:
+    """Return what a batch runs in, as the trainer splits it."""
+    parts = split_batch(batch, amopo.max_tokens, one_prompt=amopo.one_prompt_at_a_time)
+    # As rows of a tree that shares nothing: it takes the same room.
+    return [_unshared(part) for part in parts] if layout == "sequences" else parts
+
+
+def _tokens(part: Batch) -> int:
+    return sum(part["forest"].lengths)
+
+
+def _shape(part: Batch) -> tuple:
+    """Return what decides what a part costs, whichever example it is of."""
+    forest = part["forest"]
+    leaves = [(leaf.segment, len(leaf.prompts)) for leaf in forest.leaves]
+    return tuple(forest.parents), tuple(forest.lengths), tuple(leaves)
 
 
 def _simulate(
     model: nn.Module,
     cfg: Any,
-    objective: Objective,
-    batch: dict[str, Any],
+    amopo: AMoPOConfig,
+    batch: Batch,
+    parts: list[Batch],
     layout: LayoutName,
     memory: "LiveMemory | None" = None,
+    *,
+    replayed: bool,
 ) -> None:
-    """Forward and backward on fake tensors."""
+    """Forward and backward on fake tensors, as the trainer does it.
+
+    Args:
+        parts: of the batch, those to run.
+        replayed: whether the batch has several, each of which then runs forward twice.
+    """
     causal = causal_model(model)
     if cfg.gradient_checkpointing or (cfg.fsdp_config or {}).get("activation_checkpointing"):
         options = cfg.gradient_checkpointing_kwargs or {"use_reentrant": False}
@@ -185,17 +224,33 @@ def _simulate(
         causal.set_attn_implementation(PACKED_SDPA)
     model.train()
     teach(model)
+    objective = amopo.make_objective()
+    laid_out = "packed" if layout == "packed" else "tree"
+    weights = torch.ones(batch["points"].shape)
+
+    def forward(part: Batch) -> TokenLogps:
+        return response_logps(model, part, laid_out)
+
+    def judge(found: TokenLogps) -> Tensor:
+        given = responses(batch, found.logps, found.mask, weights=weights)
+        return example_losses(objective(given, None), given).mean()
+
+    def backward(loss: Callable[[], Tensor]) -> None:
+        value = loss()
+        if memory is not None:
+            memory.kind = "working"
+        gc.freeze()  # so that collecting looks at little
+        with torch.autocast("cpu", enabled=False):
+            value.backward()
+        gc.unfreeze()
+
     with torch.autocast("cpu", dtype=_dtype(cfg), enabled=bool(cfg.bf16 or cfg.fp16)):
-        laid_out = "packed" if layout == "packed" else "tree"
-        logps, mask, *_ = response_logps(model, batch, laid_out)
-        weights = torch.ones(batch["points"].shape)
-        given = responses(batch, logps, mask, weights=weights)
-        loss = example_losses(objective(given, None), given).mean()
-    if memory is not None:
-        memory.kind = "working"
-    gc.freeze()  # so that collecting looks at little
-    loss.backward()
-    gc.unfreeze()
+        if replayed:
+            loss = replayed_loss(parts, forward, judge, backward)
+        else:
+            (part,) = parts
+            loss = judge(forward(part))
+        backward(lambda: loss)
 
 
 def _layers(causal: PreTrainedModel) -> nn.ModuleList:
@@ -283,21 +338,34 @@ def _quantised(causal: PreTrainedModel, cfg: Any) -> dict[int, int]:
     return packed
 
 
-def made_up_batch(pairs: int, prompts: int, shape: PairShape) -> dict[str, Any]:
+def made_up_batch(pairs: int, prompts: int, shape: PairShape) -> Batch:
     """Return a micro batch of pairs that all have one shape."""
-    made = pair(
-        prompts=[
-            [0] * shape.beginning + [1 + k] * (shape.prompt - shape.beginning)
-            for k in range(prompts)
-        ],
-        responses=[[0] * shape.response, [0] * shape.response],
+    return micro_batch(shaped(pair([[]] * prompts, [[], []]), shape), pairs)
+
+
+def shaped(example: Example, shape: PairShape) -> Example:
+    """Return an example with made-up tokens, as many as the shape says."""
+    rest = shape.prompt - shape.beginning
+    return replace(
+        example,
+        prompts=[[0] * shape.beginning + [1 + x] * rest for x, _ in enumerate(example.prompts)],
+        responses=[[0] * shape.response for _ in example.responses],
     )
-    return make_batch([made] * pairs, pad_to_multiple_of=8)
 
 
-def _unshared(batch: dict[str, Any]) -> dict[str, Any]:
+def micro_batch(example: Example, count: int) -> Batch:
+    """Return a batch that has an example so many times, as the collator makes it."""
+    return make_batch([example] * count, pad_to_multiple_of=8)
+
+
+def _unshared(batch: Batch) -> Batch:
     forest = batch["forest"]
-    apart = Forest(forest.examples, forest.prompts, forest.responses)
+    apart = Forest(
+        forest.examples,
+        forest.prompts,
+        forest.responses,
+        longest_response=forest.longest_response,
+    )
     for leaf in forest.leaves:
         prompt = forest.count(forest.path(leaf.segment)[:-1])
         apart.parents += [-1, len(apart.parents)]
@@ -338,6 +406,7 @@ class LiveMemory(TorchDispatchMode):
             for tensor in [*model.parameters(), *model.buffers()]
         }
         causal = causal_model(model)
+        causal.base_model.register_forward_pre_hook(self._begin)
         causal.base_model.register_forward_hook(lambda *_: setattr(self, "kind", "logits"))
         for layer in _layers(causal):
             layer.register_forward_pre_hook(self._collect)
@@ -368,6 +437,11 @@ class LiveMemory(TorchDispatchMode):
 
     def _forget(self, key: int, size: int) -> None:
         self.live[self._kinds.pop(key)] -= size
+
+    def _begin(self, *_: Any) -> None:
+        if self.kind == "working":  # the part before this one is done
+            gc.collect()
+        self.kind = "activations"
 
     def _collect(self, *_: Any) -> None:
         # Before a layer runs again: what the one behind it has left hangs in cycles here.

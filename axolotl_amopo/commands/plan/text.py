@@ -31,10 +31,19 @@ def print_plan(made: Plan, advice: list[tuple[str, Plan]]) -> None:
     share = made.trainable / made.parameters
     facts.add_row("parameters", f"{made.parameters:,}, {made.trainable:,} trained ({share:.2%})")
     ratio = made.tokens_per_step_unshared / made.tokens_per_step
-    facts.add_row(
-        "a step",
-        f"{made.pairs_per_step} pairs under {made.prompts} prompts, {made.flops_per_step:.3g} FLOP",
-    )
+    what = f"{made.pairs_per_step} pairs under {made.prompts} prompts"
+    if made.groups_per_step is not None:
+        pairs = made.pairs_per_step // made.groups_per_step
+        what = (
+            f"{made.groups_per_step} groups ({made.responses} responses, {pairs} pairs, "
+            f"{made.prompts} prompts each)"
+        )
+    facts.add_row("a step", f"{what}, {made.flops_per_step:.3g} FLOP")
+    if made.parts > 1:
+        facts.add_row(
+            "in parts",
+            f"{made.parts} per micro batch, one after another, for one more forward pass",
+        )
     facts.add_row(
         "tokens",
         f"{made.tokens_per_step:,} ({made.layout} layout); "
@@ -44,8 +53,8 @@ def print_plan(made: Plan, advice: list[tuple[str, Plan]]) -> None:
         hours = made.seconds_per_epoch / 3600
         facts.add_row(
             "an epoch",
-            f"{made.epoch_pairs:,} pairs, {made.steps_per_epoch:,} steps, {hours:.3g} hours at "
-            f"{made.utilisation:.0%} of {card.tflops:g} TFLOP/s",
+            f"{made.epoch_pairs:,} pairs, {made.steps_per_epoch:,} steps, about {hours:.3g} "
+            f"hours at {made.utilisation:.0%} of {card.tflops:g} TFLOP/s",
         )
     console.print(facts)
     table = plain_table(headings=False)
@@ -55,12 +64,13 @@ def print_plan(made: Plan, advice: list[tuple[str, Plan]]) -> None:
         if size:
             table.add_row(MEMORY_NAMES[name], f"{size / GIB:.2f}")
     table.add_row("[bold]all[/]", f"[bold]{made.total / GIB:.2f}[/]")
-    console.print(f"\nGiB on each device with pairs that fill sequence_len ({made.sequence_len}):")
+    part = ", one part at a time" if made.largest_parts > 1 else ""
+    console.print(f"\nGiB on each device with {made.largest}{part}:", soft_wrap=True)
     console.print(table)
     if made.fits is None:
         return
     verdict = "[green]It fits[/]" if made.fits else "[red]It does not fit[/]"
-    console.print(f"\n{verdict}: {made.summary()}", soft_wrap=True)
+    console.print(f"\n{verdict}, by this estimate: {made.summary()}", soft_wrap=True)
     for text, other in advice:
         outcome = "it would fit" if other.fits else "it still would not fit"
         console.print(f"  with {text} {outcome}: {other.total / GIB:.1f} GiB", soft_wrap=True)
