@@ -112,6 +112,7 @@ def command(*arguments: str, cwd: Path, check: bool = True, **environment: str):
 
 def script(path: str, *arguments: str) -> None:
     """Run a script in this process as a command would; for `fork_server`."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     sys.argv = [path, *arguments]
     sys.path.insert(0, str(Path(path).parent))
     runpy.run_path(path, run_name="__main__")

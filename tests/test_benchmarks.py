@@ -2,8 +2,8 @@
 
 import json
 import math
-import subprocess
 import sys
+from functools import partial
 
 import pytest
 import runs
@@ -119,10 +119,10 @@ def test_a_group_costs_the_mean_of_its_pairs(forks, tmp_path, tiny_model):
     assert tokens("chosen, 5 levels") < tokens("chosen")
 
 
-def test_a_dry_run_through_axolotl_plans_every_case_and_trains_one(tmp_path):
+def test_a_dry_run_through_axolotl_plans_every_case_and_trains_one(forks, tmp_path):
     arguments = ["--dry-run", "--cases", "lora", "fsdp2", "--steps", "2", "--sequence-len", "128"]
-    script = BENCHMARKS / "gpu.py"
-    runs.command(sys.executable, str(script), *arguments, "--output", str(tmp_path), cwd=tmp_path)
+    run = partial(forks, 1, tmp_path, "runs", "script", str(BENCHMARKS / "gpu.py"), *arguments)
+    run("--output", str(tmp_path))
     report = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     trained, sharded = report["cases"]["lora"], report["cases"]["fsdp2"]
     assert trained["good"] is True
@@ -135,10 +135,5 @@ def test_a_dry_run_through_axolotl_plans_every_case_and_trains_one(tmp_path):
     table = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert "| fsdp2 |" in table and "none: a dry run" in table
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-    again = subprocess.run(
-        [sys.executable, script, *arguments, "--output", tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert again.returncode == 2 and "--force" in again.stderr
+    with pytest.raises(AssertionError, match="holds results; name another --output, or --force"):
+        run("--output", str(tmp_path))
