@@ -232,7 +232,8 @@ def _simulate(
         return response_logps(model, part, laid_out)
 
     def judge(found: TokenLogps) -> Tensor:
-        given = responses(batch, found.logps, found.mask, weights=weights)
+        reference = torch.zeros(1, *found.logps.shape[:3])
+        given = responses(batch, found.logps, found.mask, weights=weights, reference=reference)
         return example_losses(objective(given, None), given).mean()
 
     def backward(loss: Callable[[], Tensor]) -> None:
