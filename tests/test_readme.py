@@ -110,8 +110,9 @@ def test_every_key_of_the_block_is_in_the_table_with_its_default():
         if name == "dimensions":
             shown = ", ".join(default)
         elif default is None:
-            without = ("weights", "max_tokens", "rating_levels")
-            shown = "none" if name in without else "see below"
+            explained = ("instruction", "overall_instruction", "order_by", "reference")
+            explained += ("weight_draws", "weight_concentration")
+            shown = "see below" if name in explained else "none"
         else:
             shown = str(default).lower()
         assert rows[name] == shown, name
