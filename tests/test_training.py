@@ -581,6 +581,43 @@ def test_ric_trains_on_every_response_by_its_tokens(tmp_path, tiny_model, answer
     assert trainer.steering.one_prompt
 
 
+def first_step(folder, model, data, micro_batch_size, **changes):
+    """The trainer, the log of a step over all rows, and the rows as examples."""
+    rows = len(data.read_text(encoding="utf-8").splitlines())
+    sizes = {"micro_batch_size": micro_batch_size}
+    sizes |= {"gradient_accumulation_steps": rows // micro_batch_size}
+    values = runs.config(folder, model, data, max_steps=1, **sizes, **changes)
+    trainer = runs.train(runs.write_config(folder, values))
+    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    return trainer, first, list(map(Example.from_row, trainer.train_dataset))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_lists_begin_as_their_reference(micro_batch_size, tmp_path, tiny_model, groups):
+    """log N for a list of N responses; the reference was taken in batches of other sizes."""
+    block = {"objective": "lambda_dpo", "dimensions": ["helpfulness", "honesty"]}
+    changes = {"amopo": block, "eval_batch_size": 2}
+    _, first, examples = first_step(tmp_path, tiny_model, groups, micro_batch_size, **changes)
+    counts = sorted(len(example.responses) for example in examples)
+    assert counts == [2, 3, 3, 4]
+    assert first["loss"] == pytest.approx(statistics.mean(map(math.log, counts)), abs=1e-6)
+
+
+def test_weights_in_the_prompt_begin_as_their_reference(tmp_path, tiny_model, data):
+    """log 2 of each dimension that tells the responses apart, by the weights in the prompts."""
+    block = {"objective": "cos_dpo", "dimensions": ["helpfulness", "honesty"], "weight_draws": 3}
+    changes = {"amopo": block, "eval_batch_size": 2} | runs.LORA
+    trainer, first, examples = first_step(tmp_path, tiny_model, data, ROWS, **changes)
+    shares = {
+        one.id: sum(w for w, s in zip(one.weights, one.signs[0], strict=True) if s) / 3
+        for one in examples
+    }
+    assert {len(one.follows) for one in examples} == {3} and 0 < min(shares.values()) < 1
+    assert first["loss"] == pytest.approx(math.log(2) * statistics.mean(shares.values()), abs=1e-6)
+    assert set(trainer.steering.weights({"honesty": 0.3}).values()) == {0.7, 0.3}
+    assert "rewards/margins" in first and "amopo/honesty/margin" in first
+
+
 def test_weights_of_rows_are_those_of_their_losses(tmp_path, tiny_model, data):
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
     for i, row in enumerate(rows):

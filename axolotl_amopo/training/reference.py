@@ -88,7 +88,8 @@ class Precomputed:
                     "taken when training starts, and kept in its checkpoints; evaluate with the "
                     "output_dir of a training run on the same rows."
                 )
-            known = torch.from_numpy(self.known[example])
+            # Padded to the largest example beside it there, which may not be here.
+            known = torch.from_numpy(self.known[example])[: forest.prompts, : forest.responses]
             made[0, b, : known.shape[0], : known.shape[1]] = known
         return made.to(batch["example_ids"].device)
 
