@@ -401,8 +401,7 @@ class AMoPOConfig(BaseModel):
 
     @property
     def _asks_for_ratings(self) -> bool:
-        instructions = [self.instruction] + [self.overall_instruction] * self.overall
-        return self.rating_in_prompt != "none" and any(text != "" for text in instructions)
+        return self.rating_in_prompt != "none" and self.has_instructions
 
     def _check_prompts(self) -> None:
         if self.prompts == "one" and self.instruction:

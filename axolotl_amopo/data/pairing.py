@@ -30,6 +30,7 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from axolotl_amopo.config.instructions import nearest_level
 from axolotl_amopo.data.rows import RatedPrompt, Ratings
 
 if TYPE_CHECKING:  # imports torch
@@ -83,6 +84,16 @@ def normalised(rating: float, scale: tuple[float, float], lower_is_better: bool)
     """Return a rating on 0..1, where 1 is the better end."""
     share = (rating - scale[0]) / (scale[1] - scale[0])
     return 1 - share if lower_is_better else share
+
+
+def at_levels(ratings: Ratings, scales: Scales, levels: int | None) -> Ratings:
+    """Return ratings as prompts ask for them, rounded where `rating_levels` says so."""
+    if levels is None:
+        return ratings
+    return {
+        name: None if rating is None else nearest_level(rating, scales[name], levels)
+        for name, rating in ratings.items()
+    }
 
 
 def as_written(weights: list[float]) -> list[float]:
@@ -295,7 +306,7 @@ class PairRule:
         which = None if self.config.group_by_prompt else pair
         turns = [response.turn for response in prompt.responses]
         text = json.dumps(["target", self.seed, prompt.messages, turns, which])
-        return random.Random(text).choice(usable)
+        return at_levels(random.Random(text).choice(usable), self.scales, self.config.rating_levels)
 
     def _gap(self, gap: float) -> float:
         """Return a gap between ratings on 0..1, or 0 where it is too small to count."""

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Literal
 from axolotl_amopo.config.instructions import (
     Asked,
     instruction,
-    nearest_level,
     overall_instruction,
 )
-from axolotl_amopo.data.pairing import Asks, Pair, Scales
+from axolotl_amopo.data.pairing import Asks, Pair, Scales, at_levels
 from axolotl_amopo.data.rows import Message, Ratings
 from axolotl_amopo.example import flat
 
@@ -73,7 +72,8 @@ def prompted(
             follows = (text(criterion, rated, weights),) * len(used)
         if (vector, follows) not in prompts:
             common = config.rating_in_prompt != "own" and list(texts)[follows[0]] != ""
-            asked = None if config.rating_in_prompt == "none" else rated
+            asked = at_levels(rated, scales, config.rating_levels)
+            asked = None if config.rating_in_prompt == "none" else asked
             asks.append(Asks(dimensions_of(config, criterion) if common else [], asked, weights))
         return prompts.setdefault((vector, follows), len(prompts))
 
@@ -114,20 +114,13 @@ def instruction_of(
         ratings: of the response whose ratings are asked for.
         weights: [D], where the prompt states them.
     """
-
-    def asked_for(name: str) -> float | None:
-        rating = ratings[name]
-        if rating is None or config.rating_in_prompt == "none":
-            return None
-        levels = config.rating_levels
-        return nearest_level(rating, scales[name], levels) if levels else rating
-
+    ratings = at_levels(ratings, scales, config.rating_levels)
     asked: tuple[Asked, ...] = tuple(
         (
             dimension.name,
             dimension.description,
             tuple(scales[dimension.name]),
-            asked_for(dimension.name),
+            None if config.rating_in_prompt == "none" else ratings[dimension.name],
         )
         for dimension in config.dimensions
     )
