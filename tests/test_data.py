@@ -453,6 +453,23 @@ def test_targets_are_drawn_from_the_prompts_own_ratings():
     assert set(drawn[0]) == set(range(0, 100, 10))  # each of 45 pairs its own draw
 
 
+def test_a_target_is_as_the_prompt_shows_it():
+    """Of the scale's ends, (90, 2) is the upper one on help and the lower one on truth."""
+    config = AMoPOConfig(dimensions=SCALED, rating_levels=2, **SHOW | NEAR)
+    for seed in range(20):
+        rule = PairRule(config, SCALES, seed=seed)
+        (pair,) = rule.pairs(rated_prompt([(90, 2), (20, 4)]), Counter())
+        assert pair.target in ({"help": 100, "truth": 1}, {"help": 0, "truth": 5})
+        made = prompted([pair], config, SCALES)
+        assert made.asks[1].ratings == pair.target
+        assert made.instructions[1] == f"help={pair.target['help']:g}"
+
+
+def test_one_prompt_may_ask_for_rounded_ratings():
+    block = {"objective": "dpo", "prompts": "one", "overall_instruction": "{{ dimensions }}"}
+    assert AMoPOConfig(rating_levels=3, **block).has_instructions
+
+
 def test_prompts_ask_for_the_target():
     for target, expected in ((0, [A, "help=90", "truth=2"]), (1, [B, "help=20", "truth=4"])):
         (pair,), _, rule = nearest([(90, 2), (20, 4)], target)
