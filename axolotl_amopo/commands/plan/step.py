@@ -229,7 +229,9 @@ def _simulate(
     weights = torch.ones(batch["points"].shape)
 
     def forward(part: Batch) -> TokenLogps:
-        return response_logps(model, part, laid_out)
+        # As accelerate wraps it: the casts of weights last no longer.
+        with torch.autocast("cpu", dtype=_dtype(cfg), enabled=bool(cfg.bf16 or cfg.fp16)):
+            return response_logps(model, part, laid_out)
 
     def judge(found: TokenLogps) -> Tensor:
         reference = torch.zeros(1, *found.logps.shape[:3])
@@ -241,17 +243,15 @@ def _simulate(
         if memory is not None:
             memory.kind = "working"
         gc.freeze()  # so that collecting looks at little
-        with torch.autocast("cpu", enabled=False):
-            value.backward()
+        value.backward()
         gc.unfreeze()
 
-    with torch.autocast("cpu", dtype=_dtype(cfg), enabled=bool(cfg.bf16 or cfg.fp16)):
-        if replayed:
-            loss = replayed_loss(parts, forward, judge, backward)
-        else:
-            (part,) = parts
-            loss = judge(forward(part))
-        backward(lambda: loss)
+    if replayed:
+        loss = replayed_loss(parts, forward, judge, backward)
+    else:
+        (part,) = parts
+        loss = judge(forward(part))
+    backward(lambda: loss)
 
 
 def _layers(causal: PreTrainedModel) -> nn.ModuleList:
