@@ -24,7 +24,7 @@ from axolotl_amopo.commands.plan.models import model_config
 from axolotl_amopo.commands.plan.step import PairShape, build_model, made_up_batch, shortened
 from axolotl_amopo.errors import AMoPOError, ConfigError
 from axolotl_amopo.model import forward
-from axolotl_amopo.model.attention import PACKED
+from axolotl_amopo.model.attention import PACKED_SDPA
 from axolotl_amopo.model.batch import responses
 from axolotl_amopo.model.choose import candidates
 from axolotl_amopo.objectives import example_losses
@@ -266,14 +266,14 @@ def test_a_step_on_fake_tensors(path, device, monkeypatch):
     causal = forward.causal_model(model)
     (layout, *_) = candidates(cfg.attn_implementation, torch.device("cuda"))
     if layout == "packed":
-        causal.set_attn_implementation(PACKED["sdpa"])
+        causal.set_attn_implementation(PACKED_SDPA)
     if cfg.gradient_checkpointing:
         causal.gradient_checkpointing_enable(cfg.gradient_checkpointing_kwargs)
     forward.teach(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         batch |= {k: v.to(device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
         with autocast:
-            logps, mask = forward.response_logps(model.train(), batch, layout)
+            logps, mask, _ = forward.response_logps(model.train(), batch, layout)
             weights = torch.ones(batch["points"].shape, device=device)
             given = responses(batch, logps, mask, weights=weights)
             outcome = amopo.make_objective(cfg.rl_beta)(given, None)
