@@ -125,7 +125,7 @@ def test_a_models_head(tied, autocast):
     input_ids = torch.randint(VOCABULARY, (2, 9))
     predict_M, targets_M = torch.tensor([0, 3, 3, 12]), torch.tensor([5, 6, 7, 8])
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        ours = model(input_ids=input_ids, predict_M=predict_M, targets_M=targets_M)
+        ours, _ = model(input_ids=input_ids, predict_M=predict_M, targets_M=targets_M)
         logits = slow_model(input_ids=input_ids).logits.flatten(0, 1)[predict_M]
     slow = logits.to(ours.dtype).log_softmax(-1)[torch.arange(4), targets_M]
     assert ours.dtype == (torch.float32 if autocast else torch.float64)

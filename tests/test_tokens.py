@@ -65,6 +65,8 @@ def as_text(messages, responses, instructions, signs=None):
         "signs": signs or [1 for _ in prompts],
         "ratings": [0.5 for _ in prompts for _ in responses],
         "points": [1.0 for _ in prompts],
+        "weights": [],
+        "fit": [0.0 for _ in prompts for _ in responses],
     }
 
 

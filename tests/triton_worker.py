@@ -24,7 +24,7 @@ from transformers.models.llama import modeling_llama
 from triton.runtime.interpreter import InterpretedFunction
 
 from axolotl_amopo.example import pair
-from axolotl_amopo.model.attention import PACKED
+from axolotl_amopo.model.attention import PACKED_SDPA
 from axolotl_amopo.model.batch import make_batch
 from axolotl_amopo.model.forward import causal_model, response_logps, teach
 
@@ -61,13 +61,13 @@ def llama(layout: str, lora: bool = False) -> nn.Module:
             if "lora_B" in name:  # zero, which would hide what A does
                 nn.init.normal_(weight, std=0.1)
     if layout == "packed":
-        causal_model(model).set_attn_implementation(PACKED["sdpa"])
+        causal_model(model).set_attn_implementation(PACKED_SDPA)
     return model
 
 
 def step(model: nn.Module, layout: str) -> tuple[Tensor, dict[str, Tensor]]:
     teach(model)
-    logps, _ = response_logps(model, BATCH, layout)
+    logps, *_ = response_logps(model, BATCH, layout)
     logps.square().sum().backward()
     return logps.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 

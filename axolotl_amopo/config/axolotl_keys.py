@@ -254,3 +254,25 @@ def _check_spelling(cfg: dict, known: Set[str]) -> None:
         close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.85)
         if key not in known and key not in COMMAND_LINE_KEYS and close:
             raise ConfigError(f"{key}: axolotl has no such key. Did you mean '{close[0]}'?")
+
+
+def check_gradients(cfg: dict, config: AMoPOConfig) -> None:
+    """Refuse what can't go with a step that is made of several gradients.
+
+    Raises:
+        ConfigError: naming the key, and what to do instead.
+    """
+    rule = next((s.gradients for s in config.make_settings() if "gradients" in s.needs), None)
+    if rule is None:
+        return
+    if cfg.get("deepspeed"):
+        raise ConfigError(
+            f"amopo.gradients: {rule} can't go with deepspeed, whose engine sums gradients up by "
+            "itself; take DDP or FSDP2."
+        )
+    for key in ("max_tokens", "one_prompt_at_a_time"):
+        if getattr(config, key):
+            raise ConfigError(
+                f"amopo.gradients: {rule} can't go with amopo.{key}, which runs a batch in parts; "
+                "remove one of the two."
+            )

@@ -13,8 +13,12 @@ from typing import Any
 
 from axolotl.cli.config_options import AXOLOTL_CONFIG_CLI_OPTIONS
 
-from axolotl_amopo.config.axolotl_keys import check_axolotl_keys, check_parts
-from axolotl_amopo.config.block import AMoPOConfig, parse_block, plain, read_beta
+from axolotl_amopo.config.axolotl_keys import (
+    check_axolotl_keys,
+    check_gradients,
+    check_parts,
+)
+from axolotl_amopo.config.block import AMoPOConfig, check_needs, parse_block, plain, read_beta
 from axolotl_amopo.config.datasets import read_entries
 from axolotl_amopo.config.devices import check_parallel
 from axolotl_amopo.config.files import check_files, check_json_lines, check_yaml
@@ -41,9 +45,11 @@ def check_before_launch(cfg: dict, *, with_data: bool = True) -> None:
     check_yaml(cfg.get("axolotl_config_path"))
     apply_overrides(cfg)
     config = parse_block(AMoPOConfig, plain(cfg.get("amopo")), "amopo")
+    check_needs(config)
     check_axolotl_keys(cfg, _known_keys(cfg))
     check_parallel(cfg)
     check_parts(cfg, config)
+    check_gradients(cfg, config)
     read_beta(cfg, config)
     for entry in read_entries(cfg):
         for file in check_files(entry.values, entry.where) if with_data else []:

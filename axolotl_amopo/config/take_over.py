@@ -6,14 +6,17 @@ from typing import Any
 import torch
 from axolotl.utils.logging import get_logger
 
-from axolotl_amopo.config.axolotl_keys import check_axolotl_keys, check_parts
+from axolotl_amopo.config.axolotl_keys import (
+    check_axolotl_keys,
+    check_gradients,
+    check_parts,
+)
 from axolotl_amopo.config.block import AMoPOConfig, check_needs, parse_block, plain, read_beta
 from axolotl_amopo.config.cpu import suit_a_cpu
 from axolotl_amopo.config.datasets import PREFIX, prepare_entries
 from axolotl_amopo.config.devices import check_devices, check_parallel
 from axolotl_amopo.config.files import check_yaml
 from axolotl_amopo.config.overrides import apply_overrides
-from axolotl_amopo.errors import ConfigError
 
 LOG = get_logger(__name__)
 
@@ -48,7 +51,7 @@ def take_over(cfg: dict, *, device: str | None = None, with_data: bool = True) -
     check_needs(config)
     without_effect = check_axolotl_keys(cfg)
     check_parallel(cfg)
-    _check_gradients(cfg, config)
+    check_gradients(cfg, config)
     check_parts(cfg, config)
     if device is None:
         check_devices(cfg)
@@ -66,23 +69,6 @@ def take_over(cfg: dict, *, device: str | None = None, with_data: bool = True) -
         # Or Ray moves its workers to a folder of its own, where relative paths lead nowhere.
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     _log(config, beta, without_effect)
-
-
-def _check_gradients(cfg: dict, config: AMoPOConfig) -> None:
-    rule = next((s.gradients for s in config.make_settings() if "gradients" in s.needs), None)
-    if rule is None:
-        return
-    if cfg.get("deepspeed"):
-        raise ConfigError(
-            f"amopo.gradients: {rule} can't go with deepspeed, whose engine sums gradients up by "
-            "itself; take DDP or FSDP2."
-        )
-    for key in ("max_tokens", "one_prompt_at_a_time"):
-        if getattr(config, key):
-            raise ConfigError(
-                f"amopo.gradients: {rule} can't go with amopo.{key}, which runs a batch in parts; "
-                "remove one of the two."
-            )
 
 
 def suit_inference(cfg: dict) -> None:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from axolotl_amopo.errors import AMoPOError
@@ -270,7 +271,7 @@ class _Proof:
 
     def training(self, layout: LayoutName, own_logits: bool) -> str:
         """Return how a pass in training mode fails; empty where it doesn't, or nobody trains."""
-        if not (self.model.training and torch.is_grad_enabled()) or _steps_by_itself(self.model):
+        if not (self.model.training and torch.is_grad_enabled()) or _takes_gradients(self.model):
             return ""
 
         def run() -> Tensor:
@@ -358,9 +359,11 @@ def _with_another_response(example: Example, vocabulary: list[int]) -> Example:
     return replace(example, responses=[[following[token] for token in first], *others])
 
 
-def _steps_by_itself(model: nn.Module) -> bool:
-    """Return whether somebody acts on gradients as they come: a DeepSpeed engine, an optimizer
-    that steps in the backward pass."""
+def _takes_gradients(model: nn.Module) -> bool:
+    """Return whether somebody acts on gradients as they come: a DeepSpeed engine, FSDP2, which may
+    be told to keep them, an optimizer that steps in the backward pass."""
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return True
     hooked = ("_backward_hooks", "_post_accumulate_grad_hooks")
     return hasattr(model, "backward") or any(
         getattr(p, name, None) for p in model.parameters() for name in hooked
