@@ -74,7 +74,7 @@ def race(
         try:
             with entrant.context():
                 runs[name].append(measure(run, device))
-        except Exception as error:
+        except Exception as error:  # a case that fails is a result; the others still run
             out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
             if out_of_memory or "can't allocate memory" in str(error):
                 results[name]["failed"] = "out of memory"

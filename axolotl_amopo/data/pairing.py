@@ -73,7 +73,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Asks:
-    """What a prompt asks of every response."""
+    """Hold what a prompt asks of every response."""
 
     dimensions: list[str]  # none without an instruction, or where each response has its own
     ratings: Ratings | None  # None: the best

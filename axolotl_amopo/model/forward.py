@@ -35,7 +35,7 @@ from axolotl_amopo.model.layout import Layout, LayoutName, lay_out
 
 
 class TokenLogps(NamedTuple):
-    """What a forward pass says of a batch's responses."""
+    """Hold the log-probabilities of a batch's responses, of one forward pass."""
 
     logps: Tensor  # [B, K, N, T] log pi(y_t | x_k, y_<t) in nats; 0 outside the mask
     mask: Tensor  # [B, K, N, T] bool, true at response tokens

@@ -112,7 +112,7 @@ class Responses(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an objective makes of responses.
+    """Hold what an objective returns: losses, their weights, and rewards.
 
     What a row and a column of the losses stand for is said by `per`:
 

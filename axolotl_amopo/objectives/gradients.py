@@ -113,7 +113,7 @@ def mgda_decoupled(gram: Tensor, losses: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Gradients:
-    """How the gradients of the criteria's losses become one step.
+    """Combine the gradients of the criteria's losses into one step.
 
     The criteria's losses must weigh the same in every example, so it goes with no other setting
     that changes weights or adds a term.

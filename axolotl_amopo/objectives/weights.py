@@ -124,7 +124,7 @@ def tchebycheff(losses: Tensor, shares: Tensor, sharpness: float) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class Scalarization:
-    """How the criteria's losses become one number; a use of ours, for offline losses.
+    """Make one number of the criteria's losses; a use of ours, for offline losses.
 
     `worst` minimises the worst dimension instead of the mean (RVPO, arXiv 2605.05750, does so with
     online advantages): at a small sharpness mean + sharpness / 2 * variance. `tchebycheff` reaches

@@ -194,11 +194,11 @@ class Steering(BaseModel):
 
     @property
     def takes_numbers(self) -> bool:
-        """Whether a dimension can be asked for by a rating or a weight."""
+        """Return whether a dimension can be asked for by a rating or a weight."""
         return self.weighted or self.rating_in_prompt != "none"
 
     def best(self, dimension: SteeredDimension) -> float:
-        """What stands for a dimension that is named without a number: all the weight, or the best
+        """Return the number of a dimension that is named without one: all the weight, or the best
         rating."""
         return 1.0 if self.weighted else dimension.best
 

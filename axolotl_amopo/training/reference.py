@@ -1,4 +1,4 @@
-"""What a reference model says of the responses: `amopo.reference`.
+"""Supply the log-probabilities of a reference model: `amopo.reference`.
 
 The reference is the model as training found it. Where a new adapter is trained, which starts at
 zero, that is the model with its adapter off: one more forward pass per step, and nothing to keep.
