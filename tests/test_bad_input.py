@@ -291,6 +291,13 @@ CONFIGS = {
         {"amopo": {"objective": "raco"}, "deepspeed": {"zero_optimization": {"stage": 1}}},
         ["amopo.gradients: cagrad can't go with deepspeed", "take DDP or FSDP2"],
     ),
+    "gradients per criterion with a router's loss": (
+        {
+            "amopo": {"objective": "raco"},
+            "overrides_of_model_config": {"output_router_logits": True},
+        },
+        ["output_router_logits: true adds a loss", "amopo.gradients: cagrad would leave out"],
+    ),
     "gradients per criterion of parts": (
         {"amopo": {"objective": "mgda", "one_prompt_at_a_time": True}},
         ["amopo.gradients: mgda can't go with amopo.one_prompt_at_a_time"],

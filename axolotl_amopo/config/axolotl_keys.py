@@ -206,14 +206,14 @@ def steps_in_backward(optimizer: str) -> bool:
 def check_models_router(cfg: Any) -> None:
     """Do what `check_router` does for the model's own config, of axolotl's validated one."""
     config = read_block(cfg)
-    if config.in_parts:
+    if config.in_parts or _gradient_rule(config):
         from axolotl.loaders.utils import load_model_config
 
         check_router(config, load_model_config(cfg).get_text_config().to_dict())
 
 
 def check_router(config: AMoPOConfig, model: Mapping[str, Any]) -> None:
-    """Refuse the auxiliary loss of a mixture of experts for a batch that runs in parts.
+    """Refuse the auxiliary loss of a mixture of experts where it would be wrong or left out.
 
     Args:
         model: keys of the model's config.
@@ -228,6 +228,16 @@ def check_router(config: AMoPOConfig, model: Mapping[str, Any]) -> None:
             f"sum over its parts; remove {config.in_parts}, or write overrides_of_model_config: "
             "{output_router_logits: false}."
         )
+    if asked and (rule := _gradient_rule(config)):
+        raise ConfigError(
+            f"output_router_logits: true adds a loss that amopo.gradients: {rule} would leave out; "
+            "write gradients: sum, or overrides_of_model_config: {output_router_logits: false}."
+        )
+
+
+def _gradient_rule(config: AMoPOConfig) -> str | None:
+    """Return how the criteria's gradients become one, where they are more than summed up."""
+    return next((s.gradients for s in config.make_settings() if "gradients" in s.needs), None)
 
 
 def schema_keys() -> set[str]:
@@ -262,9 +272,10 @@ def check_gradients(cfg: dict, config: AMoPOConfig) -> None:
     Raises:
         ConfigError: naming the key, and what to do instead.
     """
-    rule = next((s.gradients for s in config.make_settings() if "gradients" in s.needs), None)
+    rule = _gradient_rule(config)
     if rule is None:
         return
+    check_router(config, cfg.get("overrides_of_model_config") or {})
     if cfg.get("deepspeed"):
         raise ConfigError(
             f"amopo.gradients: {rule} can't go with deepspeed, whose engine sums gradients up by "
