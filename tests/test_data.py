@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from axolotl_amopo.config.block import AMoPOConfig, Dimension
+from axolotl_amopo.config.block import AMoPOConfig
 from axolotl_amopo.config.datasets import prepare_entries
+from axolotl_amopo.config.dimensions import Dimension
 from axolotl_amopo.config.instructions import nearest_level, number
 from axolotl_amopo.data.examples import as_text
 from axolotl_amopo.data.pairing import (

@@ -7,7 +7,8 @@ import runs
 import torch
 from transformers import AutoModelForCausalLM
 
-from axolotl_amopo.config.block import AMoPOConfig, parse_block
+from axolotl_amopo.config.block import AMoPOConfig
+from axolotl_amopo.config.parse import parse_block
 from axolotl_amopo.errors import ConfigError
 from axolotl_amopo.example import Example
 from axolotl_amopo.training.eval_table import FILE, LONGEST

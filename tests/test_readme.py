@@ -15,14 +15,11 @@ from axolotl.utils.dict import DictDefault
 from test_data import data_format, read_all
 
 from axolotl_amopo.commands import amopo
-from axolotl_amopo.config.block import (
-    INTERNAL,
-    SUPPLIED,
-    AMoPOConfig,
-    Dimension,
-    parse_block,
-)
+from axolotl_amopo.config.block import INTERNAL, AMoPOConfig
 from axolotl_amopo.config.datasets import DatasetOptions, formats, prepare_entries
+from axolotl_amopo.config.dimensions import Dimension
+from axolotl_amopo.config.parse import parse_block
+from axolotl_amopo.config.together import SUPPLIED
 from axolotl_amopo.objectives import OBJECTIVES
 from axolotl_amopo.objectives.mappo import MaPPO
 from axolotl_amopo.objectives.settings import SETTINGS, admitted

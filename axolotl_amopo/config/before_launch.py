@@ -18,11 +18,13 @@ from axolotl_amopo.config.axolotl_keys import (
     check_gradients,
     check_parts,
 )
-from axolotl_amopo.config.block import AMoPOConfig, check_needs, parse_block, plain, read_beta
+from axolotl_amopo.config.block import AMoPOConfig, plain, read_beta
 from axolotl_amopo.config.datasets import read_entries
 from axolotl_amopo.config.devices import check_parallel
 from axolotl_amopo.config.files import check_files, check_json_lines, check_yaml
 from axolotl_amopo.config.overrides import apply_overrides
+from axolotl_amopo.config.parse import parse_block
+from axolotl_amopo.config.together import check_needs
 
 # Keys of axolotl's schema whose option has another name: `type_of_model` for `model_type`.
 OTHERWISE_NAMED = {"model_type", "model_config", "model_kwargs", "model_revision"}

@@ -9,93 +9,22 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import Field as DataclassField
-from dataclasses import fields, replace
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import fields
+from typing import Annotated, Any, Literal, get_type_hints
 
 from jinja2 import TemplateError, meta
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    create_model,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
-from axolotl_amopo.config.instructions import (
-    ENVIRONMENT,
-    dimension_facts,
-    overall_instruction,
-    render,
-)
+from axolotl_amopo.config.dimensions import Dimension
+from axolotl_amopo.config.instructions import ENVIRONMENT, dimension_facts, render
+from axolotl_amopo.config.together import OVERALL, check_block, check_names
 from axolotl_amopo.errors import ConfigError, did_you_mean
 from axolotl_amopo.objectives import OBJECTIVES, Objective, Setting
-from axolotl_amopo.objectives.gradients import Gradients
-from axolotl_amopo.objectives.settings import admitted, check_together
+from axolotl_amopo.objectives.settings import admitted
 
 DEFAULT_OBJECTIVE = "amopo"
-OVERALL = "overall"
 # Fields of the block that the plugin fills in.
 INTERNAL = {"enabled", "datasets"}
-# What the trainer supplies of what objectives and settings need beside log-probabilities.
-SUPPLIED = {
-    "ratings",
-    "points",
-    "weights",
-    "reference",
-    "gradients",
-    "all_responses",
-    "token_counts",
-    "drawn_weights",
-    "fit",
-}
-
-Scale = Annotated[
-    tuple[float, float],
-    Field(description="Lowest and highest rating, e.g. [0, 4]"),
-]
-
-
-def check_scale(scale: tuple[float, float] | None) -> tuple[float, float] | None:
-    """Return the scale.
-
-    Raises:
-        ValueError: where it is not two finite numbers in ascending order.
-    """
-    if scale and not (all(map(math.isfinite, scale)) and scale[0] < scale[1]):
-        raise ValueError("must be [lowest, highest], e.g. [1, 5]")
-    return scale
-
-
-class Dimension(BaseModel):
-    """One preference dimension."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = Field(min_length=1, description="Name of the rating in the data")
-    description: str | None = Field(
-        default=None, description="What it means; shown to the model in the instruction"
-    )
-    scale: Scale | None = Field(
-        default=None,
-        description="Lowest and highest rating; default: the dataset's, else what the data spans",
-    )
-    direction: Literal["higher", "lower"] | None = Field(
-        default=None,
-        description="Which ratings are better; default: the dataset's (severity: lower), else "
-        "higher",
-    )
-
-    check_scale = field_validator("scale")(check_scale)
-
-    @field_validator("name")
-    @classmethod
-    def check_name(cls, name: str) -> str:
-        # A name becomes part of a metric's name, where a slash separates.
-        if "/" in name or name != name.strip():
-            raise ValueError("must not contain a slash, or spaces at its ends")
-        return name
 
 
 @functools.cache
@@ -352,41 +281,14 @@ class AMoPOConfig(BaseModel):
 
     @model_validator(mode="after")
     def check_together(self) -> "AMoPOConfig":
-        names = self.criteria
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(
-                    f"dimensions: '{name}' is there twice"
-                    + (" ('overall' is the name of the extra prompt)" if name == OVERALL else "")
-                )
-        orders = ["mean", "dataset", *self.dimension_names]
-        if self.order_by is not None and self.order_by not in orders:
-            raise ValueError(
-                f"order_by: '{self.order_by}' is neither mean, dataset nor a dimension."
-                f"{did_you_mean(self.order_by, orders)}"
-            )
+        check_names(self)
         self._check_criterion_keys()
-        self._check_prompts()
-        self._check_nearest()
-        self._check_all_responses()
-        check_together(self.make_objective(), self.make_settings())
-        self._check_fit()
-        if self.rating_levels and not self._asks_for_ratings:
-            why = (
-                "rating_in_prompt: none"
-                if self.rating_in_prompt == "none"
-                else "instructions that are empty"
-            )
-            raise ValueError(
-                f"rating_levels: has no effect with {why}, since no prompt asks for a rating; "
-                "remove it"
-            )
-        self._check_weights()
+        check_block(self)
         return self
 
     def _check_criterion_keys(self) -> None:
         """Put the first dimension where a key that names one is not set, and check the others."""
-        for field in self._criterion_fields():
+        for field in self.criterion_fields():
             name = self.hyperparameters().get(field.name) or self.dimension_names[0]
             setattr(self, field.name, name)
             if name not in self.dimension_names:
@@ -395,167 +297,15 @@ class AMoPOConfig(BaseModel):
                     f"{did_you_mean(name, self.dimension_names)}"
                 )
 
-    def _criterion_fields(self) -> list[DataclassField]:
+    def criterion_fields(self) -> list[DataclassField]:
+        """Return the fields of the objective whose keys name a criterion."""
         of_objective = fields(OBJECTIVES[self.objective])
         return [field for field in of_objective if field.metadata["least_weight"] is not None]
 
-    def _check_prompts(self) -> None:
-        if self.prompts == "one" and self.instruction:
-            raise ValueError(
-                "instruction: has no effect with prompts: one; write overall_instruction, which "
-                "names all the dimensions"
-            )
-        for key in ("weight_draws", "weight_concentration"):
-            if getattr(self, key) is not None and not self.draws_weights:
-                raise ValueError(
-                    f"{key}: has no effect with objective {self.objective}, which has no weights "
-                    "in its prompts; remove it"
-                )
-        if self.draws_weights:
-            self._check_drawn_weights()
-
-    def _check_drawn_weights(self) -> None:
-        takes = f"objective {self.objective}, whose prompts state the weights of the dimensions"
-        for key, value in (("prompts", "one"), ("overall", False), ("rating_in_prompt", "none")):
-            if (given := getattr(self, key)) != value:
-                given, value = (str(one).lower() for one in (given, value))
-                raise ValueError(f"{key}: {given} does not go with {takes}; write {value}")
-        asked = [
-            tuple((name, None, (0.0, 1.0), None, weight) for name in self.dimension_names)
-            for weight in (0.2, 0.7)
-        ]
-        if len({overall_instruction(self.overall_instruction, one) for one in asked}) < 2:
-            raise ValueError(
-                "overall_instruction: does not show the weights; write {{ d.weight }} in a loop "
-                "over dimensions"
-            )
-
-    def _check_nearest(self) -> None:
-        if self.winner != "nearest":
-            if self.rating_in_prompt == "target":
-                raise ValueError(
-                    f"rating_in_prompt: target goes with winner: nearest alone, not with winner: "
-                    f"{self.winner}"
-                )
-            return
-        if self.rating_in_prompt != "target":
-            raise ValueError(
-                f"winner: nearest does not go with rating_in_prompt: {self.rating_in_prompt}; "
-                "write target, the rating that the winner is nearest to"
-            )
-        if not self.has_instructions:
-            raise ValueError(
-                "winner: nearest needs prompts that say which rating they ask for; write an "
-                "instruction"
-            )
-        if self.order_by is not None:
-            raise ValueError("order_by: has no effect with winner: nearest; remove it")
-        if "ratings" in self.needs:
-            raise ValueError(
-                f"winner: nearest does not go with objective {self.objective} and its settings, "
-                "which take the higher rating for the better one; write per_dimension"
-            )
-
-    def _check_fit(self) -> None:
-        if "fit" not in self.needs:
-            return
-        if self.rating_in_prompt == "own":
-            raise ValueError(
-                "contrast: has no effect with rating_in_prompt: own, where every prompt fits every "
-                "response; write chosen or none"
-            )
-        if self.prompt_count < 2:
-            raise ValueError(
-                "contrast: needs two prompts that ask for different things, and a pair has one; "
-                "write an instruction"
-            )
-
-    def _check_all_responses(self) -> None:
-        """Check the keys that say which responses are trained on."""
-        objective = f"objective {self.objective}"
-        if self.single_responses == "keep" and not self.keeps_single_responses:
-            raise ValueError(
-                f"single_responses: keep does not go with {objective}, which compares responses; "
-                "write drop or error"
-            )
-        if not self.all_responses:
-            return
-        takes = f"{objective}, which takes all responses of a prompt"
-        if not self.group_by_prompt:
-            raise ValueError(f"group_by_prompt: false does not go with {takes}; remove it")
-        if self.pairs != "all":
-            raise ValueError(f"pairs: {self.pairs} does not go with {takes}; remove it")
-        if self.rating_in_prompt in ("chosen", "target") and self.has_instructions:
-            raise ValueError(
-                f"rating_in_prompt: {self.rating_in_prompt} does not go with {takes} and chooses "
-                "none; write own or none"
-            )
-
     @property
-    def _asks_for_ratings(self) -> bool:
+    def asks_for_ratings(self) -> bool:
+        """Return whether a prompt asks for a rating."""
         return self.rating_in_prompt != "none" and self.has_instructions
-
-    def _check_weights(self) -> None:
-        if self.weights_per_row:
-            self._check_weights_per_row()
-            return
-        objective, names = self.make_objective(), self.criteria
-        if "weights" in objective.needs and self.weights is None:
-            raise ValueError(
-                f"weights: are missing; objective {self.objective}{_with(objective)} needs one per "
-                f"criterion: {', '.join(names)}"
-            )
-        if "weights" not in objective.needs and self.weights is not None:
-            used = _choices_that_need(objective, "weights")
-            raise ValueError(
-                f"weights: are not used by objective {self.objective}{_with(objective)}; remove "
-                f"them{''.join(f', or write {choice}' for choice in used)}"
-            )
-        if self.weights is None:
-            return
-        if set(self.weights) != set(names):
-            raise ValueError(
-                f"weights must name every criterion once: {', '.join(names)}; "
-                f"they name {', '.join(self.weights)}"
-            )
-        total = sum(self.weights.values())
-        if not total > 0:
-            raise ValueError("weights must not all be 0")
-        for field in self._criterion_fields():
-            name, least = self.hyperparameters()[field.name], field.metadata["least_weight"]
-            if self.weights[name] < least * total:
-                raise ValueError(
-                    f"weights: {name}, which {field.name} names, has a share of "
-                    f"{self.weights[name] / total:g}; the loss divides by it, and it must be at "
-                    f"least {least:g}"
-                )
-        equal = len(set(self.weights.values())) == 1
-        for setting in self.make_settings():
-            if isinstance(setting, Gradients) and setting.finds_weights and not equal:
-                raise ValueError(
-                    f"weights: have no effect with gradients: {setting.gradients}, which finds its "
-                    "own; remove them"
-                )
-
-    def _check_weights_per_row(self) -> None:
-        key, objective = "weights_per_row: true", self.make_objective()
-        if "weights" not in objective.needs:
-            raise ValueError(
-                f"{key} is not used by objective {self.objective}{_with(objective)}; remove it"
-            )
-        if self.weights is not None:
-            raise ValueError(f"weights: have no effect with {key}; remove one of the two")
-        for field in self._criterion_fields():
-            raise ValueError(
-                f"{key} does not go with objective {self.objective}, whose loss divides by the "
-                f"weight of {field.name}; write weights"
-            )
-        for setting in self.make_settings():
-            if isinstance(setting, Gradients) and setting.gradients != "sum":
-                raise ValueError(
-                    f"{key} does not go with gradients: {setting.gradients}, which combines the "
-                    "gradients of all rows; write weights"
-                )
 
     @property
     def dimension_names(self) -> list[str]:
@@ -640,7 +390,7 @@ class AMoPOConfig(BaseModel):
         given = {} if beta is None else {"beta": beta}
         kind = OBJECTIVES[self.objective]
         given |= self._given(kind)
-        for field in self._criterion_fields():
+        for field in self.criterion_fields():
             given[field.name] = self.criteria.index(given[field.name])
         return kind(**given)
 
@@ -664,31 +414,6 @@ class AMoPOArgs(BaseModel):
 def read_block(cfg: Any) -> AMoPOConfig:
     """Return the block of axolotl's validated config."""
     return AMoPOConfig.model_validate(plain(cfg.amopo))
-
-
-def check_needs(config: AMoPOConfig) -> None:
-    """Check that the trainer supplies what the objective and the settings need.
-
-    Raises:
-        ConfigError: naming the key and what is lacking.
-    """
-    needs = [("objective", config.objective, config.make_objective().needs)]
-    wants = "reference" in needs[0][2]
-    if config.reference == ("none" if wants else "initial"):
-        raise ConfigError(
-            f"amopo.reference: {config.reference} can't go with objective {config.objective}, "
-            f"which {'compares with' if wants else 'has'} {'a' if wants else 'no'} reference; "
-            "remove it."
-        )
-    for setting in config.make_settings():
-        switch = next(iter(vars(setting)))
-        needs.append((switch, getattr(setting, switch), setting.needs))
-    for key, value, names in needs:
-        if lacking := names - SUPPLIED:
-            raise ConfigError(
-                f"amopo.{key}: {value} needs {', '.join(sorted(lacking))}, which this version does "
-                "not supply; choose another one."
-            )
 
 
 def read_beta(cfg: Mapping[str, Any], config: AMoPOConfig) -> float:
@@ -718,108 +443,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def parse_block[Model: BaseModel](model: type[Model], block: Any, where: str) -> Model:
-    """Return a validated block of the YAML.
-
-    Raises:
-        ConfigError: naming the key, what is wrong with it and what may stand there, in one sentence
-            per mistake.
-    """
-    if block is None:
-        block = {}
-    if not isinstance(block, dict):
-        raise ConfigError(f"{where}: must be a block of keys, not {block!r}.")
-    if model is AMoPOConfig and (internal := INTERNAL & set(block)):
-        raise ConfigError(f"{where}.{min(internal)}: is for the plugin alone; remove it.")
-    try:
-        return model.model_validate(block)
-    except ValidationError as error:
-        raise ConfigError(
-            " ".join(_sentence(model, block, where, detail) for detail in error.errors())
-        ) from None
-
-
-def _sentence(model: type[BaseModel], block: dict, where: str, detail: Mapping[str, Any]) -> str:
-    path = [str(part) for part in detail["loc"]]
-    key = ".".join([where, *path]) if path else where
-    kind, given, context = detail["type"], detail["input"], detail.get("ctx", {})
-    if kind == "extra_forbidden":
-        if len(path) > 1 and path[0] == "dimensions":
-            return _unknown(key, list(Dimension.model_fields))
-        if model is AMoPOConfig:
-            return _not_of_the_objective(key, block.get("objective") or DEFAULT_OBJECTIVE)
-        return _unknown(key, list(model.model_fields))
-    if kind == "literal_error":
-        hint = did_you_mean(str(given), context["expected"].replace("'", "").split(", "))
-        if not hint and model is AMoPOConfig:
-            hint = _other_key(given, str(block.get("objective") or DEFAULT_OBJECTIVE))
-        return f"{key}: {given!r} is not one of {context['expected']}.{hint}"
-    if kind == "value_error":
-        text = str(context["error"])
-        return f"{key}: {text}{'' if text.endswith(('.', '?')) else '.'}"
-    return f"{key}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {given!r}."
-
-
-def _unknown(key: str, known: list[str]) -> str:
-    hint = did_you_mean(key.rpartition(".")[2], known)
-    return f"{key}: unknown key.{hint} Known: {', '.join(known)}."
-
-
-def _other_key(value: Any, objective: str) -> str:
-    """Return which key of an objective or its settings takes a value that another one does not."""
-    kinds = [OBJECTIVES[name] for name in OBJECTIVES if name == objective] + admitted(objective)
-    keys = [
-        f"{name}: {value}"
-        for kind in kinds
-        for name, choices in _choices(kind).items()
-        if value in choices
-    ]
-    return f" Did you mean {keys[0]}?" if keys else ""
-
-
-def _not_of_the_objective(key: str, objective: str) -> str:
-    name = key.rpartition(".")[2]
-    if name == "beta":
-        return f"{key}: unknown key; beta is axolotl's own key rl_beta, outside this block."
-    others = [other for other in OBJECTIVES if name in hyperparameter_names(other)]
-    if not others:
-        return _unknown(key, known_keys(objective))
-    plural = "s" * (len(others) > 1)
-    own = ", ".join(hyperparameter_names(objective)) or "no keys of its own"
-    return (
-        f"{key}: belongs to objective{plural} {', '.join(others)}; objective {objective} has {own}."
-    )
-
-
-def _with(objective: Objective) -> str:
-    """Return the choices among its hyperparameters, e.g. ` with weighting: mean`."""
-    choices = [f"{name}: {getattr(objective, name)}" for name in _choices(type(objective))]
-    return f" with {', '.join(choices)}" if choices else ""
-
-
-def _choices_that_need(objective: Objective, need: str) -> list[str]:
-    """Return the settings, one changed at a time, with which the objective has a need."""
-    return [
-        f"{name}: {choice}"
-        for name, choices in _choices(type(objective)).items()
-        for choice in choices
-        if need in _needs_with(objective, name, choice)
-    ]
-
-
-def _needs_with(objective: Objective, name: str, choice: Any) -> frozenset[str]:
-    try:
-        return replace(objective, **{name: choice}).needs
-    except ValueError:  # the choice does not go with the other fields
-        return frozenset()
-
-
-def _choices(kind: type) -> dict[str, tuple]:
-    types = get_type_hints(kind)
-    return {
-        field.name: get_args(types[field.name])
-        for field in fields(kind)
-        if get_origin(types[field.name]) is Literal
-    }

@@ -13,9 +13,11 @@ from axolotl.utils.schemas.datasets import SFTDataset
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from axolotl_amopo.config.block import AMoPOConfig, Scale, check_scale, parse_block, plain
+from axolotl_amopo.config.block import AMoPOConfig, plain
+from axolotl_amopo.config.dimensions import Scale, check_scale
 from axolotl_amopo.config.fingerprint import entry_facts, fingerprint, shared_facts
 from axolotl_amopo.config.instructions import ENVIRONMENT
+from axolotl_amopo.config.parse import parse_block
 from axolotl_amopo.config.through_axolotl import mark
 from axolotl_amopo.errors import ConfigError, did_you_mean
 

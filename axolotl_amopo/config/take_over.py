@@ -11,12 +11,14 @@ from axolotl_amopo.config.axolotl_keys import (
     check_gradients,
     check_parts,
 )
-from axolotl_amopo.config.block import AMoPOConfig, check_needs, parse_block, plain, read_beta
+from axolotl_amopo.config.block import AMoPOConfig, plain, read_beta
 from axolotl_amopo.config.cpu import suit_a_cpu
 from axolotl_amopo.config.datasets import PREFIX, prepare_entries
 from axolotl_amopo.config.devices import check_devices, check_parallel
 from axolotl_amopo.config.files import check_yaml
 from axolotl_amopo.config.overrides import apply_overrides
+from axolotl_amopo.config.parse import parse_block
+from axolotl_amopo.config.together import check_needs
 
 LOG = get_logger(__name__)
 

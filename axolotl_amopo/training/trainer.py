@@ -15,9 +15,10 @@ from torch.utils.data import Sampler
 from transformers import EvalPrediction
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from axolotl_amopo.config.block import AMoPOConfig, check_needs, read_block
+from axolotl_amopo.config.block import AMoPOConfig, read_block
 from axolotl_amopo.config.redact import redact
 from axolotl_amopo.config.through_axolotl import stamped
+from axolotl_amopo.config.together import check_needs
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.model.batch import responses
 from axolotl_amopo.model.choose import Choice, choose_layout
