@@ -73,8 +73,10 @@ class AMoPOPlugin(BasePlugin):
         if not self._runs(cfg):
             return
         from axolotl_amopo.config.axolotl_keys import check_models_router
+        from axolotl_amopo.config.block import read_block
         from axolotl_amopo.config.devices import check_layers, check_one_gpu
         from axolotl_amopo.config.redact import redact_config_file
+        from axolotl_amopo.config.references import check_references
         from axolotl_amopo.training.sharing import check_before_loading
 
         # Everything reads it there from now on: the run's log and card, and axolotl's callbacks,
@@ -82,6 +84,7 @@ class AMoPOPlugin(BasePlugin):
         cfg.axolotl_config_path = redact_config_file(cfg.axolotl_config_path)
         if not cfg.merge_lora:  # which may use the memory of several
             check_one_gpu()  # again, for `axolotl evaluate`
+            check_references(cfg, read_block(cfg))
         check_layers(cfg)
         check_models_router(cfg)
         if cfg.amopo.share_prompt is True:

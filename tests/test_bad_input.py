@@ -285,7 +285,7 @@ CONFIGS = {
     ),
     "what the trainer does not supply": (
         {"amopo": {"objective": "mrpo"}},
-        ["amopo.objective: mrpo needs references, which this version does not supply"],
+        ["amopo.reference: objective mrpo compares with two models; write [initial, PATH]"],
     ),
     "gradients per criterion under ZeRO": (
         {"amopo": {"objective": "raco"}, "deepspeed": {"zero_optimization": {"stage": 1}}},

@@ -1161,6 +1161,18 @@ def test_parts_hold_each_response_once_and_fit():
     assert len(in_parts(max_tokens=1)) == len(wanted)
 
 
+@pytest.mark.parametrize("layout", ["packed", "tree", "sequences"])
+def test_a_part_has_no_more_tokens_in_its_layout(layout):
+    """What each row of a layout runs again counts again."""
+    counts = {}
+    for most in (70, 100, 10_000):
+        parts = in_parts(max_tokens=most, layout=layout)
+        rows = [lay_out(part["forest"], layout).index_RL for part in parts]
+        counts[most] = [int((index >= 0).sum()) for index in rows]
+    assert max(counts[70]) <= 70 and max(counts[100]) <= 100
+    assert len(counts[70]) > len(counts[100]) > len(counts[10_000]) == 1
+
+
 @pytest.mark.parametrize("which", EXAMPLES)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 @pytest.mark.parametrize("layout", LAYOUTS)

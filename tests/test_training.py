@@ -8,15 +8,19 @@ import axolotl.cli  # noqa: F401, sets logging up when imported, which would und
 import pytest
 import runs
 import torch
+from axolotl.cli.merge_lora import do_merge_lora
+from axolotl.evaluate import evaluate
 from datasets import Dataset
 from safetensors.torch import load_file
 from test_data import data_format
 from transformers import JambaConfig, JambaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from axolotl_amopo.commands.report.findings import findings
+from axolotl_amopo.config.references import FILE as FILE_OF_REFERENCE
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.example import Example
 from axolotl_amopo.objectives import OBJECTIVES, Draw, gradients
+from axolotl_amopo.steering.steering import FILE
 from axolotl_amopo.training import reference
 from axolotl_amopo.training import trainer as training_trainer
 from axolotl_amopo.training.collator import AMoPOCollator
@@ -164,7 +168,8 @@ def against_reference(folder, model, data, **changes):
 
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "mrpo"])
 def test_every_objective_trains(objective, tmp_path, tiny_model, groups):
-    """By its name alone, with an adapter, on prompts with several responses; and is evaluated."""
+    """By its name alone, with an adapter, on prompts with several responses; what was saved is
+    evaluated, and merged."""
     values = runs.config(
         tmp_path,
         tiny_model,
@@ -178,12 +183,23 @@ def test_every_objective_trains(objective, tmp_path, tiny_model, groups):
         micro_batch_size=16,  # the same rows in every step
         **runs.LORA,
     )
-    history = runs.train(runs.write_config(tmp_path, values)).state.log_history
+    path, out = runs.write_config(tmp_path, values), tmp_path / "out"
+    history = runs.train(path).state.log_history
     first = next(entry for entry in history if "loss" in entry)
     before, *_, after = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert after < before - 1e-4
     if "reference" in OBJECTIVES[objective]().needs:
         assert abs(first["rewards/margins"]) < 1e-5
+        assert first["amopo/from_reference"] < 1e-3
+
+    cfg, datasets = runs.prepare(path, lora_model_dir=str(out))
+    again = evaluate(cfg=cfg, dataset_meta=datasets)
+    assert again["eval_loss"] == pytest.approx(after, abs=1e-5)
+    do_merge_lora(cfg=runs.load(path, lora_model_dir=str(out), merge_lora=True))
+    merged = load_file(out / "merged" / "model.safetensors")
+    before = load_file(tiny_model / "model.safetensors")
+    assert any(not torch.equal(merged[name], weight) for name, weight in before.items())
+    assert (out / "merged" / FILE).is_file()
 
 
 REFERENCES = {
@@ -209,7 +225,7 @@ def test_the_policy_begins_as_its_reference(method, tmp_path, tiny_model, data):
     assert abs(first["rewards/margins"]) < 1e-6
     assert abs(last["rewards/margins"]) > 1e-4
     kind = Precomputed if method in ("full", "pissa") else AdapterOff
-    assert type(trainer.reference) is kind
+    assert [type(one) for one in trainer.references.each] == [kind]
 
 
 @pytest.mark.parametrize("fault", ["dropout", "adapter"])
@@ -248,11 +264,11 @@ def test_a_resumed_run_keeps_its_reference(tmp_path, tiny_model, data):
     steps = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
     _, logs = against_reference(whole, tiny_model, data, **steps)
     checkpoint = whole / "out" / "checkpoint-1"
-    assert (checkpoint / reference.FILE).is_file()
+    assert (checkpoint / FILE_OF_REFERENCE).is_file()
     changes = {"resume_from_checkpoint": str(checkpoint)}
     _, again = against_reference(resumed, tiny_model, data, **changes)
     assert [entry["loss"] for entry in again[1:]] == [entry["loss"] for entry in logs[1:]]
-    (checkpoint / reference.FILE).write_bytes(b"damaged")
+    (checkpoint / FILE_OF_REFERENCE).write_bytes(b"damaged")
     with pytest.raises(AMoPOError, match=r"amopo_reference\.npz"):
         against_reference(resumed, tiny_model, data, **changes)
 
@@ -286,6 +302,32 @@ def test_a_step_of_several_gradients(tmp_path, tiny_model, data):
         cosine = gram[0, 1] / (gram[0, 0] * gram[1, 1]).sqrt()
         found = logged["gradients/helpfulness-honesty/cosine"]
         assert found == pytest.approx(cosine.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("micro_batch", [4, 1])
+def test_cosines_are_measured_beside_a_step(tmp_path, tiny_model, data, micro_batch, whole_step):
+    """They change nothing, and are those of the criteria's shares of the loss."""
+    block = {"weighting": "mean", "gradient_cosines": 2, "anchor": 0.5}
+    changes = {"micro_batch_size": micro_batch, "gradient_accumulation_steps": 4 // micro_batch}
+    measured = one_step(tmp_path / "measured", tiny_model, data, amopo=block, **changes)
+    del block["gradient_cosines"]
+    same_step(measured, one_step(tmp_path / "plain", tiny_model, data, amopo=block, **changes))
+
+    cosine = "gradients/overall-honesty/cosine"
+    assert cosine not in whole_step[0]
+    changes = {"rl_beta": 0.2, "max_steps": 3, "micro_batch_size": 2, "learning_rate": 0.1}
+    logs = []
+    for name, rule in [("dpo", {"gradient_cosines": 2}), ("mgda", {"gradients": "mgda"})]:
+        values = full(
+            tmp_path, tiny_model, data, amopo={"objective": "dpo"} | rule,
+            **(changes | {"output_dir": str(tmp_path / name)}),
+        )  # fmt: skip
+        trainer = runs.train(runs.write_config(tmp_path, values, f"{name}.yml"))
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    key = "gradients/helpfulness-honesty/cosine"
+    # Before the first step, both are of the same model.
+    assert logs[0][0][key] == pytest.approx(logs[1][0][key], abs=1e-4)
+    assert [key in entry for entry in logs[0]] == [True, False, True]
 
 
 def test_gradients_that_are_multiples_need_one_pass():

@@ -13,6 +13,7 @@ from axolotl_amopo.commands.generate.command import generate
 from axolotl_amopo.commands.inspect.command import inspect
 from axolotl_amopo.commands.passed_on import NAMES, passed_on_command
 from axolotl_amopo.commands.plan.command import plan
+from axolotl_amopo.commands.reference.command import reference
 from axolotl_amopo.commands.report.command import report
 from axolotl_amopo.commands.score.command import score
 from axolotl_amopo.commands.template.command import template
@@ -43,7 +44,7 @@ def main() -> None:
     amopo(prog_name="axolotl-amopo")
 
 
-for _command in (chat, configs, generate, inspect, plan, report, score, template):
+for _command in (chat, configs, generate, inspect, plan, reference, report, score, template):
     amopo.add_command(_command)
 for _name in NAMES:
     amopo.add_command(passed_on_command(_name))

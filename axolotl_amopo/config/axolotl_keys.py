@@ -230,14 +230,17 @@ def check_router(config: AMoPOConfig, model: Mapping[str, Any]) -> None:
         )
     if asked and (rule := _gradient_rule(config)):
         raise ConfigError(
-            f"output_router_logits: true adds a loss that amopo.gradients: {rule} would leave out; "
-            "write gradients: sum, or overrides_of_model_config: {output_router_logits: false}."
+            f"output_router_logits: true adds a loss that amopo.{rule} would leave out; remove "
+            "one of the two, or write overrides_of_model_config: {output_router_logits: false}."
         )
 
 
 def _gradient_rule(config: AMoPOConfig) -> str | None:
-    """Return how the criteria's gradients become one, where they are more than summed up."""
-    return next((s.gradients for s in config.make_settings() if "gradients" in s.needs), None)
+    """Return the key and value by which a step is made of each criterion's gradient."""
+    if config.gradient_cosines:
+        return f"gradient_cosines: {config.gradient_cosines}"
+    rules = (s.gradients for s in config.make_settings() if "gradients" in s.needs)
+    return next((f"gradients: {rule}" for rule in rules), None)
 
 
 def schema_keys() -> set[str]:
@@ -266,6 +269,21 @@ def _check_spelling(cfg: dict, known: Set[str]) -> None:
             raise ConfigError(f"{key}: axolotl has no such key. Did you mean '{close[0]}'?")
 
 
+def check_other_references(cfg: dict, config: AMoPOConfig) -> None:
+    """Refuse to shorten rows that another model, with its own tokenizer, can't shorten alike.
+
+    Raises:
+        ConfigError: naming the key, and what to write instead.
+    """
+    strategy = str(cfg.get("excess_length_strategy") or "drop").lower()
+    if config.other_references and strategy == "truncate":
+        raise ConfigError(
+            "excess_length_strategy: truncate does not go with amopo.reference: "
+            f"{config.other_references[0]}, which would read a longer text than the model that is "
+            "trained; write drop."
+        )
+
+
 def check_gradients(cfg: dict, config: AMoPOConfig) -> None:
     """Refuse what can't go with a step that is made of several gradients.
 
@@ -278,12 +296,12 @@ def check_gradients(cfg: dict, config: AMoPOConfig) -> None:
     check_router(config, cfg.get("overrides_of_model_config") or {})
     if cfg.get("deepspeed"):
         raise ConfigError(
-            f"amopo.gradients: {rule} can't go with deepspeed, whose engine sums gradients up by "
+            f"amopo.{rule} can't go with deepspeed, whose engine sums gradients up by "
             "itself; take DDP or FSDP2."
         )
     for key in ("max_tokens", "one_prompt_at_a_time"):
         if getattr(config, key):
             raise ConfigError(
-                f"amopo.gradients: {rule} can't go with amopo.{key}, which runs a batch in parts; "
+                f"amopo.{rule} can't go with amopo.{key}, which runs a batch in parts; "
                 "remove one of the two."
             )

@@ -16,6 +16,7 @@ from axolotl.cli.config_options import AXOLOTL_CONFIG_CLI_OPTIONS
 from axolotl_amopo.config.axolotl_keys import (
     check_axolotl_keys,
     check_gradients,
+    check_other_references,
     check_parts,
 )
 from axolotl_amopo.config.block import AMoPOConfig, plain, read_beta
@@ -51,6 +52,7 @@ def check_before_launch(cfg: dict, *, with_data: bool = True) -> None:
     check_axolotl_keys(cfg, _known_keys(cfg))
     check_parallel(cfg)
     check_parts(cfg, config)
+    check_other_references(cfg, config)
     check_gradients(cfg, config)
     read_beta(cfg, config)
     for entry in read_entries(cfg):

@@ -140,10 +140,11 @@ class AMoPOConfig(BaseModel):
         description="Run the prompt that responses share once. auto: where the model gives the "
         "same numbers; true: always, or stop; false: never",
     )
-    reference: Literal["none", "initial"] | None = Field(
+    reference: str | list[str] | None = Field(
         default=None,
         description="What an objective compares the model with. initial: the model as training "
-        "found it; none: nothing; default: what the objective needs",
+        "found it; none: nothing; a folder or hub name: another model; a list, for mrpo: two of "
+        "them. Default: what the objective needs",
     )
     max_tokens: int | None = Field(
         default=None,
@@ -156,6 +157,13 @@ class AMoPOConfig(BaseModel):
         default=False,
         description="The same with one prompt and its responses per part, whatever their tokens: "
         "the memory of one prompt",
+    )
+    gradient_cosines: int = Field(
+        default=0,
+        ge=0,
+        description="At every so many optimizer steps, log the cosines between the criteria's "
+        "gradients, which say whether they pull in one direction; such a step costs up to a "
+        "backward pass per criterion. 0: never",
     )
     pairs: Literal["all", "best_worst"] | Annotated[int, Field(ge=1)] = Field(
         default="all",
@@ -323,6 +331,19 @@ class AMoPOConfig(BaseModel):
         return frozenset().union(
             *(one.needs for one in (self.make_objective(), *self.make_settings()))
         )
+
+    @property
+    def references(self) -> list[str]:
+        """Return the models that the objective compares with: `initial`, or names of others."""
+        if "reference" not in self.make_objective().needs:
+            return []
+        named = self.reference or "initial"
+        return [named] if isinstance(named, str) else named
+
+    @property
+    def other_references(self) -> list[str]:
+        """Return those of them that are not the model as training found it."""
+        return [model for model in self.references if model != "initial"]
 
     @property
     def draws_weights(self) -> bool:

@@ -27,6 +27,7 @@ NOT_IN_ROWS = {
     "share_prompt",
     "max_tokens",
     "one_prompt_at_a_time",
+    "gradient_cosines",
     "eval_table",
     *INTERNAL,
 }

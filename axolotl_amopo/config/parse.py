@@ -72,8 +72,8 @@ def _other_key(value: Any, objective: str) -> str:
     keys = [
         f"{name}: {value}"
         for kind in kinds
-        for name, choices in choices(kind).items()
-        if value in choices
+        for name, values in choices(kind).items()
+        if value in values
     ]
     return f" Did you mean {keys[0]}?" if keys else ""
 

@@ -9,6 +9,7 @@ from axolotl.utils.logging import get_logger
 from axolotl_amopo.config.axolotl_keys import (
     check_axolotl_keys,
     check_gradients,
+    check_other_references,
     check_parts,
 )
 from axolotl_amopo.config.block import AMoPOConfig, plain, read_beta
@@ -55,6 +56,7 @@ def take_over(cfg: dict, *, device: str | None = None, with_data: bool = True) -
     check_parallel(cfg)
     check_gradients(cfg, config)
     check_parts(cfg, config)
+    check_other_references(cfg, config)
     if device is None:
         check_devices(cfg)
     beta = read_beta(cfg, config)

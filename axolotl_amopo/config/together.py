@@ -1,6 +1,7 @@
 """The checks of an `amopo:` block that look at several of its keys."""
 
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from axolotl_amopo.config.instructions import overall_instruction
@@ -19,6 +20,7 @@ SUPPLIED = {
     "points",
     "weights",
     "reference",
+    "references",
     "gradients",
     "all_responses",
     "token_counts",
@@ -60,7 +62,25 @@ def check_block(config: "AMoPOConfig") -> None:
     check_together(config.make_objective(), config.make_settings())
     _check_fit(config)
     _check_levels(config)
+    _check_cosines(config)
     _check_weights(config)
+
+
+def _check_cosines(config: "AMoPOConfig") -> None:
+    if not config.gradient_cosines:
+        return
+    if "gradients" in config.needs:
+        raise ValueError(
+            "gradient_cosines: has no effect where the criteria's gradients are combined, which "
+            "logs their cosines at every step; remove it"
+        )
+    if len(config.criteria) < 2:
+        raise ValueError("gradient_cosines: needs two criteria; there is one")
+    if config.keeps_single_responses:
+        raise ValueError(
+            f"gradient_cosines: does not go with objective {config.objective}, whose loss is not "
+            "one per criterion; remove it"
+        )
 
 
 def _check_levels(config: "AMoPOConfig") -> None:
@@ -239,14 +259,8 @@ def check_needs(config: "AMoPOConfig") -> None:
     Raises:
         ConfigError: naming the key and what is lacking.
     """
+    _check_reference(config)
     needs = [("objective", config.objective, config.make_objective().needs)]
-    wants = "reference" in needs[0][2]
-    if config.reference == ("none" if wants else "initial"):
-        raise ConfigError(
-            f"amopo.reference: {config.reference} can't go with objective {config.objective}, "
-            f"which {'compares with' if wants else 'has'} {'a' if wants else 'no'} reference; "
-            "remove it."
-        )
     for setting in config.make_settings():
         switch = next(iter(vars(setting)))
         needs.append((switch, getattr(setting, switch), setting.needs))
@@ -256,6 +270,35 @@ def check_needs(config: "AMoPOConfig") -> None:
                 f"amopo.{key}: {value} needs {', '.join(sorted(lacking))}, which this version does "
                 "not supply; choose another one."
             )
+
+
+def _check_reference(config: "AMoPOConfig") -> None:
+    given, needs = config.reference, config.make_objective().needs
+    key, objective = "amopo.reference:", f"objective {config.objective}"
+    names = given if isinstance(given, list) else [given or "none"]
+    for name in names:
+        hint = did_you_mean(name, ["none", "initial"])
+        if name not in ("none", "initial") and hint and not Path(name).exists():
+            raise ConfigError(
+                f"{key} {name!r} is neither none, initial nor a model's folder.{hint}"
+            )
+    if "reference" not in needs:
+        if names != ["none"]:
+            raise ConfigError(
+                f"{key} {', '.join(names) or '[]'} can't go with {objective}, which has no "
+                "reference; remove it."
+            )
+    elif "references" in needs:
+        if len(set(names)) != 2 or len(names) != 2 or "none" in names:
+            raise ConfigError(
+                f"{key} {objective} compares with two models; write [initial, PATH], with the "
+                "folder or hub name of the other one."
+            )
+    elif given is not None and (names == ["none"] or len(names) != 1):
+        raise ConfigError(
+            f"{key} {', '.join(names) or '[]'} can't go with {objective}, which compares with "
+            f"{'a reference; remove it' if names == ['none'] else 'one reference; name one'}."
+        )
 
 
 def _with(objective: Objective) -> str:

@@ -79,6 +79,15 @@ class Preparation:
         for prompt in read_prompts(self.format, self.dataset, self.survey):
             yield prompt, list(make_examples(self.format, [prompt], self.rule, Counter()))
 
+    def examples(self) -> Iterator[tuple[int, list[Pair]]]:
+        """Yield every row of `prepared`, in order, and the pairs that it was made of."""
+        groups = (group for _, groups in self.prompts() for group in groups)
+        row = 0
+        for number, group in enumerate(groups):
+            if row < len(self.kept) and number == self.kept[row]:
+                yield row, group
+                row += 1
+
 
 _watched: ContextVar[list[Preparation] | None] = ContextVar("watched", default=None)
 

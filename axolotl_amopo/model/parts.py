@@ -17,12 +17,17 @@ from torch import Tensor
 
 from axolotl_amopo.model.forest import Forest, Leaf
 from axolotl_amopo.model.forward import TokenLogps
+from axolotl_amopo.model.layout import LayoutName
 
 Batch = dict[str, Any]
 
 
 def split_batch(
-    batch: Batch, max_tokens: int | None = None, *, one_prompt: bool = False
+    batch: Batch,
+    max_tokens: int | None = None,
+    *,
+    one_prompt: bool = False,
+    layout: LayoutName = "packed",
 ) -> list[Batch]:
     """Return batches that `response_logps` takes, which together run each response of a batch.
 
@@ -34,15 +39,16 @@ def split_batch(
         batch: as `make_batch` makes it.
         max_tokens: the most tokens of a part.
         one_prompt: whether every part has one prompt alone.
+        layout: in which the parts will run, so how often shared tokens count.
     """
     forest = batch["forest"]
     if max_tokens is None and not one_prompt:
         return [batch]
     parts: list[list[Leaf]] = []
     for leaves in _by_prompt(forest):
-        for run in _runs(forest, leaves, max_tokens):
+        for run in _runs(forest, leaves, max_tokens, layout):
             together = [*parts[-1], *run] if parts and not one_prompt else []
-            if together and _fits(forest, together, max_tokens):
+            if together and _fits(forest, together, max_tokens, layout):
                 parts[-1] = together
             else:
                 parts.append(run)
@@ -58,18 +64,33 @@ def _by_prompt(forest: Forest) -> list[list[Leaf]]:
     return list(found.values())
 
 
-def _runs(forest: Forest, leaves: list[Leaf], max_tokens: int | None) -> list[list[Leaf]]:
+def _runs(
+    forest: Forest, leaves: list[Leaf], max_tokens: int | None, layout: LayoutName
+) -> list[list[Leaf]]:
     runs: list[list[Leaf]] = []
     for leaf in leaves:
-        if runs and _fits(forest, [*runs[-1], leaf], max_tokens):
+        if runs and _fits(forest, [*runs[-1], leaf], max_tokens, layout):
             runs[-1].append(leaf)
         else:
             runs.append([leaf])
     return runs
 
 
-def _fits(forest: Forest, leaves: list[Leaf], max_tokens: int | None) -> bool:
-    return max_tokens is None or forest.count(_segments(forest, leaves)) <= max_tokens
+def _fits(forest: Forest, leaves: list[Leaf], max_tokens: int | None, layout: LayoutName) -> bool:
+    return max_tokens is None or _tokens(forest, leaves, layout) <= max_tokens
+
+
+def _tokens(forest: Forest, leaves: list[Leaf], layout: LayoutName) -> int:
+    """Return the tokens that go through the model, at most; padding left out."""
+    match layout:
+        case "packed":
+            return forest.count(_segments(forest, leaves))
+        case "sequences":
+            return sum(forest.count(forest.path(leaf.segment)) for leaf in leaves)
+        case "tree":  # a row per prompt, unless one for all of them is shorter
+            prompts = {forest.parents[leaf.segment] for leaf in leaves}
+            of_prompts = sum(forest.count(forest.path(prompt)) for prompt in prompts)
+            return of_prompts + forest.count([leaf.segment for leaf in leaves])
 
 
 def _segments(forest: Forest, leaves: list[Leaf]) -> list[int]:

@@ -1,7 +1,8 @@
-"""One step from the gradients of several criteria: `amopo.gradients`.
+"""One step from the gradients of several criteria: `amopo.gradients`, `amopo.gradient_cosines`.
 
 The gradient of each criterion's loss is summed over the micro batches and processes of an optimizer
-step; their inner products say how much of each the step has (`objectives/gradients.py`).
+step; their inner products say how much of each the step has (`objectives/gradients.py`), and
+whether the criteria pull in one direction.
 
 The gradients with respect to the log-probabilities come first, and cost next to nothing. Where an
 example has one prompt, those of its criteria are multiples of one another: a pair's criteria differ
@@ -44,11 +45,13 @@ class CombinedGradients:
 
     Args:
         trainer: whose model is trained.
-        rule: how they become one.
-        weights: [C] the user's, which sum to 1.
+        rule: how they become one; None adds them up as the loss does, for their cosines alone.
+        weights: [C] the user's, which sum to 1; None without a rule.
     """
 
-    def __init__(self, trainer: "AMoPOTrainer", rule: Gradients, weights: Tensor):
+    def __init__(
+        self, trainer: "AMoPOTrainer", rule: Gradients | None = None, weights: Tensor | None = None
+    ):
         self.trainer, self.rule, self.weights = trainer, rule, weights
         self.metrics: dict[str, float] = {}
         self._start()
@@ -80,7 +83,8 @@ class CombinedGradients:
         found = forward()
         logps = found.logps.detach().requires_grad_()
         given, outcome, factor, loss = judge(found._replace(logps=logps))
-        losses = criterion_losses(outcome, given) * factor  # [C]
+        of_criteria = criterion_losses if self.rule else shares_of_loss
+        losses = of_criteria(outcome, given) * factor  # [C]
         wanted = torch.stack(
             [torch.autograd.grad(one, logps, retain_graph=True)[0] for one in losses]
         )  # [C, B, K, N, T]
@@ -114,7 +118,8 @@ class CombinedGradients:
     def finish(self) -> None:
         """Give the parameters the gradient of the step."""
         accelerator, sharded = self.trainer.accelerator, self.trainer.is_fsdp_enabled
-        count = len(self.weights)
+        assert self.losses is not None
+        count = len(self.losses)
         products = torch.zeros(count, count, dtype=torch.float64)
         for kept in self.gradients.values():
             if dist.is_initialized() and not sharded:
@@ -123,11 +128,12 @@ class CombinedGradients:
             local = [t.to_local() if isinstance(t, DTensor) else t for t in kept]
             flat = torch.stack([t.flatten() for t in local]).double()
             products += (flat @ flat.T).cpu()
-        assert self.losses is not None
         losses = accelerator.reduce(self.losses, reduction="mean")
         if sharded:
             products = accelerator.reduce(products.to(losses.device), reduction="sum").cpu()
-        a = self.rule.coefficients(products, self.weights, losses).tolist()  # [C]
+        a = [1.0] * count
+        if self.rule and self.weights is not None:
+            a = self.rule.coefficients(products, self.weights, losses).tolist()  # [C]
         for name, parameter in self._trained():
             if kept := self.gradients.get(name):
                 parameter.grad = sum(
@@ -141,9 +147,11 @@ class CombinedGradients:
         names = self.trainer.amopo.criteria
         lengths = products.diagonal().sqrt()
         cosines = products / (lengths[:, None] * lengths).clamp(min=1e-30)
-        self.metrics = {
-            f"gradients/{name}/share": share for name, share in zip(names, a, strict=True)
-        }
+        self.metrics = {}
+        if self.rule:
+            self.metrics = {
+                f"gradients/{name}/share": share for name, share in zip(names, a, strict=True)
+            }
         for i, one in enumerate(names):
             for j, other in enumerate(names[:i]):
                 self.metrics[f"gradients/{other}-{one}/cosine"] = cosines[i, j].item()
@@ -158,6 +166,16 @@ def criterion_losses(outcome: Outcome, given: Responses) -> Tensor:
     said = outcome.losses * (given.signs != 0)  # [P, C]
     means = torch.stack([example_means(losses, given) for losses in said.unbind(-1)])  # [C, B]
     counts: Any = given.counts
+    return (means if counts is None else means * counts).mean(-1)
+
+
+def shares_of_loss(outcome: Outcome, given: Responses) -> Tensor:
+    """Return [C], what each criterion adds to the mean loss, and the terms, if any, as one more."""
+    weighted = outcome.weights * outcome.losses  # [P, C] or [B, C]
+    shares = [example_means(losses, given) for losses in weighted.unbind(-1)]
+    if outcome.terms:
+        shares.append(sum(outcome.terms.values(), torch.zeros_like(shares[0])))
+    means, counts = torch.stack(shares), given.counts  # [C, B] or [C + 1, B]
     return (means if counts is None else means * counts).mean(-1)
 
 

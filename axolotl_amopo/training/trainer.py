@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from axolotl_amopo.config.block import AMoPOConfig, read_block
 from axolotl_amopo.config.redact import redact
+from axolotl_amopo.config.references import INITIAL
 from axolotl_amopo.config.through_axolotl import stamped
 from axolotl_amopo.config.together import check_needs
 from axolotl_amopo.errors import AMoPOError
@@ -25,6 +26,7 @@ from axolotl_amopo.model.choose import Choice, choose_layout
 from axolotl_amopo.model.forward import TokenLogps, response_logps, teach
 from axolotl_amopo.model.parts import replayed_loss, split_batch, together
 from axolotl_amopo.objectives import Draw, Objective, Outcome, Responses, example_losses
+from axolotl_amopo.objectives.base import reference_sums, response_sums
 from axolotl_amopo.objectives.gradients import Gradients
 from axolotl_amopo.steering.steering import Steering
 from axolotl_amopo.training.card import FILE as CARD
@@ -33,11 +35,10 @@ from axolotl_amopo.training.checkpoints import Checkpoints, Run
 from axolotl_amopo.training.gradients import CombinedGradients, Judged
 from axolotl_amopo.training.metrics import Means, example_metrics
 from axolotl_amopo.training.reference import (
-    AdapterOff,
-    Precomputed,
+    References,
     TakeReference,
-    reference_at_evaluation,
-    reference_in_training,
+    references_at_evaluation,
+    references_in_training,
     turn_dropout_off,
 )
 from axolotl_amopo.training.sampler import GROUPED_PASSES, LengthGroupedSampler, row_lengths
@@ -69,7 +70,9 @@ class AMoPOTrainer(AxolotlTrainer):
         self.compute_metrics = self._mean_metrics
         # Before accelerate wraps the forward in autocast and the model in DDP and the like.
         teach(self.accelerator.unwrap_model(self.model))
-        self.reference: AdapterOff | Precomputed | None = None
+        self.references: References | None = None
+        # How far the model is from its reference before the first step, until that is logged.
+        self._from_reference: Tensor | None = None
         self._choice: Choice | None = None
         self._choice_is_trained = False
         self._means = Means()
@@ -103,6 +106,7 @@ class AMoPOTrainer(AxolotlTrainer):
         check_needs(config)
         # The gradients of the criteria, where a step is made of each.
         self.combined: CombinedGradients | None = None
+        self._cosines = CombinedGradients(self) if config.gradient_cosines else None
         for setting in self.settings:
             if isinstance(setting, Gradients) and "gradients" in setting.needs:
                 equal = [1 / len(config.criteria)] * len(config.criteria)
@@ -154,9 +158,8 @@ class AMoPOTrainer(AxolotlTrainer):
         elif resume_from_checkpoint:
             resume_from_checkpoint = self._checkpoints.named(resume_from_checkpoint)
         if self._needs_reference:
-            self.reference = reference_in_training(self)
-            if isinstance(self.reference, Precomputed) and resume_from_checkpoint:
-                self.reference.load(Path(resume_from_checkpoint))
+            start = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+            self.references = references_in_training(self, start)
         # axolotl's callbacks read from there what they had saved.
         self.axolotl_cfg.resume_from_checkpoint = resume_from_checkpoint or None
         done = super().train(resume_from_checkpoint or None, **kwargs)
@@ -219,8 +222,8 @@ class AMoPOTrainer(AxolotlTrainer):
         )
         try:
             super()._save_checkpoint(model, trial)
-            if isinstance(self.reference, Precomputed) and self._checkpoints.first_of_disk:
-                self.reference.save(folder)
+            if self.references is not None and self._checkpoints.first_of_disk:
+                self.references.save(folder)
         finally:
             args.save_total_limit, args.push_to_hub = limit, push
         self._checkpoints.finish(folder, limit, self.state.best_model_checkpoint)
@@ -239,7 +242,12 @@ class AMoPOTrainer(AxolotlTrainer):
     def _parts(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
         """Return what a batch runs in, and how many more passes other processes need."""
         config = self.amopo
-        parts = split_batch(inputs, config.max_tokens, one_prompt=config.one_prompt_at_a_time)
+        parts = split_batch(
+            inputs,
+            config.max_tokens,
+            one_prompt=config.one_prompt_at_a_time,
+            layout=self._choice.layout if self._choice else "packed",
+        )
         if self.args.world_size == 1 or not (config.max_tokens or config.one_prompt_at_a_time):
             return parts, 0
         # FSDP2 and ZeRO-3 gather weights in each pass, and wait for each other there.
@@ -261,12 +269,12 @@ class AMoPOTrainer(AxolotlTrainer):
     def _reference_sums(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
         if not self._needs_reference:
             return None
-        if self.reference is None:  # nobody trains
-            self.reference = reference_at_evaluation(self)
+        if self.references is None:  # nobody trains
+            self.references = references_at_evaluation(self)
         # Decides how batches run, with the adapter on; and before the policy's own pass, which
         # FSDP2 and ZeRO-3 expect to be followed by its backward pass.
-        self._choose(model, inputs)
-        return self.reference.sums(model, inputs, partial(self.run, model))
+        self._choose(model, self._parts(inputs)[0][0])
+        return self.references.sums(model, inputs, partial(self.run, model))
 
     def _judge(
         self,
@@ -291,6 +299,15 @@ class AMoPOTrainer(AxolotlTrainer):
             terms = outcome.terms | {"router": router_loss.expand(len(logps))}
             outcome = outcome._replace(terms=terms)
         return given, outcome
+
+    def _measure_reference(self, given: Responses) -> None:
+        """Keep by how much the model and its reference differ, where they should be the same."""
+        if INITIAL in self.amopo.references:
+            sums = response_sums(given.logps.detach(), given.mask)
+            place = self.amopo.references.index(INITIAL)
+            worst = (sums - reference_sums(given, sums, place)).abs().max().reshape(1)
+            seen = self._from_reference
+            self._from_reference = worst if seen is None else torch.maximum(seen, worst)
 
     @property
     def _autocast(self) -> torch.dtype | None:
@@ -330,6 +347,8 @@ class AMoPOTrainer(AxolotlTrainer):
 
         def judge(found: TokenLogps) -> Judged:
             given, outcome = self._judge(inputs, found, reference, draws=model.training)
+            if reference is not None and model.training and self.state.global_step == 0:
+                self._measure_reference(given)
             values.update(example_metrics(outcome, given, self.amopo.criteria))
             factor = 1.0
             if model.training and num_items_in_batch is not None:
@@ -338,18 +357,19 @@ class AMoPOTrainer(AxolotlTrainer):
             loss = (example_losses(outcome, given) * given.counts).mean() * factor
             return Judged(given, outcome, factor, loss)
 
-        parts, idle = self._parts(inputs)
         forward, add = partial(self._logps, model), partial(self._add_gradients, model)
         if not (model.training and torch.is_grad_enabled()):
             loss = judge(self.run(model, inputs)).loss
-        elif self.combined:
+        elif combined := self._combined_now:
             # Without synchronising: what is summed up is reduced once per step.
             unsynced = partial(self._unsynced, model, partial(forward, inputs))
-            loss = self.combined.loss(unsynced, judge, add, again=self.is_fsdp_enabled)
-        elif len(parts) + idle > 1:
-            loss = replayed_loss(parts, forward, lambda found: judge(found).loss, add, idle)
+            loss = combined.loss(unsynced, judge, add, again=self.is_fsdp_enabled)
         else:
-            loss = judge(forward(inputs)).loss
+            parts, idle = self._parts(inputs)
+            if len(parts) + idle > 1:
+                loss = replayed_loss(parts, forward, lambda found: judge(found).loss, add, idle)
+            else:
+                loss = judge(forward(inputs)).loss
         if model.training:
             self._means.add(values)
         return (loss, values) if return_outputs else loss
@@ -358,11 +378,17 @@ class AMoPOTrainer(AxolotlTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run a micro batch, and give a step's last one the gradient that was made of several."""
         loss = super().training_step(*args, **kwargs)
-        if self.combined:
-            self.combined.collect()
+        if combined := self._combined_now:
+            combined.collect()
             if self.accelerator.sync_gradients:
-                self.combined.finish()
+                combined.finish()
         return loss
+
+    @property
+    def _combined_now(self) -> CombinedGradients | None:
+        """Return what makes this optimizer step of each criterion's gradient, if anything does."""
+        due = self._cosines and self.state.global_step % self.amopo.gradient_cosines == 0
+        return self._cosines if due else self.combined
 
     def _unsynced(self, model: nn.Module, run: Callable[[], Any]) -> Any:
         """Return what `run` returns, with nothing for DDP to wait for in its backward pass.
@@ -467,5 +493,10 @@ class AMoPOTrainer(AxolotlTrainer):
         if "loss" in logs:
             means = self._means.take(lambda sums: self.accelerator.reduce(sums, reduction="sum"))
             logs |= {name: mean for name, mean in means.items() if name != "loss"}
-            logs |= self.combined.metrics if self.combined else {}
+            for combined in filter(None, (self.combined, self._cosines)):
+                logs |= combined.metrics
+                combined.metrics = {}  # the cosines of a step are logged once
+            if self._from_reference is not None:
+                worst = self.accelerator.gather(self._from_reference).max().item()
+                logs["amopo/from_reference"], self._from_reference = worst, None
         super().log(logs, start_time)

@@ -1,6 +1,10 @@
 """Text for people at a terminal."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 
@@ -21,6 +25,25 @@ def terminal(*, colours: bool | None = None) -> Console:
 def bars_console() -> Console:
     """Return the console of progress bars: stderr, so that stdout holds results alone."""
     return Console(stderr=True)
+
+
+@contextlib.contextmanager
+def progress_bars(
+    text: str, *, disable: bool
+) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Give a function that begins a bar, of a name and a total, and returns what advances it.
+
+    Args:
+        text: what stands before a bar, with {} for the name.
+        disable: show nothing.
+    """
+    with Progress(console=bars_console(), disable=disable) as bars:
+
+        def begin(name: str, total: int) -> Callable[[int], None]:
+            task = bars.add_task(text.format(name), total=total)
+            return lambda done: bars.advance(task, done)
+
+        yield begin
 
 
 def plain_table(*, headings: bool = True) -> Table:

@@ -1,8 +1,6 @@
 """The click command `axolotl amopo score`."""
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,10 +97,11 @@ def score(
     named = parse_models(models)
 
     with library_output(quiet=quiet, as_json=as_json):
+        from axolotl_amopo.commands.kit.text import progress_bars
         from axolotl_amopo.commands.score import report as scoring
         from axolotl_amopo.commands.score.text import print_scores, to_markdown
 
-        with _progress(quiet) as progress:
+        with progress_bars("Scoring {}", disable=quiet) as progress:
             report, scored = scoring.score(
                 config, models=named, with_base=not no_base, progress=progress, **options
             )
@@ -146,18 +145,3 @@ def parse_models(values: tuple[str, ...]) -> "list[ModelPath] | None":
     from axolotl_amopo.commands.score.logps import ModelPath
 
     return [ModelPath(name, path) for name, path in found.items()]
-
-
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    from rich.progress import Progress
-
-    from axolotl_amopo.commands.kit.text import bars_console
-
-    with Progress(console=bars_console(), disable=quiet) as bars:
-
-        def begin(name: str, total: int) -> Callable[[int], None]:
-            task = bars.add_task(f"Scoring {name}", total=total)
-            return lambda done: bars.advance(task, done)
-
-        yield begin

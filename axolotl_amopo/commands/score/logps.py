@@ -7,16 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers import AutoConfig, AutoTokenizer
 
+from axolotl_amopo.commands.kit.policy import is_adapter, load_policy, unloadable
 from axolotl_amopo.commands.score.data import RatedPairs
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.model.batch import make_batch
 from axolotl_amopo.model.choose import choose_layout
-from axolotl_amopo.model.forward import response_logps, teach
+from axolotl_amopo.model.forward import response_logps
 from axolotl_amopo.objectives.base import response_stats
 from axolotl_amopo.training.sharing import log_choice
 
@@ -26,13 +25,6 @@ class ModelPath(NamedTuple):
 
     name: str
     path: str
-
-
-def is_adapter(path: str) -> bool:
-    try:
-        return find_adapter_config_file(path) is not None
-    except OSError:  # neither a folder nor a name that a hub could know
-        return False
 
 
 def model_logps(
@@ -68,7 +60,7 @@ def model_logps(
     for one in order:
         check_model(cfg, one.path, tokenizer, pairs)
     for one in order:
-        model = load(cfg, tokenizer, one.path)
+        model = load_policy(cfg, tokenizer, one.path)
         score = _Scorer(model, pairs, cfg.amopo.share_prompt, batch_pairs)
         if shared:
             with model.disable_adapter():
@@ -91,7 +83,7 @@ def check_model(cfg: Any, path: str, tokenizer: Any, pairs: RatedPairs) -> None:
         try:
             AutoConfig.from_pretrained(path, trust_remote_code=remote_code)
         except (OSError, ValueError) as error:
-            raise _unloadable(path, error) from None
+            raise unloadable(path, error) from None
     try:
         other = AutoTokenizer.from_pretrained(path, trust_remote_code=remote_code)
     except (OSError, ValueError, KeyError):
@@ -106,62 +98,6 @@ def check_model(cfg: Any, path: str, tokenizer: Any, pairs: RatedPairs) -> None:
                 f"{theirs!r} there and {ours!r} here); score it with a config of the same data "
                 "whose base_model is its own."
             )
-
-
-def load(cfg: Any, tokenizer: Any, path: str) -> nn.Module:
-    """A model, or an adapter on the config's `base_model`, ready for `response_logps`.
-
-    In the config's precision on a GPU, in float32 on a CPU.
-
-    Raises:
-        AMoPOError: where there is none, or it can't be loaded.
-    """
-    adapter = is_adapter(path)
-    on_cpu = not torch.accelerator.is_available()
-    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
-    options: dict[str, Any] = {
-        "dtype": torch.float32 if on_cpu else cfg.torch_dtype,
-        "device_map": {"": device},
-        "trust_remote_code": cfg.trust_remote_code or False,
-    }
-    if cfg.attn_implementation:
-        options["attn_implementation"] = cfg.attn_implementation
-    weights = cfg.base_model if adapter else path
-    if weights == cfg.base_model and cfg.revision_of_model:
-        options["revision"] = cfg.revision_of_model
-    if cfg.load_in_4bit:  # as axolotl does for QLoRA
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_compute_dtype=options["dtype"],
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_quant_type="nf4",
-            **(cfg.bnb_config_kwargs or {}),
-        )
-    elif cfg.load_in_8bit:
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(weights, **options)
-        embeddings = model.get_input_embeddings().num_embeddings
-        if len(tokenizer) > embeddings:  # tokens that the config adds, as axolotl adds them
-            model.resize_token_embeddings(len(tokenizer))
-        if adapter:
-            model = PeftModel.from_pretrained(model, path)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise _unloadable(path, error) from None
-    model.eval()
-    try:
-        teach(model)
-    except TypeError as error:
-        raise AMoPOError(f"{path}: can't be scored: {error}.") from None
-    return model
-
-
-def _unloadable(path: str, error: Exception) -> AMoPOError:
-    reason = str(error).strip().splitlines()[0]
-    return AMoPOError(
-        f"{path}: can't be loaded as a model ({reason}); name a folder with an adapter or a whole "
-        "model."
-    )
 
 
 class _Scorer:

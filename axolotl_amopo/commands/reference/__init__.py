@@ -1,0 +1,1 @@
+"""`axolotl amopo reference`: take the log-probabilities of other models."""
