@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from axolotl_amopo.commands import amopo
+from axolotl_amopo.commands.plan.cards import Card
 from axolotl_amopo.commands.plan.estimate import RESPONSES, advise, memory, sharding
 from axolotl_amopo.commands.plan.groups import made_up_example, pairs_in, tokens
 from axolotl_amopo.commands.plan.load import load, plan_config
@@ -35,6 +36,7 @@ from axolotl_amopo.commands.plan.step import (
     run_step,
     shaped,
 )
+from axolotl_amopo.commands.plan.text import print_plan
 from axolotl_amopo.config.axolotl_keys import check_parts
 from axolotl_amopo.config.block import SUPPLIED, AMoPOConfig, read_block
 from axolotl_amopo.example import Example, pair
@@ -381,8 +383,8 @@ def test_a_prompt_with_one_response():
 # Reference and gradients.
 
 
-def forward_flops(path, *, adapter):
-    """FLOPs of one forward pass without gradients, over the pair of `one_step`."""
+def forward_flops(path, *, adapter=True, trains=False):
+    """FLOPs of one forward pass over the pair of `one_step`."""
     cfg, amopo = load(str(path), "cpu", 1)
     model = build_model(cfg, model_config(cfg))
     teach(model)
@@ -390,7 +392,8 @@ def forward_flops(path, *, adapter):
     batch = micro_batch(shaped(made_up_example(amopo, 2), PairShape(100, 60)), 1)
     if not adapter:
         model.base_model.disable_adapter_layers()
-    with FlopCounterMode(display=False, custom_mapping=FLOPS_ON_CPU) as counter, torch.no_grad():
+    counter = FlopCounterMode(display=False, custom_mapping=FLOPS_ON_CPU)
+    with counter, torch.set_grad_enabled(trains):
         response_logps(model.eval(), batch, "packed")
     return counter.get_total_flops()
 
@@ -400,36 +403,34 @@ def bytes_of(moments):
 
 
 def test_a_reference_below_the_adapter_costs_a_forward_pass_and_no_memory(small):
-    """Also with dropout, which a reference turns off, and with checkpointing."""
-    for changes in (LORA, LORA | {"gradient_checkpointing": True}):
-        dropped = changes | {"lora_dropout": 0.1}
-        without = one_step(small({"objective": "simpo"}, **changes))
-        compared = one_step(small({"objective": "dpo"}, **dropped))
-        assert (without.reference, compared.reference) == ("", "adapter off")
-        assert compared.tokens == without.tokens == 100 + 2 * 60
-        once = forward_flops(small({"objective": "dpo"}, **changes), adapter=False)
-        assert compared.flops - without.flops == once > 0
-        assert compared.reference_flops == 0
-        assert bytes_of(compared.moments) == pytest.approx(bytes_of(without.moments), rel=0.01)
+    """Without what dropout keeps, which a reference turns off."""
+    changes = LORA | {"gradient_checkpointing": True}
+    without = one_step(small({"objective": "simpo"}, **changes))
+    path = small({"objective": "dpo"}, **changes, lora_dropout=0.1)
+    compared = one_step(path)
+    assert (without.reference, compared.reference) == ("", "adapter off")
+    assert compared.tokens == without.tokens == 100 + 2 * 60
+    assert compared.flops - without.flops == forward_flops(path, adapter=False) > 0
+    assert compared.reference_flops == 0
+    assert bytes_of(compared.moments) == pytest.approx(bytes_of(without.moments), rel=0.01)
 
 
 @pytest.mark.parametrize(
-    ("changes", "adapter_off"),
+    "changes",
     [
-        (LORA, True),
-        (LORA | {"peft_init_lora_weights": "gaussian"}, True),
-        (LORA | {"peft_init_lora_weights": "pissa"}, False),
-        (LORA | {"lora_model_dir": "somewhere"}, False),
-        ({}, False),
+        LORA | {"peft_init_lora_weights": "pissa"},
+        LORA | {"lora_model_dir": "somewhere"},
+        {},
     ],
+    ids=["weights", "adapter", "full"],
 )
-def test_how_a_reference_is_taken(small, changes, adapter_off):
-    step = one_step(small({"objective": "ipo"}, **changes))
-    assert step.reference == ("adapter off" if adapter_off else "precomputed")
-    if not adapter_off:
-        path = small({"objective": "ipo"}, **changes)
-        assert step.reference_flops == forward_flops(path, adapter=True) > 0
-        assert step.flops == one_step(small({"objective": "simpo"}, **changes)).flops
+def test_a_reference_that_is_another_than_the_base_is_taken_before(small, changes):
+    path = small({"objective": "ipo"}, **changes)
+    step = one_step(path)
+    assert step.reference == "precomputed"
+    assert step.reference_flops == forward_flops(path) > 0
+    if not changes:
+        assert step.flops == one_step(small({"objective": "simpo"})).flops
 
 
 def test_a_reference_that_is_taken_before_is_in_the_time_of_the_run(small):
@@ -438,7 +439,7 @@ def test_a_reference_that_is_taken_before_is_in_the_time_of_the_run(small):
     changes = {"val_set_size": 0.25, "num_epochs": 2, "max_steps": None}
     path = small({"objective": "dpo"}, micro_batch_size=3, **changes)
     made, _ = plan_config(str(path), gpu="mine", **common)
-    once = forward_flops(path, adapter=True)
+    once = forward_flops(path)
     assert made.held_out_examples == 100  # a quarter of all
     assert made.flops_before == pytest.approx(400 * once, rel=0.01)
     assert made.seconds_before == pytest.approx(made.flops_before / (100e12 * 0.4))
@@ -446,12 +447,7 @@ def test_a_reference_that_is_taken_before_is_in_the_time_of_the_run(small):
     assert made.seconds == pytest.approx(made.seconds_before + 2 * made.seconds_per_epoch)
     done = plan(path, "--gpu-memory", 80, "--gpu-tflops", 100, "--gpu", "mine", "--held-out", 50)
     said = " ".join(done.output.split())
-    assert "the reference's log-probabilities of 10,000 pairs and of 50 held out" in said
-    path = small({"objective": "dpo"}, **LORA)
-    made, _ = plan_config(str(path), gpu="mine", **common)
-    assert (
-        made.flops_before == 0 and made.seconds == made.seconds_per_epoch * 3 / made.steps_per_epoch
-    )
+    assert "the reference's log-probabilities of 10,000 pairs and of 50 held-out pairs" in said
 
 
 @pytest.mark.parametrize(
@@ -488,15 +484,29 @@ def test_gradients_per_criterion_cost_backward_passes(small):
     assert raco.flops == plain.flops
     assert bytes_of(raco.moments) == pytest.approx(bytes_of(plain.moments), rel=0.01)
     asked = {"instruction": "{{ dimension }}"}
-    plain, raco = (one_step(small({"objective": name} | asked)) for name in ("dpo", "raco"))
-    once = plain.reference_flops
+    plain = one_step(small({"objective": "dpo"} | asked))
+    raco = one_step(path := small({"objective": "raco"} | asked))
+    once = forward_flops(path, trains=True)
     assert (raco.passes, raco.flops) == (3, once + 3 * (plain.flops - once))
-    # Each pass has gradients of its own, and what it keeps is there until the last.
-    assert raco.moments[1].gradients == pytest.approx(raco.trained, rel=0.01)
-    assert raco.moments[0].activations == pytest.approx(plain.moments[0].activations, rel=0.01)
+    # What a pass needs is kept for the next.
+    whole = pytest.approx(plain.moments[0].activations, rel=0.01)
+    assert raco.moments[1].activations == raco.moments[0].activations == whole
+    assert plain.moments[1].activations < 0.9 * plain.moments[0].activations
     # FSDP2 keeps no graph, and runs forward again.
     again = one_step(small({"objective": "raco"} | asked, **fsdp2(True)))
     assert (again.passes, again.flops) == (3, 3 * plain.flops)
+
+
+@pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
+def test_what_has_no_room_is_said_to_be_the_gradients(small, changes, capsys):
+    """Of all weights, but not of an adapter's."""
+    path = small({"objective": "mgda"}, gradient_accumulation_steps=2, **changes)
+    made, _ = plan_config(str(path), gpu="cpu")
+    print_plan(replace(made, card=Card("small", made.total - 1, 1.0)), [])
+    said = "amopo.gradients keeps a gradient of every trained weight for each of 3 criteria"
+    assert (said in capsys.readouterr().out) is not bool(changes)
+    print_plan(replace(made, card=Card("large", made.total, 1.0)), [])
+    assert said not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [n for n in OBJECTIVES if OBJECTIVES[n]().needs <= SUPPLIED])
@@ -504,7 +514,7 @@ def test_every_objective_is_planned(small, name):
     groups = {"lambda_dpo": 3, "ric": 3}
     options = {"responses": groups[name]} if name in groups else {}
     made, _ = plan_config(
-        str(small({"objective": name}, **LORA)),
+        str(small({"objective": name})),
         gpu="cpu",
         prompt_tokens=100,
         response_tokens=60,
@@ -523,7 +533,7 @@ def test_every_objective_is_planned(small, name):
     assert made.steps_per_epoch == (10 if name in groups else 30)
     assert made.epoch == ("10 groups" if name in groups else "30 pairs")
     free = name in ("amopo", "simpo", "ric")
-    assert made.reference == ("" if free else "adapter off")
+    assert made.reference == ("" if free else "precomputed")
     assert made.criteria == (3 if name in ("raco", "mgda", "mgda_decoupled") else 0)
 
 
@@ -660,24 +670,6 @@ def test_what_does_not_fit_is_told_what_would(tmp_path):
     assert "It does not fit" in done.output
     for change in ("gradient_checkpointing: true", "amopo.one_prompt_at_a_time: true"):
         assert f"with {change} it would fit" in done.output
-
-
-def test_gradients_of_a_large_model_have_no_room(tmp_path):
-    """Said in a sentence: with an adapter they have."""
-    values = yaml.safe_load(LORA_7B.read_text(encoding="utf-8"))
-    values |= {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "sequence_len": 512}
-    values["amopo"] = {"objective": "raco", "dimensions": ["helpfulness", "correctness"]}
-    del values["adapter"]
-    path = write_config(tmp_path, values)
-    done = plan(path, "--gpu-memory", "2.5", "--gpu-tflops", "100")
-    assert done.exit_code == 3
-    said = (
-        "amopo.gradients keeps a gradient of every trained weight for each of 2 criteria, 0.5 GiB"
-    )
-    assert said in done.output
-    assert "with adapter: lora, lora_r: 32 it would fit" in done.output
-    done = plan(write_config(tmp_path, values | LORA), "--gpu-memory", "1", "--gpu-tflops", "100")
-    assert done.exit_code == 3 and "amopo.gradients keeps" not in done.output
 
 
 @pytest.mark.parametrize(

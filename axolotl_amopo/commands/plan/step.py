@@ -161,7 +161,7 @@ def run_step(
             flops[-1] += counter.get_total_flops() * len(alike)
             if isinstance(reference, Precomputed):
                 with FlopCounterMode(display=False, custom_mapping=FLOPS_ON_CPU) as counter:
-                    fresh.start_of(alike[:1])
+                    fresh.precompute(alike[:1])
                 reference_flops[-1] += counter.get_total_flops() * len(alike)
         fresh = _Simulation(build_model(cfg, short), cfg, amopo, layout, reference)
         with LiveMemory(fresh.model) as memory:
@@ -221,24 +221,31 @@ def _reference(cfg: Any, amopo: AMoPOConfig, model: nn.Module) -> AdapterOff | P
 def backward_passes(batch: Batch, amopo: AMoPOConfig) -> int:
     """Return how many backward passes a micro batch needs; several where gradients are combined.
 
-    Which of the criteria's gradients are multiples of one another is seen on random numbers: where
-    those are, all are.
+    Which of the criteria's gradients are multiples of one another is seen on random numbers, as
+    many times as make chance unlikely: where those are, all are.
     """
     if "gradients" not in amopo.needs:
         return 1
     forest = batch["forest"]
     shape = forest.examples, forest.prompts, forest.responses
     random = partial(torch.rand, generator=torch.Generator().manual_seed(0))
-    logps = random(*shape, 2).neg().requires_grad_()
-    given = responses(
-        batch | {"ratings": random(batch["ratings"].shape)},
-        logps,
-        torch.ones_like(logps, dtype=torch.bool),
-        weights=torch.ones(batch["points"].shape),
-        reference=-random(1, *shape),
-    )
-    losses = criterion_losses(_outcome(amopo, given), given)
-    return len(directions(_gradients_of(losses, logps)))
+
+    def passes() -> int:
+        logps = random(*shape, 2).neg().requires_grad_()
+        others = random(batch["signs"].shape) < 0.5  # where the other response wins
+        given = responses(
+            batch
+            | {"signs": torch.where(others, -batch["signs"], batch["signs"])}
+            | {"ratings": random(batch["ratings"].shape)},
+            logps,
+            torch.ones_like(logps, dtype=torch.bool),
+            weights=torch.ones(batch["points"].shape),
+            reference=-random(1, *shape),
+        )
+        losses = criterion_losses(_outcome(amopo, given), given)
+        return len(directions(_gradients_of(losses, logps)))
+
+    return max(passes() for _ in range(10))
 
 
 def _outcome(amopo: AMoPOConfig, given: Responses) -> Outcome:
@@ -362,10 +369,10 @@ class _Simulation:
             if again and number < passes:
                 found = self._forward(part)
 
-    def start_of(self, parts: list[Batch]) -> Tensor:
-        """Run what takes a reference of the model as it is, before the first step."""
+    def precompute(self, parts: list[Batch]) -> None:
+        """Take the reference's log-probabilities of the model as it is, before the first step."""
         with torch.no_grad(), without_dropout(self.model):
-            return self._run(parts).logps
+            self._run(parts)
 
     def _reference_sums(self, batch: Batch, parts: list[Batch]) -> Tensor | None:
         if not isinstance(self.reference, AdapterOff):

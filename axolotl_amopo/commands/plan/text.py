@@ -58,10 +58,11 @@ def print_plan(made: Plan, advice: list[tuple[str, Plan]]) -> None:
         takes = f"{made.flops_before:.3g} FLOP"
         if made.seconds_before is not None:
             takes += f", about {made.seconds_before / 3600:.3g} hours"
+        unit = "pairs" if made.groups_per_step is None else "groups"
         facts.add_row(
             "before a step",
             f"the reference's log-probabilities of {made.epoch} and of "
-            f"{made.held_out_examples:,} held out, {takes}",
+            f"{made.held_out_examples:,} held-out {unit}, {takes}",
         )
     if made.seconds is not None:
         hours = made.seconds_per_epoch / 3600
