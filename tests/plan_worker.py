@@ -21,6 +21,7 @@ from axolotl_amopo.commands.plan.estimate import memory, sharding
 from axolotl_amopo.commands.plan.load import load
 from axolotl_amopo.commands.plan.models import model_config
 from axolotl_amopo.commands.plan.step import FLOPS_ON_CPU, run_step
+from axolotl_amopo.training.gradients import CombinedGradients
 from axolotl_amopo.training.trainer import AMoPOTrainer
 
 
@@ -37,6 +38,9 @@ def measure(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     seen: dict[str, Any] = {}
     batch: dict[str, Any] = {}
     plain_train, plain_step = AMoPOTrainer.train, AMoPOTrainer.training_step
+    collect = mock.patch.object(
+        CombinedGradients, "collect", autospec=True, side_effect=CombinedGradients.collect
+    )
 
     def watched_train(self, *args, **kwargs):
         parameters = list(self.model.parameters())
@@ -56,9 +60,13 @@ def measure(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         # The third step counts, which takes memory of its own; the first proves the layout.
         seen.setdefault("memory", status("VmHWM") - before)
         batch.update(inputs)
-        with FlopCounterMode(display=False, custom_mapping=FLOPS_ON_CPU) as counter:
+        with (
+            FlopCounterMode(display=False, custom_mapping=FLOPS_ON_CPU) as counter,
+            collect as collected,
+        ):
             loss = plain_step(self, model, inputs, *args, **kwargs)
         seen["flops"] = counter.get_total_flops()
+        seen["passes"] = max(1, collected.call_count)
         seen["layout"] = self._choice.layout
         seen["parts"] = len(self._parts(batch)[0])
         return loss

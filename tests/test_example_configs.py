@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,19 +20,30 @@ from axolotl.utils.dict import DictDefault
 from runs import load, write_config, write_jsonl
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+from axolotl_amopo.commands.plan.groups import made_up_example
 from axolotl_amopo.commands.plan.load import load as load_for
 from axolotl_amopo.commands.plan.models import model_config
-from axolotl_amopo.commands.plan.step import PairShape, build_model, made_up_batch, shortened
+from axolotl_amopo.commands.plan.step import (
+    PairShape,
+    build_model,
+    micro_batch,
+    shaped,
+    shortened,
+)
 from axolotl_amopo.errors import AMoPOError, ConfigError
 from axolotl_amopo.model import forward
 from axolotl_amopo.model.attention import PACKED_SDPA
 from axolotl_amopo.model.batch import responses
 from axolotl_amopo.model.choose import candidates
-from axolotl_amopo.objectives import example_losses
+from axolotl_amopo.objectives import OBJECTIVES, example_losses
 from axolotl_amopo.training.metrics import example_metrics
+from axolotl_amopo.training.reference import AdapterOff
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "example_configs").glob("*.yml"))
+QUICKSTART = ROOT / "example_configs" / "quickstart.yml"
+# One per objective on the quickstart's data.
+QUICK = [path for path in CONFIGS if path.stem.startswith("quickstart-")]
 SECTIONS = ("datasets", "test_datasets")
 # What the plugin and the fixtures below change on purpose.
 CHANGED = {"rl", "amopo", "base_model", "dataset_prepared_path", "output_dir", *SECTIONS}
@@ -139,12 +151,14 @@ def test_axolotl_accepts_it(path, local):
     assert_kept(given, cfg)
     assert cfg.rl is None
     assert cfg.amopo.enabled
-    assert cfg.amopo.gamma == given["amopo"].get("gamma", 2.0)
+    assert cfg.amopo.objective == given["amopo"].get("objective", "amopo")
+    for key in given["amopo"].keys() - {"dimensions", "weights"}:
+        assert cfg.amopo[key] == given["amopo"][key], key
     assert [dimension["name"] for dimension in cfg.amopo.dimensions] == [
         dimension if isinstance(dimension, str) else dimension["name"]
         for dimension in given["amopo"]["dimensions"]
     ]
-    assert cfg.rl_beta == given.get("rl_beta", 0.8)
+    assert cfg.rl_beta == given.get("rl_beta", OBJECTIVES[cfg.amopo.objective]().beta)
     assert cfg.adapter == given.get("adapter")
     for section in SECTIONS:
         for entry, validated in zip(given.get(section, []), cfg[section] or [], strict=True):
@@ -166,10 +180,11 @@ def test_fused_lora_kernels_are_on_where_they_work(path, gpu, local):
         assert bool(cfg[f"lora_{part}_kernel"]) is bool(gpu and "adapter" in given), part
 
 
-# With `deepspeed:`, axolotl already starts a process group (NCCL) while it loads the config.
+# With `deepspeed:`, axolotl already starts a process group (NCCL) while it loads the config. Of the
+# quickstart's, which differ in the objective alone, one will do.
 @pytest.mark.parametrize(
     "path",
-    [path for path in CONFIGS if not read(path).get("deepspeed")],
+    [path for path in CONFIGS if not read(path).get("deepspeed") and path not in QUICK[1:]],
     ids=lambda path: path.stem,
 )
 def test_axolotl_loads_it(path, local, tmp_path):
@@ -186,6 +201,30 @@ def test_it_opens_with_how_to_run_it(path):
     text = path.read_text(encoding="utf-8")
     opening = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
     assert path.name in "".join(opening)
+
+
+def test_there_is_one_per_objective_and_it_says_so_in_one_line():
+    assert {path.stem.removeprefix("quickstart-") for path in QUICK} == (
+        OBJECTIVES.keys() - {"amopo", "mrpo"}
+    )
+    shared = set()
+    for path in QUICK:
+        name = path.stem.removeprefix("quickstart-")
+        text = path.read_text(encoding="utf-8")
+        notes = list(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()))
+        assert 6 <= len(notes) <= 10 and any("Keys that matter" in line for line in notes)
+        own = {f"  objective: {name}", f"output_dir: quickstart-run/{name}"}
+        rest = text.splitlines()[len(notes) :]
+        assert own <= set(rest)
+        shared.add("\n".join(line for line in rest if line not in own))
+    assert len(shared) == 1
+    # And all else is as in the quickstart, where that isn't the objective's to say.
+    given, quickstart = read(QUICK[0]), read(QUICKSTART)
+    assert given["amopo"].keys() == {"objective", "dimensions"}
+    assert given["amopo"]["dimensions"] == quickstart["amopo"]["dimensions"]
+    others = given.keys() - {"amopo", "output_dir"}
+    assert {key: given[key] for key in others} == {key: quickstart[key] for key in others}
+    assert quickstart.keys() - given.keys() == {"rl_beta"}
 
 
 def test_deepspeed_file_is_there():
@@ -225,7 +264,7 @@ def test_a_misspelt_key_is_noticed(block, key, misspelt, local):
         assert_kept(given, validate(local(given)))
 
 
-GPU_CONFIGS = [path for path in CONFIGS if path.stem != "quickstart"]
+GPU_CONFIGS = [path for path in CONFIGS if not path.stem.startswith("quickstart")]
 
 
 @pytest.mark.parametrize("device", ["cuda", "meta"])
@@ -245,7 +284,8 @@ def test_a_step_on_fake_tensors(path, device, monkeypatch):
     sharded = read(path).keys() & {"fsdp_config", "deepspeed"}
     cfg, amopo = load_for(str(path), "cuda", gpus=8 if sharded else 1)
     model = build_model(cfg, shortened(model_config(cfg), 2), device)
-    batch = made_up_batch(cfg.micro_batch_size, len(amopo.criteria), PairShape(48, 11, 5))
+    example = shaped(made_up_example(amopo, 2), PairShape(48, 11, 5))
+    batch = micro_batch(example, cfg.micro_batch_size)
 
     def lay_out(*what):
         # From lengths alone, on the CPU, and with operators whose shapes depend on contents.
@@ -273,9 +313,14 @@ def test_a_step_on_fake_tensors(path, device, monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True):
         batch |= {k: v.to(device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
         with autocast:
-            logps, mask, _ = forward.response_logps(model.train(), batch, layout)
+            model.train()
+            reference = None
+            if "reference" in amopo.needs:
+                run = partial(forward.response_logps, model, layout=layout)
+                reference = AdapterOff().sums(model, batch, run)
+            logps, mask, _ = forward.response_logps(model, batch, layout)
             weights = torch.ones(batch["points"].shape, device=device)
-            given = responses(batch, logps, mask, weights=weights)
+            given = responses(batch, logps, mask, weights=weights, reference=reference)
             outcome = amopo.make_objective(cfg.rl_beta)(given, None)
             loss = (example_losses(outcome, given) * given.counts).mean()
             metrics = example_metrics(outcome, given, amopo.criteria)

@@ -16,29 +16,38 @@ from axolotl.utils.dict import DictDefault
 from click.testing import CliRunner
 from runs import LORA, config, prepare, write_config, write_jsonl
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from axolotl_amopo.commands import amopo
+from axolotl_amopo.commands.plan.cards import Card
 from axolotl_amopo.commands.plan.estimate import RESPONSES, advise, memory, sharding
-from axolotl_amopo.commands.plan.groups import made_up_group, tokens
+from axolotl_amopo.commands.plan.groups import made_up_example, pairs_in, tokens
 from axolotl_amopo.commands.plan.load import load, plan_config
 from axolotl_amopo.commands.plan.models import KNOWN, model_config
 from axolotl_amopo.commands.plan.step import (
+    FLOPS_ON_CPU,
     Moment,
     PairShape,
     Step,
-    made_up_batch,
+    backward_passes,
+    build_model,
     micro_batch,
     run_step,
+    shaped,
 )
+from axolotl_amopo.commands.plan.text import print_plan
 from axolotl_amopo.config.axolotl_keys import check_parts
-from axolotl_amopo.config.block import AMoPOConfig, read_block
+from axolotl_amopo.config.block import SUPPLIED, AMoPOConfig, read_block
 from axolotl_amopo.example import Example, pair
+from axolotl_amopo.model.attention import PACKED_SDPA
+from axolotl_amopo.model.forward import causal_model, response_logps, teach
+from axolotl_amopo.objectives import OBJECTIVES
 
 WORKER = Path(__file__).parent / "plan_worker.py"
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "example_configs"
-SIZED = sorted(path for path in EXAMPLES.glob("*.yml") if path.stem != "quickstart")
+SIZED = sorted(p for p in EXAMPLES.glob("*.yml") if not p.stem.startswith("quickstart"))
 LORA_7B = EXAMPLES / "qwen2.5-7b-80gb-lora.yml"
 
 # As the model cards and the models' files have it.
@@ -56,7 +65,11 @@ PUBLISHED = {
 # Words of a response, and responses. Starting to train takes some 50 MB on a CPU that no step
 # needs again; where a step takes little, longer rows make it outweigh that.
 USUAL = (30, 2)
-LARGER = {"lora_checkpointed": (300, 2), "group_in_parts": (150, 4)}
+LARGER = {
+    "lora_checkpointed": (300, 2),
+    "lora_raco_checkpointed": (300, 2),
+    "group_in_parts": (150, 4),
+}
 # Of real steps. Nothing of the loss is left out: memory is that of AdamW's too.
 MEASURED = {
     "full_two_pairs": {"micro_batch_size": 2},
@@ -66,6 +79,18 @@ MEASURED = {
     },
     "full_unshared": {"amopo": {"dimensions": ["helpfulness"], "share_prompt": False}},
     "lora_checkpointed": LORA | {"gradient_checkpointing": True, "sequence_len": 2048},
+    # A reference with the adapter off, and one backward pass for the gradients of two criteria.
+    "lora_raco_checkpointed": LORA
+    | {
+        "gradient_checkpointing": True,
+        "sequence_len": 2048,
+        "amopo": {"dimensions": ["helpfulness", "honesty"], "objective": "raco"},
+    },
+    # A reference that is taken before, and a backward pass for each of two criteria.
+    "full_raco_two_pairs": {
+        "micro_batch_size": 2,
+        "amopo": {"dimensions": ["helpfulness", "honesty"], "objective": "raco"},
+    },
     # Without states of an optimizer, which would hide what a part takes.
     "group_in_parts": {
         "micro_batch_size": 1,
@@ -132,7 +157,7 @@ def measured(tokenizer, tmp_path_factory) -> dict[str, dict]:
 @pytest.mark.parametrize("name", MEASURED)
 def test_plan_equals_training(measured, name):
     training, plan = measured[name]["measured"], measured[name]["planned"]
-    for exact in ("parameters", "trainable", "trained", "weights", "layout", "parts"):
+    for exact in ("parameters", "trainable", "trained", "weights", "layout", "parts", "passes"):
         assert plan[exact] == training[exact], exact
     assert plan["flops"] == pytest.approx(training["flops"], rel=0.02)
     # Within a tenth here; what else the system does to this process's memory only adds.
@@ -156,9 +181,9 @@ ON_ONE = Step(
 )
 
 
-def lines(cfg, devices, *moments):
+def lines(cfg, devices, *moments, **changes):
     cfg = DictDefault({"optimizer": "adamw_torch_fused", "gradient_accumulation_steps": 1} | cfg)
-    step = replace(ON_ONE, moments=moments or ON_ONE.moments)
+    step = replace(ON_ONE, moments=moments or ON_ONE.moments, **changes)
     return memory(step, cfg, sharding(cfg, devices), None)
 
 
@@ -210,6 +235,35 @@ def test_accumulated_gradients_are_there_all_the_time():
     assert lines({"gradient_accumulation_steps": 2}, 1, FORWARD)["gradients"] == 2000
 
 
+@pytest.mark.parametrize(("cfg", "devices"), [({}, 1), ({}, 4), (fsdp2(True), 4)])
+def test_gradients_of_criteria_are_kept_apart(cfg, devices):
+    """Beside those of a pass, once there are any: of an earlier micro batch or pass."""
+    cfg = {"gradient_accumulation_steps": 2} | cfg
+    plain = lines(cfg, devices, END)
+    apart = lines(cfg, devices, END, criteria=3)
+    assert apart["criteria"] == 3 * 2000 / (4 if "fsdp_config" in cfg else 1)
+    assert sum(apart.values()) - sum(plain.values()) == apart["criteria"]
+    cfg["gradient_accumulation_steps"] = 1
+    first = lines(cfg, devices, END, criteria=3)
+    second = lines(cfg, devices, END, criteria=3, largest_passes=2)
+    assert "criteria" not in first or first["criteria"] == 0
+    assert second["criteria"] == apart["criteria"]
+
+
+def test_gradients_of_criteria_become_one():
+    """At the end all of them are there, and the one that is made of them, or a weight's in float64.
+
+    Whatever the accumulation; and in the optimizer's step they are gone.
+    """
+    little = Moment(70, 20, 10, 0)
+    made = lines({}, 1, little, criteria=3, largest_trained=10)
+    assert (made["criteria"], made["gradients"], made["working"]) == (6000, 2000, 2 * 2 * 10)
+    # Most of what is trained in one weight: 3 x (2 + 8) bytes of each of its numbers.
+    made = lines({}, 1, little, criteria=3, largest_trained=900)
+    assert (made["criteria"], made["gradients"], made["working"]) == (6000, 0, 27_000)
+    assert "criteria" not in lines({}, 1, little)
+
+
 def test_offloading_leaves_the_device():
     offloaded = zero(3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"})
     got = lines(offloaded, 4)
@@ -233,13 +287,11 @@ def small(tmp_path, tiny_model):
     return write
 
 
-def one_step(path, usual=None, largest=None):
+def one_step(path, usual=None, largest=None, count=1):
     """A step of a config on a CPU, with the examples' memory counted of `largest`."""
     cfg, amopo = load(str(path), "cpu", 1)
-    usual, largest = (
-        made_up_batch(1, 4, PairShape(100, 60)) if example is None else micro_batch(example, 1)
-        for example in (usual, largest)
-    )
+    made = shaped(made_up_example(amopo, 2), PairShape(100, 60))
+    usual, largest = (micro_batch(example or made, count) for example in (usual, largest))
     return run_step(cfg, model_config(cfg), amopo, usual, largest, "cpu")
 
 
@@ -286,16 +338,218 @@ GROUPS = {
     "none": ({"rating_in_prompt": "none"}, 3, 4 * 3),
     "no instruction": ({"objective": "simpo"}, 1, 4),
     "one pair": ({"pairs": "best_worst"}, 3, 2 * 3),
+    "all responses": ({"objective": "lambda_dpo"}, 1, 4),
+    "all responses, each its own prompt": ({"objective": "ric"}, 4, 4),
+    # More than two dimensions have different weights of one decimal for.
+    "drawn weights": ({"objective": "cos_dpo", "weight_draws": 13}, 13, 13 * 4),
 }
 
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_a_made_up_group(name):
     block, prompts, sequences = GROUPS[name]
-    amopo = AMoPOConfig(dimensions=["a", "b"], group_by_prompt=True, **block)
-    made = made_up_group(amopo, 4)
+    amopo = AMoPOConfig(dimensions=["a", "b"], **{"group_by_prompt": True} | block)
+    made = made_up_example(amopo, 4)
     assert (len(made.prompts), len(made.places())) == (prompts, sequences)
-    assert len(made.comparisons) == (1 if name == "one pair" else 6)
+    assert pairs_in(made) == (1 if name == "one pair" else 6)
+
+
+# objective: (settings, prompts and sequences of a pair)
+PAIRS = {
+    "amopo": ({}, 3, 6),
+    "simpo": ({}, 1, 2),
+    "dpo": ({}, 1, 2),
+    "mappo": ({"form": "ipo"}, 1, 2),
+    "modpo": ({"train_on": "b"}, 1, 2),
+    "cos_dpo": ({"weight_draws": 5}, 5, 10),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_made_up_pair(name):
+    block, prompts, sequences = PAIRS[name]
+    amopo = AMoPOConfig(objective=name, dimensions=["a", "b"], **block)
+    made = made_up_example(amopo, 2)
+    assert (len(made.prompts), len(made.places()), pairs_in(made)) == (prompts, sequences, 1)
+    # As the objective wants them: of each criterion, and under each of the prompts.
+    assert made.criteria == len(amopo.criteria) * (amopo.weight_draws or 1)
+
+
+def test_a_prompt_with_one_response():
+    made = made_up_example(AMoPOConfig(objective="ric", dimensions=["a", "b"]), 1)
+    assert (len(made.prompts), len(made.places()), pairs_in(made)) == (1, 1, 0)
+
+
+# Reference and gradients.
+
+
+def forward_flops(path, *, adapter=True, trains=False):
+    """FLOPs of one forward pass over the pair of `one_step`."""
+    cfg, amopo = load(str(path), "cpu", 1)
+    model = build_model(cfg, model_config(cfg))
+    teach(model)
+    causal_model(model).set_attn_implementation(PACKED_SDPA)
+    batch = micro_batch(shaped(made_up_example(amopo, 2), PairShape(100, 60)), 1)
+    if not adapter:
+        model.base_model.disable_adapter_layers()
+    counter = FlopCounterMode(display=False, custom_mapping=FLOPS_ON_CPU)
+    with counter, torch.set_grad_enabled(trains):
+        response_logps(model.eval(), batch, "packed")
+    return counter.get_total_flops()
+
+
+def bytes_of(moments):
+    return [moment.activations + moment.logits + moment.working for moment in moments]
+
+
+def test_a_reference_below_the_adapter_costs_a_forward_pass_and_no_memory(small):
+    """Without what dropout keeps, which a reference turns off."""
+    changes = LORA | {"gradient_checkpointing": True}
+    without = one_step(small({"objective": "simpo"}, **changes))
+    path = small({"objective": "dpo"}, **changes, lora_dropout=0.1)
+    compared = one_step(path)
+    assert (without.reference, compared.reference) == ("", "adapter off")
+    assert compared.tokens == without.tokens == 100 + 2 * 60
+    assert compared.flops - without.flops == forward_flops(path, adapter=False) > 0
+    assert compared.reference_flops == 0
+    assert bytes_of(compared.moments) == pytest.approx(bytes_of(without.moments), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        LORA | {"peft_init_lora_weights": "pissa"},
+        LORA | {"lora_model_dir": "somewhere"},
+        {},
+    ],
+    ids=["weights", "adapter", "full"],
+)
+def test_a_reference_that_is_another_than_the_base_is_taken_before(small, changes):
+    path = small({"objective": "ipo"}, **changes)
+    step = one_step(path)
+    assert step.reference == "precomputed"
+    assert step.reference_flops == forward_flops(path) > 0
+    if not changes:
+        assert step.flops == one_step(small({"objective": "simpo"})).flops
+
+
+def test_a_reference_that_is_taken_before_is_in_the_time_of_the_run(small):
+    shape = {"prompt_tokens": 100, "response_tokens": 60, "pairs": 300}
+    common = shape | {"gpu_memory": 80, "gpu_tflops": 100}
+    changes = {"val_set_size": 0.25, "num_epochs": 2, "max_steps": None}
+    path = small({"objective": "dpo"}, micro_batch_size=3, **changes)
+    made, _ = plan_config(str(path), gpu="mine", **common)
+    once = forward_flops(path)
+    assert made.held_out_examples == 100  # a quarter of all
+    assert made.flops_before == pytest.approx(400 * once, rel=0.01)
+    assert made.seconds_before == pytest.approx(made.flops_before / (100e12 * 0.4))
+    assert made.steps == 2 * made.steps_per_epoch == 200
+    assert made.seconds == pytest.approx(made.seconds_before + 2 * made.seconds_per_epoch)
+    done = plan(path, "--gpu-memory", 80, "--gpu-tflops", 100, "--gpu", "mine", "--held-out", 50)
+    said = " ".join(done.output.split())
+    assert "the reference's log-probabilities of 10,000 pairs and of 50 held-out pairs" in said
+
+
+@pytest.mark.parametrize(
+    ("objective", "block", "count", "passes"),
+    [
+        ("dpo", {}, 1, 1),
+        # A pair's criteria differ in sign and size alone.
+        ("raco", {}, 1, 1),
+        ("mgda_decoupled", {}, 2, 2),
+        ("mgda", {}, 3, 3),
+        ("raco", {}, 4, 3),
+        ("raco", {"offset": 0.5}, 1, 1),
+        ("ipo", {"gradients": "mgda"}, 1, 1),
+        # Each dimension's gap scales the loser's share.
+        ("mappo", {"gradients": "cagrad"}, 1, 3),
+        # A prompt per dimension, which the others' gradients know nothing of.
+        ("raco", {"instruction": "{{ dimension }}"}, 1, 3),
+        # One pair of the four responses alone.
+        ("raco", {"group_by_prompt": True, "pairs": "best_worst"}, 1, 1),
+        ("ipo", {"gradients": "mgda", "group_by_prompt": True}, 1, 3),
+    ],
+)
+def test_backward_passes(objective, block, count, passes):
+    amopo = AMoPOConfig(objective=objective, dimensions=["a", "b", "c"], **block)
+    example = made_up_example(amopo, 4 if amopo.group_by_prompt else 2)
+    batch = micro_batch(shaped(example, PairShape(20, 8)), count)
+    assert backward_passes(batch, amopo) == passes
+
+
+def test_gradients_per_criterion_cost_backward_passes(small):
+    """Of prompts without instruction one serves all, of prompts per dimension one each."""
+    plain, raco = (one_step(small({"objective": name})) for name in ("dpo", "raco"))
+    assert (plain.criteria, raco.criteria, raco.passes) == (0, 3, 1)
+    assert raco.flops == plain.flops
+    assert bytes_of(raco.moments) == pytest.approx(bytes_of(plain.moments), rel=0.01)
+    asked = {"instruction": "{{ dimension }}"}
+    plain = one_step(small({"objective": "dpo"} | asked))
+    raco = one_step(path := small({"objective": "raco"} | asked))
+    once = forward_flops(path, trains=True)
+    assert (raco.passes, raco.flops) == (3, once + 3 * (plain.flops - once))
+    # What a pass needs is kept for the next.
+    whole = pytest.approx(plain.moments[0].activations, rel=0.01)
+    assert raco.moments[1].activations == raco.moments[0].activations == whole
+    assert plain.moments[1].activations < 0.9 * plain.moments[0].activations
+    # FSDP2 keeps no graph, and runs forward again.
+    again = one_step(small({"objective": "raco"} | asked, **fsdp2(True)))
+    assert (again.passes, again.flops) == (3, 3 * plain.flops)
+
+
+@pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
+def test_what_has_no_room_is_said_to_be_the_gradients(small, changes, capsys):
+    """Of all weights, but not of an adapter's."""
+    path = small({"objective": "mgda"}, gradient_accumulation_steps=2, **changes)
+    made, _ = plan_config(str(path), gpu="cpu")
+    print_plan(replace(made, card=Card("small", made.total - 1, 1.0)), [])
+    said = "amopo.gradients keeps a gradient of every trained weight for each of 3 criteria"
+    assert (said in capsys.readouterr().out) is not bool(changes)
+    print_plan(replace(made, card=Card("large", made.total, 1.0)), [])
+    assert said not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES if OBJECTIVES[n]().needs <= SUPPLIED])
+def test_every_objective_is_planned(small, name):
+    groups = {"lambda_dpo": 3, "ric": 3}
+    options = {"responses": groups[name]} if name in groups else {}
+    made, _ = plan_config(
+        str(small({"objective": name})),
+        gpu="cpu",
+        prompt_tokens=100,
+        response_tokens=60,
+        pairs=30,
+        **options,
+    )
+    # 40 tokens of instruction behind the question, which four prompts share.
+    by_name = {
+        "amopo": 4 * (100 + 2 * 60),
+        "cos_dpo": 60 + 4 * (40 + 2 * 60),
+        "lambda_dpo": 100 + 3 * 60,
+        "ric": 3 * (100 + 60),
+    }
+    assert made.tokens_per_step == by_name.get(name, 100 + 2 * 60)
+    assert (made.groups_per_step, made.pairs_per_step) == ((1, 3) if name in groups else (None, 1))
+    assert made.steps_per_epoch == (10 if name in groups else 30)
+    assert made.epoch == ("10 groups" if name in groups else "30 pairs")
+    free = name in ("amopo", "simpo", "ric")
+    assert made.reference == ("" if free else "precomputed")
+    assert made.criteria == (3 if name in ("raco", "mgda", "mgda_decoupled") else 0)
+
+
+def test_single_responses_are_planned(small):
+    path = small({"objective": "ric"})
+    arguments = ("--gpu", "cpu", "--responses", 1, "--pairs", 12, "--json")
+    values = json.loads(plan(path, *arguments).stdout.splitlines()[-1])
+    assert (values["pairs_per_step"], values["groups_per_step"], values["steps_per_epoch"]) == (
+        0, 1, 12
+    )  # fmt: skip
+    assert values["largest"] == "groups of 1 response that fill sequence_len (512)"
+    done = plan(small({"objective": "lambda_dpo"}), *arguments)
+    assert (
+        done.exit_code == 1
+        and "--responses 1: a prompt with one response is dropped" in done.output
+    )
 
 
 @pytest.mark.parametrize(
@@ -395,8 +649,8 @@ def test_groups_of_prepared_data(tmp_path, tiny_model):
     said = f"{len(longest.responses)} responses, {len(longest.prompts)} prompts"
     assert made.largest == f"the data's largest group ({said}, {tokens(longest):,} tokens)"
     assert made.responses == len(sorted(examples, key=tokens)[2].responses)
-    batch = made_up_batch(1, 1, PairShape(8, 8))
     cfg, amopo = load(str(path), "cpu", 1)
+    batch = micro_batch(shaped(made_up_example(amopo, 2), PairShape(8, 8)), 1)
     step = run_step(cfg, model_config(cfg), amopo, batch, micro_batch(longest, 1), "cpu")
     assert made.memory == memory(step, cfg, sharding(cfg, 1), None)
     # Named, or gone.
@@ -429,6 +683,7 @@ def test_what_does_not_fit_is_told_what_would(tmp_path):
         ({"sample_packing": True}, [], "sample_packing"),
         ({}, ["--responses", "4"], "amopo.group_by_prompt: true"),
         ({"amopo": {"max_tokens": 64}}, [], "amopo.max_tokens: 64"),
+        ({"amopo": {"objective": "raco"}} | zero(3), [], "cagrad can't go with deepspeed"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, changes, arguments, said):

@@ -30,11 +30,17 @@ from axolotl_amopo.commands.kit.options import (
 @click.option("--response-tokens", type=click.IntRange(1), default=115, show_default=True)
 @click.option(
     "--responses",
-    type=click.IntRange(2),
+    type=click.IntRange(1),
     metavar="N",
     help="Responses of a group; by default the prepared data's own groups, else 4.",
 )
 @click.option("--pairs", type=click.IntRange(1), default=10_000, show_default=True)
+@click.option(
+    "--held-out",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Pairs for evaluation; by default as val_set_size says.",
+)
 @click.option(
     "--utilisation",
     type=click.FloatRange(0.01, 1),
@@ -67,6 +73,8 @@ def plan(
     sequence_len lets through. With amopo.group_by_prompt, an example is a
     group, all of whose responses are rated differently; where the data is
     prepared here, the group of median length, and for memory the largest.
+    A reference costs a forward pass more per step or, where it is taken once
+    before the first step, a pass over all pairs of --pairs and --held-out.
     """
     check_free(output, force)
     with library_output(quiet=quiet, as_json=as_json):

@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig
 from axolotl_amopo.commands.plan.cards import GIB, Card
 from axolotl_amopo.commands.plan.groups import (
     largest_row,
-    made_up_group,
+    made_up_example,
+    pairs_in,
     tokens,
     usual_row,
 )
@@ -29,7 +30,6 @@ from axolotl_amopo.commands.plan.step import (
 from axolotl_amopo.config.block import AMoPOConfig, read_block
 from axolotl_amopo.config.devices import deepspeed_settings
 from axolotl_amopo.errors import ConfigError
-from axolotl_amopo.example import pair
 
 # What a process has on a GPU before the first tensor (CUDA context, cuBLAS workspaces), and what
 # the caching allocator wastes on blocks that fit nothing.
@@ -164,15 +164,18 @@ def memory(step: Step, cfg: Any, shards: Sharding, card: Card | None) -> dict[st
     if shards.name == "ddp" and n > 1:
         sent = step.trained
     accumulated = (cfg.gradient_accumulation_steps or 1) > 1  # those of earlier micro batches
+    criteria = step.criteria * gradients  # a gradient of each, until the step is made of them
+    buckets = sent if n > 1 and shards.name == "ddp" else 0
     if shards.offload_weights:
-        weights = trained = gradients = 0
+        weights = trained = gradients = criteria = 0
     if shards.offload_optimizer:
         states = during = 0
 
     def at(moment: Moment) -> dict[str, float]:
-        grown = step.trained if accumulated else moment.gradients
+        summed = accumulated and not criteria
         return {
-            "gradients": (gradients if accumulated else grown / shards.gradients) + sent,
+            "criteria": criteria if accumulated or step.largest_passes > 1 else 0,
+            "gradients": (gradients if summed else moment.gradients / shards.gradients) + sent,
             "gathered": gathered,
             "unpacked": step.unpacked,
             "activations": moment.activations,
@@ -180,9 +183,15 @@ def memory(step: Step, cfg: Any, shards: Sharding, card: Card | None) -> dict[st
             "working": moment.working,
         }
 
-    in_optimizer = {"gradients": gradients + (sent if n > 1 and shards.name == "ddp" else 0)}
-    in_optimizer["working"] = during
-    fullest = max([*map(at, step.moments), in_optimizer], key=lambda sizes: sum(sizes.values()))
+    # Inner products of one weight after the other are taken in float64; then it gets its gradient.
+    largest = step.largest_trained / shards.gradients
+    double = {"criteria": criteria, "gradients": buckets}
+    double["working"] = step.criteria * (8 + width) * largest
+    combined = {"criteria": criteria, "gradients": gradients + buckets}
+    combined["working"] = 2 * width * largest
+    in_optimizer = {"gradients": gradients + buckets, "working": during}
+    ends = [double, combined, in_optimizer] if criteria else [in_optimizer]
+    fullest = max([*map(at, step.moments), *ends], key=lambda sizes: sum(sizes.values()))
     lines = {"weights": weights, "adapters": trained, "optimizer": states} | fullest
     if card is not None:
         lines["reserve"] = CONTEXT_BYTES + FRAGMENTATION * sum(lines.values())
@@ -210,10 +219,19 @@ class Plan:
     utilisation: float
     epoch_pairs: int
     largest: str  # what memory is counted of
+    epoch_examples: int  # pairs or groups
     responses: int = 2  # of a usual example
     groups_per_step: int | None = None  # examples, where they are groups
+    whole_groups: bool = False  # whether they have all responses of a prompt, not its pairs alone
     parts: int = 1  # that a usual micro batch runs in, for one more forward pass
     largest_parts: int = 1  # the same of the largest one
+    criteria: int = 0  # whose gradients are kept apart, to be combined
+    passes: int = 1  # backward ones of a usual micro batch
+    reference: str = ""  # how it is supplied, see `Step`
+    held_out_examples: int = 0  # of which a reference is precomputed too
+    flops_before: int = 0  # to precompute it
+    epochs: float = 1.0
+    max_steps: int | None = None
 
     @cached_property
     def total(self) -> int:
@@ -224,30 +242,61 @@ class Plan:
         return None if self.card is None else self.total <= self.card.bytes
 
     @property
+    def too_many_gradients(self) -> bool:
+        """Return whether it does not fit, and a gradient per criterion takes more than weights."""
+        return self.fits is False and self.memory.get("criteria", 0) > self.memory["weights"]
+
+    @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.epoch_pairs / self.pairs_per_step)
+        # A prompt with one response has no pair.
+        return math.ceil(self.epoch_pairs / (self.pairs_per_step or self.groups_per_step or 1))
+
+    @property
+    def steps(self) -> int:
+        steps = math.ceil(self.epochs * self.steps_per_epoch)
+        return min(steps, self.max_steps) if self.max_steps else steps
 
     @property
     def seconds_per_epoch(self) -> float | None:
+        return self._seconds(self.steps_per_epoch * self.flops_per_step)
+
+    @property
+    def seconds_before(self) -> float | None:
+        """Return how long it takes to precompute a reference, before the first step."""
+        return self._seconds(self.flops_before)
+
+    @property
+    def seconds(self) -> float | None:
+        """Return how long the whole run takes."""
+        return self._seconds(self.flops_before + self.steps * self.flops_per_step)
+
+    def _seconds(self, flops: int) -> float | None:
         if self.card is None:
             return None
-        speed = self.card.tflops * 1e12 * self.utilisation * self.sharding.devices
-        return self.steps_per_epoch * self.flops_per_step / speed
+        return flops / (self.card.tflops * 1e12 * self.utilisation * self.sharding.devices)
+
+    @property
+    def epoch(self) -> str:
+        """Return what an epoch has, in words."""
+        if self.whole_groups:
+            return f"{self.epoch_examples:,} groups"
+        return f"{self.epoch_pairs:,} pairs"
 
     def summary(self) -> str:
         """What fits into a comment."""
-        text = (
-            f"{self.pairs_per_step} pairs and {self.tokens_per_step:,} tokens a step; "
-            f"{self.total / GIB:.1f}"
-        )
+        whole = self.whole_groups
+        what = f"{self.groups_per_step} groups" if whole else f"{self.pairs_per_step} pairs"
+        text = f"{what} and {self.tokens_per_step:,} tokens a step; {self.total / GIB:.1f}"
         if self.card is None:
             return f"{text} GiB"
-        time = f"{self.seconds_per_epoch / 3600:.2g} h for {self.epoch_pairs:,} pairs"
+        before = f", and {self.seconds_before / 3600:.2g} h before" if self.flops_before else ""
+        time = f"{self.seconds_per_epoch / 3600:.2g} h for {self.epoch}{before}"
         return f"{text} of {self.card.bytes / GIB:.1f} GiB; {time}"
 
     def to_json(self) -> dict[str, Any]:
-        derived = ("total", "fits", "steps_per_epoch", "seconds_per_epoch")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
+        derived = ("total", "fits", "steps_per_epoch", "steps")
+        times = ("seconds_per_epoch", "seconds_before", "seconds")
+        return asdict(self) | {name: getattr(self, name) for name in derived + times}
 
 
 def estimate(
@@ -263,6 +312,7 @@ def estimate(
     device: str = "cuda",
     utilisation: float = 0.4,
     epoch_pairs: int = 10_000,
+    held_out_pairs: int | None = None,
 ) -> Plan:
     """Simulate a step at the usual length for its cost, and at the largest for its memory.
 
@@ -274,12 +324,17 @@ def estimate(
         card: what each process has; None to say nothing about fitting and time.
         device: `cuda` or `cpu`.
         utilisation: share of the card's speed that training reaches.
+        epoch_pairs: of the data, whatever is made of them.
+        held_out_pairs: by default those that `val_set_size` takes away.
     """
     shards = sharding(cfg, devices)
-    kind, example = "pairs", pair([[]] * amopo.prompt_count, [[], []])
+    kind = "pairs"
     if amopo.group_by_prompt:
-        example = usual_row(rows) if rows else made_up_group(amopo, responses or RESPONSES)
-        kind = f"groups of {len(example.responses)} responses"
+        example = usual_row(rows) if rows else made_up_example(amopo, responses or RESPONSES)
+        count = len(example.responses)
+        kind = f"groups of {count} response{'s' * (count > 1)}"
+    else:
+        example = made_up_example(amopo, 2)
     if rows:
         largest = largest_row(rows, cfg.sequence_len)
         what = (
@@ -295,6 +350,13 @@ def estimate(
     accumulation = cfg.gradient_accumulation_steps or 1
     micro_batches = accumulation * devices
     training = "qlora" if cfg.load_in_4bit else cfg.adapter or "full"
+    pairs = pairs_in(example)
+    epoch_examples = math.ceil(epoch_pairs / max(1, pairs))
+    if held_out_pairs is None:
+        held_out_examples = _held_out(cfg.val_set_size or 0, epoch_examples)
+    else:
+        held_out_examples = math.ceil(held_out_pairs / max(1, pairs))
+    taken = epoch_examples + held_out_examples
     return Plan(
         model=str(cfg.base_model),
         training=training,
@@ -302,7 +364,7 @@ def estimate(
         layout=step.layout,
         parameters=step.parameters,
         trainable=step.trainable,
-        pairs_per_step=cfg.micro_batch_size * micro_batches * len(example.comparisons),
+        pairs_per_step=cfg.micro_batch_size * micro_batches * pairs,
         prompts=len(example.prompts),
         tokens_per_step=step.tokens * micro_batches,
         tokens_per_step_unshared=step.tokens_unshared * micro_batches,
@@ -313,11 +375,27 @@ def estimate(
         utilisation=utilisation,
         epoch_pairs=epoch_pairs,
         largest=what,
+        epoch_examples=epoch_examples,
         responses=len(example.responses),
         groups_per_step=cfg.micro_batch_size * micro_batches if amopo.group_by_prompt else None,
+        whole_groups=amopo.all_responses,
         parts=step.parts,
         largest_parts=step.largest_parts,
+        criteria=step.criteria,
+        passes=step.passes,
+        reference=step.reference,
+        held_out_examples=held_out_examples,
+        flops_before=step.reference_flops * taken // cfg.micro_batch_size,
+        epochs=cfg.num_epochs or 1.0,
+        max_steps=cfg.max_steps,
     )
+
+
+def _held_out(val_set_size: float, trained: int) -> int:
+    """Return how many examples are split off for evaluation, beside those that are trained."""
+    if val_set_size < 1:
+        return round(trained * val_set_size / (1 - val_set_size))
+    return int(val_set_size)
 
 
 def largest_pair(sequence_len: int, usual: PairShape) -> PairShape:

@@ -1,11 +1,12 @@
-"""Groups of rated responses (`amopo.group_by_prompt`) that a plan simulates.
+"""The examples that a plan simulates: pairs, and groups of rated responses (`group_by_prompt`).
 
-What a group costs depends on which of its responses share which prompts: on the pairs, and with a
-rating in the prompt on how many different ratings there are. Where the config's data is prepared,
-its own groups say that. Else a group is made up by the code that makes real ones.
+What an example costs depends on which of its responses share which prompts: on the pairs, and with
+a rating or weights in the prompt on how many different ones there are. Where the config's data is
+prepared, its own groups say that. Else an example is made up by the code that makes real ones.
 """
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from datasets import Dataset, load_from_disk
 
 from axolotl_amopo.config.block import AMoPOConfig
 from axolotl_amopo.data.cache import unfinished
+from axolotl_amopo.data.examples import as_text
 from axolotl_amopo.data.pairing import PairRule
-from axolotl_amopo.data.prompts import prompted
 from axolotl_amopo.data.rows import RatedPrompt, Response
 from axolotl_amopo.errors import ConfigError
 from axolotl_amopo.example import Example
@@ -30,30 +31,30 @@ from axolotl_amopo.training.sampler import row_items, row_lengths
 LONGEST_ROWS = 32
 
 
-def made_up_group(amopo: AMoPOConfig, responses: int) -> Example:
-    """Return a group, without tokens, of which all dimensions rate no two responses alike.
+def made_up_example(amopo: AMoPOConfig, responses: int) -> Example:
+    """Return an example, without tokens, of which all dimensions rate no two responses alike.
 
-    So it has the most prompts that a group of so many responses may have.
+    So it has the most prompts that so many responses may have.
     """
     scales = {d.name: d.scale or (0.0, 1.0) for d in amopo.dimensions}
     rated = []
     for n in range(responses):
-        share = n / (responses - 1)
+        share = n / max(1, responses - 1)
         ratings = {name: low + share * (high - low) for name, (low, high) in scales.items()}
         rated.append(Response(str(n), dict(ratings), overall=share))
     prompt = RatedPrompt([{"role": "user", "content": ""}], rated, rows=[1])
-    pairs = list(PairRule(amopo, scales).pairs(prompt, Counter()))
-    made = prompted(pairs, amopo, scales)
-    criteria = range(len(amopo.criteria))
-    return Example(
-        prompts=[[] for _ in made.instructions],
-        responses=[[] for _ in made.used],
-        follows=made.follows,
-        comparisons=made.comparisons,
-        reads=made.reads,
-        signs=made.signs,
-        ratings=[[np.nan for _ in criteria] for _ in made.used],
-        points=[np.nan for _ in criteria],
+    rule = PairRule(amopo, scales)
+    made = as_text(list(rule.pairs(prompt, Counter())), rule, "")
+    made["prompt_ids"] = [[] for _ in made["instructions"]]
+    made["response_ids"] = [[] for _ in made["responses"]]
+    example = Example.from_row(made | {"example_id": 0})
+    if not amopo.draws_weights:
+        return example
+    # Of the weights that were drawn, two may be alike as they are written.
+    return replace(
+        example,
+        prompts=[[] for _ in example.follows],
+        follows=[[k for _ in texts] for k, texts in enumerate(example.follows)],
     )
 
 
@@ -97,3 +98,8 @@ def tokens(example: Example) -> int:
     """Return how many tokens an example runs, shared ones once."""
     forest, _ = Forest.of([example])
     return sum(forest.lengths)
+
+
+def pairs_in(example: Example) -> int:
+    """Return how many pairs an example has; a response with itself is none."""
+    return sum(first != second for first, second in example.comparisons)

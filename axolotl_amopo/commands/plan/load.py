@@ -16,7 +16,7 @@ from axolotl_amopo.commands.plan.estimate import Plan, advise, estimate
 from axolotl_amopo.commands.plan.groups import prepared_rows
 from axolotl_amopo.commands.plan.models import model_config
 from axolotl_amopo.commands.plan.step import PairShape
-from axolotl_amopo.config.axolotl_keys import check_parts, check_router
+from axolotl_amopo.config.axolotl_keys import check_gradients, check_parts, check_router
 from axolotl_amopo.config.block import AMoPOConfig, read_block
 from axolotl_amopo.config.files import read_yaml
 from axolotl_amopo.config.take_over import take_over
@@ -37,6 +37,7 @@ def plan_config(
     response_tokens: int = 115,
     responses: int | None = None,
     pairs: int = 10_000,
+    held_out: int | None = None,
     utilisation: float = 0.4,
 ) -> tuple[Plan, list[tuple[str, Plan]]]:
     """Return the plan of a config file, and changes that would make it fit, see `estimate`.
@@ -55,6 +56,11 @@ def plan_config(
             f"--responses {responses}: a pair has two; write amopo.group_by_prompt: true for "
             "groups, or leave the option out."
         )
+    if responses == 1 and amopo.single_responses != "keep":
+        raise ConfigError(
+            f"--responses 1: a prompt with one response is dropped with objective "
+            f"{amopo.objective} (amopo.single_responses: {amopo.single_responses}); give 2 or more."
+        )
     rows = None if responses else prepared_rows(cfg, amopo)
     config = model_config(cfg)
     after = amopo.instruction_place == "after"
@@ -63,6 +69,7 @@ def plan_config(
     def plan(cfg: DictDefault, devices: int) -> Plan:
         amopo = read_block(cfg)
         check_parts(cfg, amopo)
+        check_gradients(cfg, amopo)
         check_router(amopo, config.get_text_config().to_dict())
         return estimate(
             cfg,
@@ -76,6 +83,7 @@ def plan_config(
             device=device,
             utilisation=utilisation,
             epoch_pairs=pairs,
+            held_out_pairs=held_out,
         )
 
     first = plan(cfg, gpus)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from weakref import finalize
 
@@ -19,6 +20,7 @@ import torch
 from axolotl.loaders.adapter import load_lora
 from axolotl.loaders.model import should_convert_embedding_dtypes
 from axolotl.loaders.utils import get_linear_embedding_layers
+from axolotl.utils.dict import DictDefault
 from axolotl.utils.lora_precision import upcast_lora_parameters
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -33,15 +35,17 @@ from torch.utils.flop_counter import (
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from axolotl_amopo.config.block import AMoPOConfig
-from axolotl_amopo.example import Example, pair
+from axolotl_amopo.example import Example
 from axolotl_amopo.model.attention import PACKED_SDPA
 from axolotl_amopo.model.batch import make_batch, responses
-from axolotl_amopo.model.choose import candidates, cannot_share
+from axolotl_amopo.model.choose import candidates, cannot_share, without_dropout
 from axolotl_amopo.model.forest import Forest
 from axolotl_amopo.model.forward import TokenLogps, causal_model, response_logps, teach
 from axolotl_amopo.model.layout import LayoutName
-from axolotl_amopo.model.parts import Batch, replayed_loss, split_batch
-from axolotl_amopo.objectives import example_losses
+from axolotl_amopo.model.parts import Batch, replayed_loss, split_batch, together
+from axolotl_amopo.objectives import Outcome, Responses, example_losses
+from axolotl_amopo.training.gradients import criterion_losses, directions
+from axolotl_amopo.training.reference import AdapterOff, Precomputed, reference_in_training
 
 # Attention on a CPU, which torch's counter doesn't know: as it counts the GPU's.
 FLOPS_ON_CPU = {
@@ -94,6 +98,16 @@ class Step:
     tokens_unshared: int  # the same pairs with a prompt for every response
     parts: int = 1  # that the micro batch runs in, each of them forward once more
     largest_parts: int = 1  # the same of the largest one
+    # Where the criteria's gradients are combined: how many are kept apart, and how many backward
+    # passes a micro batch needs for them.
+    criteria: int = 0
+    passes: int = 1
+    largest_passes: int = 1
+    largest_trained: int = 0  # numbers in the largest weight that is trained
+    # What supplies the reference's log-probabilities: "adapter off", a pass that `flops` has, or
+    # "precomputed", a pass before training that takes so many.
+    reference: str = ""
+    reference_flops: int = 0
 
 
 def run_step(
@@ -115,9 +129,13 @@ def run_step(
         largest: the batch whose memory is.
         device: `cuda` or `cpu`, which decides the layout; nothing runs there.
     """
+    if "reference" in amopo.needs:  # see `turn_dropout_off`
+        cfg = DictDefault({**cfg, "lora_dropout": 0.0})
     model = build_model(cfg, config)
     causal = causal_model(model)
     layout = _choose(causal, cfg, amopo, torch.device(device))
+    reference = _reference(cfg, amopo, model)
+    passes, largest_passes = (backward_passes(batch, amopo) for batch in (usual, largest))
     forest = usual["forest"]
     unshared = sum(forest.count(forest.path(leaf.segment)) for leaf in forest.leaves)
     parts, largest_parts = (_parts(batch, amopo, layout) for batch in (usual, largest))
@@ -131,19 +149,24 @@ def run_step(
     layers = _layers(causal)
     period = _period(cfg, config, layers)
     runs = [len(layers)] if len(layers) <= 3 * period else [2 * period, 3 * period]
-    flops, moments = [], []
+    flops, reference_flops, moments = [], [], []
     for count in runs:
         short = shortened(config, count)
         flops.append(0)
+        reference_flops.append(0)
         for alike in kinds.values():
-            fresh = build_model(cfg, short)
+            fresh = _Simulation(build_model(cfg, short), cfg, amopo, layout, reference)
             with FlopCounterMode(display=False, custom_mapping=FLOPS_ON_CPU) as counter:
-                _simulate(fresh, cfg, amopo, usual, alike[:1], layout, replayed=len(parts) > 1)
+                fresh.step(usual, alike[:1], passes, replayed=len(parts) > 1)
             flops[-1] += counter.get_total_flops() * len(alike)
-        fresh = build_model(cfg, short)
-        with LiveMemory(fresh) as memory:
+            if isinstance(reference, Precomputed):
+                with FlopCounterMode(display=False, custom_mapping=FLOPS_ON_CPU) as counter:
+                    fresh.precompute(alike[:1])
+                reference_flops[-1] += counter.get_total_flops() * len(alike)
+        fresh = _Simulation(build_model(cfg, short), cfg, amopo, layout, reference)
+        with LiveMemory(fresh.model) as memory:
             replayed = len(largest_parts) > 1
-            _simulate(fresh, cfg, amopo, largest, fullest, layout, memory, replayed=replayed)
+            fresh.step(largest, fullest, largest_passes, memory, replayed=replayed)
         moments.append(memory.peaks)
     sizes_of = [field.name for field in fields(Moment)]
 
@@ -178,7 +201,65 @@ def run_step(
         tokens_unshared=unshared,
         parts=len(parts),
         largest_parts=len(largest_parts),
+        criteria=len(amopo.criteria) if "gradients" in amopo.needs else 0,
+        passes=passes,
+        largest_passes=largest_passes,
+        largest_trained=max(p.numel() for p in trained),
+        reference={AdapterOff: "adapter off", Precomputed: "precomputed"}.get(type(reference), ""),
+        reference_flops=extrapolate(reference_flops),
     )
+
+
+def _reference(cfg: Any, amopo: AMoPOConfig, model: nn.Module) -> AdapterOff | Precomputed | None:
+    """Return what will supply the log-probabilities of a reference; None without one."""
+    if "reference" not in amopo.needs:
+        return None
+    # Of a trainer it reads these two.
+    return reference_in_training(SimpleNamespace(axolotl_cfg=cfg, model=model))
+
+
+def backward_passes(batch: Batch, amopo: AMoPOConfig) -> int:
+    """Return how many backward passes a micro batch needs; several where gradients are combined.
+
+    Which of the criteria's gradients are multiples of one another is seen on random numbers, as
+    many times as make chance unlikely: where those are, all are.
+    """
+    if "gradients" not in amopo.needs:
+        return 1
+    forest = batch["forest"]
+    shape = forest.examples, forest.prompts, forest.responses
+    random = partial(torch.rand, generator=torch.Generator().manual_seed(0))
+
+    def passes() -> int:
+        logps = random(*shape, 2).neg().requires_grad_()
+        others = random(batch["signs"].shape) < 0.5  # where the other response wins
+        given = responses(
+            batch
+            | {"signs": torch.where(others, -batch["signs"], batch["signs"])}
+            | {"ratings": random(batch["ratings"].shape)},
+            logps,
+            torch.ones_like(logps, dtype=torch.bool),
+            weights=torch.ones(batch["points"].shape),
+            reference=-random(1, *shape),
+        )
+        losses = criterion_losses(_outcome(amopo, given), given)
+        return len(directions(_gradients_of(losses, logps)))
+
+    return max(passes() for _ in range(10))
+
+
+def _outcome(amopo: AMoPOConfig, given: Responses) -> Outcome:
+    """Return what the objective and its settings make of responses, without draws."""
+    outcome = amopo.make_objective()(given, None)
+    for setting in amopo.make_settings():
+        outcome = setting(outcome, given)
+    return outcome
+
+
+def _gradients_of(losses: Tensor, logps: Tensor) -> Tensor:
+    """Return [C, B, K, N, T], the gradient of each criterion's loss."""
+    grads = (torch.autograd.grad(one, logps, retain_graph=True)[0] for one in losses)
+    return torch.stack(list(grads))
 
 
 def _parts(batch: Batch, amopo: AMoPOConfig, layout: LayoutName) -> list[Batch]:
@@ -199,59 +280,113 @@ def _shape(part: Batch) -> tuple:
     return tuple(forest.parents), tuple(forest.lengths), tuple(leaves)
 
 
-def _simulate(
-    model: nn.Module,
-    cfg: Any,
-    amopo: AMoPOConfig,
-    batch: Batch,
-    parts: list[Batch],
-    layout: LayoutName,
-    memory: "LiveMemory | None" = None,
-    *,
-    replayed: bool,
-) -> None:
-    """Forward and backward on fake tensors, as the trainer does it.
+class _Simulation:
+    """What the trainer does with a micro batch, on a model of fake tensors."""
 
-    Args:
-        parts: of the batch, those to run.
-        replayed: whether the batch has several, each of which then runs forward twice.
-    """
-    causal = causal_model(model)
-    if cfg.gradient_checkpointing or (cfg.fsdp_config or {}).get("activation_checkpointing"):
-        options = cfg.gradient_checkpointing_kwargs or {"use_reentrant": False}
-        causal.gradient_checkpointing_enable(dict(options))
-    if layout == "packed":
-        causal.set_attn_implementation(PACKED_SDPA)
-    model.train()
-    teach(model)
-    objective = amopo.make_objective()
-    laid_out = "packed" if layout == "packed" else "tree"
-    weights = torch.ones(batch["points"].shape)
+    def __init__(
+        self,
+        model: nn.Module,
+        cfg: Any,
+        amopo: AMoPOConfig,
+        layout: LayoutName,
+        reference: AdapterOff | Precomputed | None,
+    ):
+        self.model, self.cfg, self.amopo, self.reference = model, cfg, amopo, reference
+        self.laid_out: LayoutName = "packed" if layout == "packed" else "tree"
+        causal = causal_model(model)
+        if cfg.gradient_checkpointing or (cfg.fsdp_config or {}).get("activation_checkpointing"):
+            options = cfg.gradient_checkpointing_kwargs or {"use_reentrant": False}
+            causal.gradient_checkpointing_enable(dict(options))
+        if layout == "packed":
+            causal.set_attn_implementation(PACKED_SDPA)
+        model.train()
+        teach(model)
 
-    def forward(part: Batch) -> TokenLogps:
-        # As accelerate wraps it: the casts of weights last no longer.
-        with torch.autocast("cpu", dtype=_dtype(cfg), enabled=bool(cfg.bf16 or cfg.fp16)):
-            return response_logps(model, part, laid_out)
+    def step(
+        self,
+        batch: Batch,
+        parts: list[Batch],
+        passes: int = 1,
+        memory: "LiveMemory | None" = None,
+        *,
+        replayed: bool,
+    ) -> None:
+        """Run forward and backward.
 
-    def judge(found: TokenLogps) -> Tensor:
-        reference = torch.zeros(1, *found.logps.shape[:3])
-        given = responses(batch, found.logps, found.mask, weights=weights, reference=reference)
-        return example_losses(objective(given, None), given).mean()
+        Args:
+            batch: what the loss is of.
+            parts: of the batch, those to run.
+            passes: backward ones, where the criteria's gradients are combined.
+            memory: is told when a backward pass begins.
+            replayed: whether the batch has several parts, each of which then runs forward twice.
+        """
+        reference = self._reference_sums(batch, parts)
+        weights = torch.ones(batch["points"].shape)
 
-    def backward(loss: Callable[[], Tensor]) -> None:
-        value = loss()
-        if memory is not None:
-            memory.kind = "working"
-        gc.freeze()  # so that collecting looks at little
-        value.backward()
-        gc.unfreeze()
+        def judge(found: TokenLogps) -> tuple[Responses, Outcome]:
+            logps, mask, _ = found
+            sums = torch.zeros(1, *logps.shape[:3]) if reference is None else reference
+            given = responses(batch, logps, mask, weights=weights, reference=sums)
+            return given, _outcome(self.amopo, given)
 
-    if replayed:
-        loss = replayed_loss(parts, forward, judge, backward)
-    else:
+        def loss_of(found: TokenLogps) -> Tensor:
+            given, outcome = judge(found)
+            return example_losses(outcome, given).mean()
+
+        def backward(loss: Callable[[], Tensor], **options: bool) -> None:
+            value = loss()
+            if memory is not None:
+                memory.kind = "working"
+            gc.freeze()  # so that collecting looks at little
+            value.backward(**options)
+            gc.unfreeze()
+
+        if replayed:
+            loss = replayed_loss(parts, self._forward, loss_of, backward)
+            backward(lambda: loss)
+            return
         (part,) = parts
-        loss = judge(forward(part))
-    backward(lambda: loss)
+        if "gradients" in self.amopo.needs:
+            self._combined(part, judge, backward, passes)
+            return
+        loss = loss_of(self._forward(part))
+        backward(lambda: loss)
+
+    def _combined(self, part: Batch, judge: Callable, backward: Callable, passes: int) -> None:
+        """Run as many backward passes as the criteria's gradients need, see `CombinedGradients`.
+
+        What is summed up of them is not kept here.
+        """
+        again = bool(self.cfg.fsdp_config)
+        found = self._forward(part)
+        logps = found.logps.detach().requires_grad_()
+        given, outcome = judge(found._replace(logps=logps))
+        wanted = _gradients_of(criterion_losses(outcome, given), logps)
+        for number, direction in enumerate(wanted[:passes], start=1):
+            loss = (found.logps * direction).sum()
+            backward(lambda loss=loss: loss, retain_graph=number < passes and not again)
+            self.model.zero_grad()
+            if again and number < passes:
+                found = self._forward(part)
+
+    def precompute(self, parts: list[Batch]) -> None:
+        """Take the reference's log-probabilities of the model as it is, before the first step."""
+        with torch.no_grad(), without_dropout(self.model):
+            self._run(parts)
+
+    def _reference_sums(self, batch: Batch, parts: list[Batch]) -> Tensor | None:
+        if not isinstance(self.reference, AdapterOff):
+            return None
+        return self.reference.sums(self.model, batch, lambda _: self._run(parts))
+
+    def _run(self, parts: list[Batch]) -> TokenLogps:
+        return together([self._forward(part) for part in parts])
+
+    def _forward(self, part: Batch) -> TokenLogps:
+        # As accelerate wraps it: the casts of weights last no longer.
+        enabled = bool(self.cfg.bf16 or self.cfg.fp16)
+        with torch.autocast("cpu", dtype=_dtype(self.cfg), enabled=enabled):
+            return response_logps(self.model, part, self.laid_out)
 
 
 def _layers(causal: PreTrainedModel) -> nn.ModuleList:
@@ -337,11 +472,6 @@ def _quantised(causal: PreTrainedModel, cfg: Any) -> dict[int, int]:
             int(count * (1 / 2 + 1 / 64 + 4 / 64 / 256)) if cfg.load_in_4bit else (count + 4 * rows)
         )
     return packed
-
-
-def made_up_batch(pairs: int, prompts: int, shape: PairShape) -> Batch:
-    """Return a micro batch of pairs that all have one shape."""
-    return micro_batch(shaped(pair([[]] * prompts, [[], []]), shape), pairs)
 
 
 def shaped(example: Example, shape: PairShape) -> Example:
