@@ -276,18 +276,23 @@ def references_in_training(trainer: "AMoPOTrainer", checkpoint: Path | None) -> 
     Raises:
         AMoPOError: where another model's log-probabilities are not there, or not of these rows.
     """
-    cfg = trainer.axolotl_cfg
-    new = not cfg.lora_model_dir and cfg.peft_init_lora_weights in STARTS_AT_ZERO
-    off = isinstance(unwrap(trainer.model), PeftModel) and new
     each: list[AdapterOff | Precomputed] = []
     for name in trainer.amopo.references:
-        one = AdapterOff() if name == INITIAL and off else Precomputed(trainer, name)
+        one = initial_reference(trainer) if name == INITIAL else Precomputed(trainer, name)
         if isinstance(one, Precomputed) and checkpoint:
             one.load(checkpoint)
         elif isinstance(one, Precomputed) and name != INITIAL:
             one.read()
         each.append(one)
     return References(each)
+
+
+def initial_reference(trainer: "AMoPOTrainer") -> AdapterOff | Precomputed:
+    """Return what supplies the model as training finds it; reads the trainer's config and model."""
+    cfg = trainer.axolotl_cfg
+    new = not cfg.lora_model_dir and cfg.peft_init_lora_weights in STARTS_AT_ZERO
+    off = isinstance(unwrap(trainer.model), PeftModel) and new
+    return AdapterOff() if off else Precomputed(trainer)
 
 
 def references_at_evaluation(trainer: "AMoPOTrainer") -> References:

@@ -35,6 +35,7 @@ from torch.utils.flop_counter import (
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from axolotl_amopo.config.block import AMoPOConfig
+from axolotl_amopo.config.references import INITIAL
 from axolotl_amopo.example import Example
 from axolotl_amopo.model.attention import PACKED_SDPA
 from axolotl_amopo.model.batch import make_batch, responses
@@ -44,8 +45,8 @@ from axolotl_amopo.model.forward import TokenLogps, causal_model, response_logps
 from axolotl_amopo.model.layout import LayoutName
 from axolotl_amopo.model.parts import Batch, replayed_loss, split_batch, together
 from axolotl_amopo.objectives import Outcome, Responses, example_losses
-from axolotl_amopo.training.gradients import criterion_losses, directions
-from axolotl_amopo.training.reference import AdapterOff, Precomputed, reference_in_training
+from axolotl_amopo.training.gradients import criterion_losses, directions, shares_of_loss
+from axolotl_amopo.training.reference import AdapterOff, Precomputed, initial_reference
 
 # Attention on a CPU, which torch's counter doesn't know: as it counts the GPU's.
 FLOPS_ON_CPU = {
@@ -136,6 +137,9 @@ def run_step(
     layout = _choose(causal, cfg, amopo, torch.device(device))
     reference = _reference(cfg, amopo, model)
     passes, largest_passes = (backward_passes(batch, amopo) for batch in (usual, largest))
+    if "gradients" not in amopo.needs:  # steps whose gradients are compared are few
+        passes = 1
+    kept_apart = "gradients" in amopo.needs or amopo.gradient_cosines
     forest = usual["forest"]
     unshared = sum(forest.count(forest.path(leaf.segment)) for leaf in forest.leaves)
     parts, largest_parts = (_parts(batch, amopo, layout) for batch in (usual, largest))
@@ -201,7 +205,7 @@ def run_step(
         tokens_unshared=unshared,
         parts=len(parts),
         largest_parts=len(largest_parts),
-        criteria=len(amopo.criteria) if "gradients" in amopo.needs else 0,
+        criteria=len(amopo.criteria) if kept_apart else 0,
         passes=passes,
         largest_passes=largest_passes,
         largest_trained=max(p.numel() for p in trained),
@@ -211,20 +215,25 @@ def run_step(
 
 
 def _reference(cfg: Any, amopo: AMoPOConfig, model: nn.Module) -> AdapterOff | Precomputed | None:
-    """Return what will supply the log-probabilities of a reference; None without one."""
-    if "reference" not in amopo.needs:
+    """Return what will supply the log-probabilities of the model as training finds it, if anything.
+
+    Those of other models were taken beforehand, and cost a run nothing.
+    """
+    if INITIAL not in amopo.references:
         return None
     # Of a trainer it reads these two.
-    return reference_in_training(SimpleNamespace(axolotl_cfg=cfg, model=model))
+    return initial_reference(SimpleNamespace(axolotl_cfg=cfg, model=model))
 
 
 def backward_passes(batch: Batch, amopo: AMoPOConfig) -> int:
-    """Return how many backward passes a micro batch needs; several where gradients are combined.
+    """Return how many backward passes a micro batch needs; several where gradients are combined,
+    or, at some steps, compared (`gradient_cosines`).
 
     Which of the criteria's gradients are multiples of one another is seen on random numbers, as
     many times as make chance unlikely: where those are, all are.
     """
-    if "gradients" not in amopo.needs:
+    combined = "gradients" in amopo.needs
+    if not (combined or amopo.gradient_cosines):
         return 1
     forest = batch["forest"]
     shape = forest.examples, forest.prompts, forest.responses
@@ -242,7 +251,8 @@ def backward_passes(batch: Batch, amopo: AMoPOConfig) -> int:
             weights=torch.ones(batch["points"].shape),
             reference=-random(1, *shape),
         )
-        losses = criterion_losses(_outcome(amopo, given), given)
+        of_criteria = criterion_losses if combined else shares_of_loss
+        losses = of_criteria(_outcome(amopo, given), given)
         return len(directions(_gradients_of(losses, logps)))
 
     return max(passes() for _ in range(10))
@@ -346,7 +356,7 @@ class _Simulation:
             backward(lambda: loss)
             return
         (part,) = parts
-        if "gradients" in self.amopo.needs:
+        if "gradients" in self.amopo.needs or passes > 1:
             self._combined(part, judge, backward, passes)
             return
         loss = loss_of(self._forward(part))
@@ -361,7 +371,8 @@ class _Simulation:
         found = self._forward(part)
         logps = found.logps.detach().requires_grad_()
         given, outcome = judge(found._replace(logps=logps))
-        wanted = _gradients_of(criterion_losses(outcome, given), logps)
+        of_criteria = criterion_losses if "gradients" in self.amopo.needs else shares_of_loss
+        wanted = _gradients_of(of_criteria(outcome, given), logps)
         for number, direction in enumerate(wanted[:passes], start=1):
             loss = (found.logps * direction).sum()
             backward(lambda loss=loss: loss, retain_graph=number < passes and not again)
