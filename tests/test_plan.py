@@ -65,11 +65,7 @@ PUBLISHED = {
 # Words of a response, and responses. Starting to train takes some 50 MB on a CPU that no step
 # needs again; where a step takes little, longer rows make it outweigh that.
 USUAL = (30, 2)
-LARGER = {
-    "lora_checkpointed": (300, 2),
-    "lora_raco_checkpointed": (300, 2),
-    "group_in_parts": (150, 4),
-}
+LARGER = {"lora_raco_checkpointed": (600, 2), "group_in_parts": (150, 4)}
 # Of real steps. Nothing of the loss is left out: memory is that of AdamW's too.
 MEASURED = {
     "full_two_pairs": {"micro_batch_size": 2},
@@ -78,7 +74,6 @@ MEASURED = {
         "gradient_accumulation_steps": 2,
     },
     "full_unshared": {"amopo": {"dimensions": ["helpfulness"], "share_prompt": False}},
-    "lora_checkpointed": LORA | {"gradient_checkpointing": True, "sequence_len": 2048},
     # A reference with the adapter off, and one backward pass for the gradients of two criteria.
     "lora_raco_checkpointed": LORA
     | {
@@ -489,9 +484,10 @@ def test_gradients_per_criterion_cost_backward_passes(small):
     once = forward_flops(path, trains=True)
     assert (raco.passes, raco.flops) == (3, once + 3 * (plain.flops - once))
     # What a pass needs is kept for the next.
-    whole = pytest.approx(plain.moments[0].activations, rel=0.01)
-    assert raco.moments[1].activations == raco.moments[0].activations == whole
-    assert plain.moments[1].activations < 0.9 * plain.moments[0].activations
+    first, later = raco.moments
+    assert first.activations == pytest.approx(plain.moments[0].activations, rel=0.01)
+    assert later.activations == pytest.approx(first.activations, rel=0.05)
+    assert later.activations > 1.1 * plain.moments[1].activations
     # FSDP2 keeps no graph, and runs forward again.
     again = one_step(small({"objective": "raco"} | asked, **fsdp2(True)))
     assert (again.passes, again.flops) == (3, 3 * plain.flops)
@@ -509,7 +505,12 @@ def test_what_has_no_room_is_said_to_be_the_gradients(small, changes, capsys):
     assert said not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [n for n in OBJECTIVES if OBJECTIVES[n]().needs <= SUPPLIED])
+# Those that tests above and below have already.
+PLANNED = {"amopo", "simpo", "dpo", "ipo", "raco", "mgda"}
+OTHERS = [n for n in OBJECTIVES if OBJECTIVES[n]().needs <= SUPPLIED and n not in PLANNED]
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_every_objective_is_planned(small, name):
     groups = {"lambda_dpo": 3, "ric": 3}
     options = {"responses": groups[name]} if name in groups else {}
@@ -523,7 +524,6 @@ def test_every_objective_is_planned(small, name):
     )
     # 40 tokens of instruction behind the question, which four prompts share.
     by_name = {
-        "amopo": 4 * (100 + 2 * 60),
         "cos_dpo": 60 + 4 * (40 + 2 * 60),
         "lambda_dpo": 100 + 3 * 60,
         "ric": 3 * (100 + 60),
@@ -532,9 +532,8 @@ def test_every_objective_is_planned(small, name):
     assert (made.groups_per_step, made.pairs_per_step) == ((1, 3) if name in groups else (None, 1))
     assert made.steps_per_epoch == (10 if name in groups else 30)
     assert made.epoch == ("10 groups" if name in groups else "30 pairs")
-    free = name in ("amopo", "simpo", "ric")
-    assert made.reference == ("" if free else "precomputed")
-    assert made.criteria == (3 if name in ("raco", "mgda", "mgda_decoupled") else 0)
+    assert made.reference == ("" if name == "ric" else "precomputed")
+    assert made.criteria == (3 if name == "mgda_decoupled" else 0)
 
 
 def test_single_responses_are_planned(small):
