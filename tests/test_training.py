@@ -178,12 +178,18 @@ def test_every_objective_trains(objective, tmp_path, tiny_model, groups):
         micro_batch_size=16,  # the same rows in every step
         **runs.LORA,
     )
-    history = runs.train(runs.write_config(tmp_path, values)).state.log_history
+    trainer = runs.train(runs.write_config(tmp_path, values))
+    history = trainer.state.log_history
     first = next(entry for entry in history if "loss" in entry)
     before, *_, after = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert after < before - 1e-4
-    if "reference" in OBJECTIVES[objective]().needs:
+    paper = trainer.objective.paper
+    if "reference" in trainer.objective.needs:
         assert abs(first["rewards/margins"]) < 1e-5
+    found = findings(read_run(tmp_path / "out"))
+    assert {one.code for one in found if one.severity != "note"} <= {"chosen-falls"}, found
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"[{paper.name}]({paper.url})" in card and paper.citation in card
 
 
 REFERENCES = {

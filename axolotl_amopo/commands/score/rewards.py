@@ -1,24 +1,30 @@
-"""Models, and the log-probabilities that they give the responses of rated pairs."""
+"""Load models, and compute the rewards that they give the responses of rated pairs."""
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from axolotl_amopo.commands.score.data import RatedPairs
 from axolotl_amopo.errors import AMoPOError
-from axolotl_amopo.model.batch import make_batch
+from axolotl_amopo.model.batch import make_batch, responses
 from axolotl_amopo.model.choose import choose_layout
 from axolotl_amopo.model.forward import response_logps, teach
-from axolotl_amopo.objectives.base import response_stats
+from axolotl_amopo.objectives import Responses
+from axolotl_amopo.objectives.base import response_sums
+from axolotl_amopo.training.reference import STARTS_AT_ZERO
 from axolotl_amopo.training.sharing import log_choice
+
+#: Returns [B, K, N], one number per response under each prompt.
+Reward = Callable[[Responses], Tensor]
 
 
 class ModelPath(NamedTuple):
@@ -35,23 +41,39 @@ def is_adapter(path: str) -> bool:
         return False
 
 
-def model_logps(
+def is_base_below(path: str) -> bool:
+    """Return whether a path is an adapter below which the base model is what it was: not one that
+    began as a part of the base's weights (PiSSA and the like)."""
+    if not is_adapter(path):
+        return False
+    begun = getattr(PeftConfig.from_pretrained(path), "init_lora_weights", None)
+    return begun in STARTS_AT_ZERO
+
+
+def model_rewards(
     cfg: Any,
     tokenizer: Any,
     pairs: RatedPairs,
-    base: ModelPath | None,
-    tuned: list[ModelPath],
+    models: list[ModelPath],
+    reward: Reward,
+    reference: ModelPath | None = None,
     *,
     batch_pairs: int,
     progress: Callable[[str], Callable[[int], None]],
 ) -> Iterator[tuple[ModelPath, np.ndarray]]:
-    """Mean log-probability per token of every response, model by model, as each is done.
+    """Yield the rewards that each model gives every response, as it is done.
 
-    Adapters are loaded on the config's `base_model`. Where that is the base, its own numbers come
-    from the first adapter's model with the adapter off, so that its weights are read once.
+    Adapters are loaded on the config's `base_model`. Where that is itself to be run, it is as an
+    adapter's model with the adapter off, so that its weights are read once.
 
     Args:
-        batch_pairs: pairs a forward.
+        cfg: axolotl's config.
+        tokenizer: of its `base_model`.
+        pairs: what is scored.
+        models: yielded in any order.
+        reward: of responses.
+        reference: the model whose log-probabilities the reward takes as those of the reference.
+        batch_pairs: pairs per forward pass.
         progress: told of each model's name; what it returns is told of pairs done.
 
     Yields:
@@ -60,23 +82,30 @@ def model_logps(
     Raises:
         AMoPOError: for a model that can't be loaded, or has another tokenizer than the rows.
     """
-    adapters = [model for model in tuned if is_adapter(model.path)]
-    shared = base is not None and base.path == cfg.base_model and bool(adapters)
-    order = adapters + [model for model in tuned if model not in adapters]
-    if base is not None and not shared:
-        order.insert(0, base)
-    for one in order:
+    every = [reference, *models] if reference else models
+    for one in every:
         check_model(cfg, one.path, tokenizer, pairs)
-    for one in order:
+    carrier = next((one for one in models if is_base_below(one.path)), None)
+    below = [one for one in every if carrier and one.path == cfg.base_model]
+    loaded = [one for one in every if one not in below]
+    loaded.sort(key=lambda one: (one is not reference, one is not carrier))
+    sums: np.ndarray | None = None  # of the reference, which comes first
+    for one in loaded:
         model = load(cfg, tokenizer, one.path)
-        score = _Scorer(model, pairs, cfg.amopo.share_prompt, batch_pairs)
-        if shared:
-            with model.disable_adapter():
-                yield base, score(progress(base.name))
-            shared = False
-        yield one, score(progress(one.name))
-        del model, score
+        scorer = _Scorer(model, pairs, cfg.amopo.share_prompt, batch_pairs)
+        for run in [*(below if one is carrier else []), one]:
+            advance = progress(run.name)
+            with model.disable_adapter() if run is not one else nullcontext():
+                if run is reference:
+                    sums = scorer.values(_sums, advance)
+                else:
+                    yield run, scorer.by_criterion(scorer.values(reward, advance, sums))
+        del model, scorer
         gc.collect()  # the forward that was taught holds its model; the next needs the memory
+
+
+def _sums(given: Responses) -> Tensor:
+    return response_sums(given.logps, given.mask)
 
 
 def check_model(cfg: Any, path: str, tokenizer: Any, pairs: RatedPairs) -> None:
@@ -176,30 +205,58 @@ class _Scorer:
         lengths = [sum(map(len, example.longest())) for example in self.examples]
         longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         self.batches = [longest[i : i + batch_pairs] for i in range(0, len(longest), batch_pairs)]
-        self.choice = choose_layout(model, self._batch(self.batches[0]), share_prompt)
+        first = self._on_device(self._batch(self.batches[0]))
+        self.choice = choose_layout(model, first, share_prompt)
         log_choice(self.choice)
 
     def _batch(self, indices: list[int]) -> dict[str, Any]:
-        batch = make_batch([self.examples[i] for i in indices], pad_to_multiple_of=8)
+        return make_batch([self.examples[i] for i in indices], pad_to_multiple_of=8)
+
+    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
-    def __call__(self, advance: Callable[[int], None]) -> np.ndarray:
-        """Return [N, P, 2], see `model_logps`."""
-        reads = np.array([example.reads[0] for example in self.examples])  # [N, P]
-        said = np.array([example.signs[0] for example in self.examples]) != 0  # [N, P]
-        made = np.full((*reads.shape, 2), np.nan)
+    def values(
+        self, reward: Reward, advance: Callable[[int], None], reference: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return [N, K, 2] of the pairs' responses under each prompt.
+
+        Args:
+            reward: what is computed.
+            advance: told of the pairs that are done.
+            reference: [N, K, 2] its summed log-probabilities.
+        """
+        prompts = max(len(example.follows) for example in self.examples)
+        made = np.zeros((len(self.examples), prompts, 2))
         for indices in self.batches:
+            batch = self._batch(indices)
             with torch.no_grad():
                 found = response_logps(
                     self.model,
-                    self._batch(indices),
+                    self._on_device(batch),
                     self.choice.layout,
                     own_logits=self.choice.own_logits,
                 )
-            stats = response_stats(found.logps, found.mask)
-            means = stats.avg_logp.double().cpu().numpy()  # [B, K, 2]
-            made[indices] = np.take_along_axis(means, reads[indices][..., None], axis=1)
+            logps = found.logps.cpu().double()
+            here = slice(logps.shape[1])
+            others: dict[str, Tensor] = {}
+            if reference is not None:
+                others["reference"] = torch.from_numpy(reference[indices, here]).unsqueeze(0)
+            # How much a criterion weighs is nothing to the rewards, but objectives ask for it.
+            weights = torch.ones(len(indices), batch["signs"].shape[1])
+            given = responses(batch, logps, found.mask.cpu(), weights=weights, **others)
+            made[indices, here] = reward(given).numpy()
             advance(len(indices))
+        return made
+
+    def by_criterion(self, values: np.ndarray) -> np.ndarray:
+        """Return [N, P, 2], see `model_rewards`.
+
+        Args:
+            values: [N, K, 2].
+        """
+        reads = np.array([example.reads[0] for example in self.examples])  # [N, P]
+        said = np.array([example.signs[0] for example in self.examples]) != 0  # [N, P]
+        made = np.take_along_axis(values, reads[..., None], axis=1)
         made[~said] = np.nan
         return made
 
