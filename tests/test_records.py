@@ -266,7 +266,8 @@ def test_the_card_of_every_objective(name, tmp_path):
     others |= {"prompts", "rating_in_prompt", "group_by_prompt"}
     assert given.keys() - others == KEYS[name]
     assert (given["objective"], given["rl_beta"]) == (name, f"{objective.beta:.4g}")
-    assert ("weights" in given) == ("weights" in objective.needs)
+    equal = "helpfulness 1, honesty 1, safety 1"
+    assert given.get("weights") == (equal if "weights" in objective.needs else None)
     assert ("reference" in given) == reference
     # Steered by what stood in the prompts, if anything did.
     asked = {"amopo": "instruction of each dimension", "cos_dpo": "weights of the dimensions stand"}

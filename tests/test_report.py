@@ -22,7 +22,7 @@ from axolotl_amopo.commands.report.page import differing_settings
 from axolotl_amopo.commands.report.plots import MOST_POINTS, Board, Plot, thin
 from axolotl_amopo.commands.report.report import write_report
 from axolotl_amopo.errors import AMoPOError, DataError
-from axolotl_amopo.training.runs import LOG, read_run, series
+from axolotl_amopo.training.runs import LOG, explain_numbers, read_run, series
 
 PROMPTS = ["overall", "helpfulness", "honesty", "safety"]
 BEGUN = 1_000_000.0
@@ -711,7 +711,8 @@ def test_advice_names_keys_that_the_objective_has(tmp_path):
     nearest = {"objective": "amopo", "winner": "nearest"}
     assert "ask for" in advice("below-chance", below_chance, **nearest)
     text = advice("below-chance", below_chance, objective="simpo", winner="per_dimension")
-    assert "direction: lower" in text and "winner" not in text
+    assert "direction: lower" in text and "winner" not in text and "gap_scale" not in text
+    assert "a larger gap_scale" in advice("below-chance", below_chance, objective="mappo")
 
 
 def test_small_rewards_are_measured_by_themselves(tmp_path):
@@ -763,10 +764,13 @@ def test_the_page_of_any_objective(tmp_path, monkeypatch):
     # An accuracy has no beginning: a full dot for each of three, no line and no hollow one.
     assert len(margin.lines) == 3 * 3 and len(accuracy.lines) == 3 + 1
 
-    assert "pushes a rejected response down less" in page(objective="mappo")[2]
-    assert "all responses of a prompt at once" in page(objective="lambda_dpo")[2]
-    assert "follows the request" in page(objective="amopo", winner="nearest")[2]
-    assert "means over the prompts" in page(objective="cos_dpo")[2]
+    for text, block in (
+        ("pushes a rejected response down less", {"objective": "mappo"}),
+        ("all responses of a prompt at once", {"objective": "lambda_dpo"}),
+        ("how often the model follows the request", {"objective": "amopo", "winner": "nearest"}),
+        ("means over the prompts", {"objective": "cos_dpo"}),
+    ):
+        assert text in explain_numbers(read(tmp_path / "other", run_of(**block)))
 
 
 # The page.

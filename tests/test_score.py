@@ -565,11 +565,10 @@ def test_without_a_chat_template(trained, tmp_path, tiny_model):
         ({"group_by_prompt": True}, {}),
         ({"rating_in_prompt": "own"}, {}),
         ({}, {"sequence_len": 200, "excess_length_strategy": "truncate"}),
-        ({"objective": "ric"}, {}),
         # With full fine-tuning the reference is taken when training starts.
         ({"objective": "lambda_dpo"}, dict.fromkeys(LORA)),
     ],
-    ids=["group_by_prompt", "own", "truncate", "ric", "lambda_dpo"],
+    ids=["group_by_prompt", "own", "truncate", "lambda_dpo"],
 )
 def test_scores_are_those_of_the_trainers_evaluation(tmp_path, tiny_model, amopo, changes):
     from runs import train

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from axolotl_amopo.objectives.base import Objective, Outcome, Responses, response_sums
+from axolotl_amopo.objectives.base import Objective, Responses, response_sums
 
 # A difference between the ratings of two responses, on 0 to 1: nearly the same rating.
 GAP = 0.05
@@ -48,19 +48,17 @@ def describe(objective: Objective) -> Description:
     (outcome.weights * outcome.losses).sum().backward()
     assert given.logps.grad is not None
     chosen, rejected = given.logps.grad.sum((0, 1, 3)).tolist()
-    weights = [_weights(objective(_pair([3, 3], logps), None)) for logps in (alike, apart)]
+    equally, otherwise = (
+        objective(_pair([3, 3], logps), None).weights.detach() for logps in (alike, apart)
+    )
     return Description(
         reference="reference" in objective.needs,
         per_token=per_token,
         per=outcome.per,
         target_margin=getattr(objective, "target_margin", None) or None,
         pushes_down=round(-rejected / chosen, 6) if chosen else 1.0,
-        adaptive=not torch.allclose(*weights),
+        adaptive=not torch.allclose(equally, otherwise),
     )
-
-
-def _weights(outcome: Outcome) -> Tensor:
-    return outcome.weights.detach()
 
 
 def _pair(lengths: list[int], logps: Tensor) -> Responses:

@@ -87,6 +87,9 @@ def card_contents(
     if not config.has_instructions:  # so no prompt asks for a rating
         engine |= dict.fromkeys(("prompts", "rating_in_prompt", "rating_levels"))
     engine = {key: value for key, value in engine.items() if value is not False}
+    if config.weights is not None:
+        shown = (f"{name} {weight:g}" for name, weight in config.weights.items())
+        engine["weights"] = ", ".join(shown)
     reference = {"reference": "initial"} if "reference" in objective.needs else {}
     settings = {"rl_beta": about["rl_beta"]} | own | engine | reference | arguments
     loss = run.change("loss")
@@ -139,7 +142,7 @@ def unused_keys(objective: Objective) -> set[str]:
     """Return the hyperparameters that have no effect beside the others: it refuses to have them
     otherwise."""
     unused = set()
-    for field in fields(objective):  # pyrefly: ignore
+    for field in fields(objective):
         value = getattr(objective, field.name)
         if isinstance(value, str):  # one of a few words, which chooses what others mean
             continue

@@ -372,15 +372,20 @@ def chance(run: TrainingRun) -> Iterator[Finding]:
 
 
 def _why_below(run: TrainingRun) -> str:
-    match run.block.get("winner"):
-        case "nearest":
-            return "do the prompts show the ratings that they ask for?"
-        case "per_dimension":
-            return "is a rating's better end the lower one (direction: lower)?"
-    return (
-        "is a rating's better end the lower one (direction: lower), do dimensions conflict "
-        "(winner: per_dimension)?"
-    )
+    """Return what may be behind accuracies below chance, after "Look at the data ...: "."""
+    winner = run.block.get("winner")
+    if winner == "nearest":
+        return "do the prompts show the ratings that they ask for?"
+    why = "is a rating's better end the lower one (direction: lower), do dimensions conflict"
+    if winner != "per_dimension":
+        why += " (winner: per_dimension)"
+    if not _aims_at_margins(run):
+        scale = ", or a larger gap_scale" if "gap_scale" in run.block else ""
+        why += (
+            "? Responses that are rated alike are hardly told apart by this loss: pairs: "
+            f"best_worst{scale}, pushes rejected ones down harder. Is that what is missing"
+        )
+    return f"{why}?"
 
 
 def sacrificed(run: TrainingRun) -> Iterator[Finding]:
@@ -424,7 +429,11 @@ def _share_alike(run: TrainingRun) -> str:
         ways.append("scalarization: worst")
     if "gradients" in settings and "gradients" not in block:
         ways.append("gradients: cagrad")
-    return f"Try {', or '.join(ways)}" if ways else "Try a lower learning_rate"
+    return (
+        f"Try {', or '.join(ways)}"
+        if ways
+        else "See with `axolotl amopo inspect` how often its winners are not those of the others"
+    )
 
 
 def conflict(run: TrainingRun) -> Iterator[Finding]:
