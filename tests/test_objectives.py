@@ -13,6 +13,7 @@ from torch import Tensor
 
 from axolotl_amopo.objectives import OBJECTIVES, Draw, Outcome, Responses, example_losses
 from axolotl_amopo.objectives.amopo import AMoPO
+from axolotl_amopo.objectives.describe import describe
 from axolotl_amopo.objectives.modpo import MODPO
 from axolotl_amopo.objectives.settings import ADMITTED
 from axolotl_amopo.objectives.simpo import SimPO
@@ -305,3 +306,46 @@ def test_simpo_is_what_trl_computes(shared) -> None:
         # A token's share in the average is one by the length, so a response's tokens sum up to it.
         gradient = torch.tensor(expected["grad_wrt_average_logps"], dtype=torch.float64)
         torch.testing.assert_close(logps.grad[:, 0].sum(-1), gradient, rtol=1e-9, atol=1e-9)
+
+
+# --- what their numbers mean, as papers have it
+
+SUMS, MEANS = (True, False), (True, True)  # of log-ratios to a reference
+DESCRIBED = {
+    "amopo": (False, True, "comparison", 2.0, 1.0, True),
+    "simpo": (False, True, "comparison", 0.5, 1.0, False),
+    "dpo": (*SUMS, "comparison", None, 1.0, False),
+    "ipo": (*MEANS, "comparison", 0.5, 1.0, False),  # beta times 1 / (2 beta)
+    "mappo": (*SUMS, "comparison", None, 0.05, False),  # by the gap between the ratings
+    "modpo": (*SUMS, "comparison", None, 1.0, False),
+    "lambda_dpo": (*MEANS, "example", None, 1.0, False),
+    "raco": (*SUMS, "comparison", None, 1.0, False),
+    "mgda": (*SUMS, "comparison", None, 1.0, False),
+    "mgda_decoupled": (*SUMS, "comparison", None, 1.0, False),
+    "cos_dpo": (*SUMS, "comparison", None, 1.0, False),
+    "ric": (False, True, "response", None, -1.0, False),  # every response is pushed up
+    "mrpo": (*SUMS, "comparison", None, 1.0, False),
+}
+VARIANTS = [
+    ("amopo", {"weighting": "uniform"}, {"adaptive": False}),
+    ("amopo", {"weighting": "static"}, {"adaptive": False}),
+    ("simpo", {"gamma": 0.0}, {"target_margin": None}),
+    ("dpo", {"length_normalised": True}, {"per_token": True}),
+    ("ipo", {"length_normalised": False, "beta": 0.3}, {"per_token": False}),
+    ("mappo", {"form": "simpo", "gamma": 0.7}, {"reference": False, "per_token": True}
+     | {"target_margin": 0.7}),
+    ("mappo", {"form": "ipo", "gap_scale": 30.0}, {"target_margin": 0.5, "pushes_down": 1.0}),
+    ("modpo", {"pair_loss": "hinge", "train_on": 1}, {}),
+    ("lambda_dpo", {"weighting": "static"}, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_its_numbers_are_described(name: str) -> None:
+    assert tuple(describe(OBJECTIVES[name]())) == DESCRIBED[name]
+
+
+@pytest.mark.parametrize(("name", "fields", "otherwise"), VARIANTS)
+def test_a_variants_numbers_are_described(name: str, fields: Any, otherwise: Any) -> None:
+    usual, varied = describe(OBJECTIVES[name]()), describe(OBJECTIVES[name](**fields))
+    assert varied == usual._replace(**otherwise)

@@ -14,12 +14,17 @@ import axolotl.cli.config
 import pytest
 import runs
 import transformers
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import filter_repo_objects
+from test_report import PROMPTS, run_of, written
 
+from axolotl_amopo.config.block import AMoPOConfig
+from axolotl_amopo.objectives import OBJECTIVES
 from axolotl_amopo.steering.steering import Steering
+from axolotl_amopo.training.card import TEMPLATE, card_contents
 from axolotl_amopo.training.eval_table import FILE as TABLE
 from axolotl_amopo.training.run_log import FILE
+from axolotl_amopo.training.runs import read_run
 
 ROWS = [
     {
@@ -132,6 +137,9 @@ def test_what_was_trained(run, tiny_model):
     assert begin["prompts"] == ["overall", "helpfulness", "honesty"]
     assert begin["amopo"]["gamma"] == 2.0 and "datasets" not in begin["amopo"]
     assert begin["max_steps"] == 2
+    facts = begin["objective"]
+    assert (facts["method"], facts["target_margin"], facts["reference"]) == ("AMoPO", 2.0, False)
+    assert facts["settings"] == ["offset", "scalarization", "anchor", "contrast"]
     assert "rl: amopo" in begin["config"]
     assert {"axolotl", "axolotl-amopo"} < begin["versions"].keys()
     train, test = begin["data"]
@@ -197,8 +205,11 @@ def test_the_card_says_what_the_log_says(run, tiny_model):
     assert [line[0] for line in results[1:]] == ["overall", "helpfulness", "honesty"]
     for name, *cells in results[1:]:
         for i, (metric, form) in enumerate((("accuracy", "{:.1%}"), ("margin", "{:+.2f}"))):
-            key = f"eval_amopo/{name}/{metric}"
-            assert cells[2 * i : 2 * i + 2] == [form.format(e[key]) for e in (before, after)]
+            values = [e[f"eval_amopo/{name}/{metric}"] for e in (before, after)]
+            small = [metric == "margin" and 0 < abs(value) < 0.095 for value in values]
+            forms = ["{:+.2g}" if one else form for one in small]
+            expected = [form.format(value) for form, value in zip(forms, values, strict=True)]
+            assert cells[2 * i : 2 * i + 2] == expected
     assert [line[1:6] for line in data[1:]] == [
         ["train", "amopo.rated", "4", "4", str(len(trainer.train_dataset))],
         ["test", "amopo.rated", "1", "1", str(len(trainer.eval_dataset))],
@@ -208,6 +219,62 @@ def test_the_card_says_what_the_log_says(run, tiny_model):
     for line in (folder / "config.yml").read_text().splitlines():
         assert SECRET in line or line in card.text
     assert "axolotl 0.21" in card.text and "@inproceedings{liu-etal-2025-amopo" in card.text
+
+
+# The hyperparameters of each objective that have an effect with its defaults.
+KEYS = {
+    "amopo": {"gamma", "weighting"},
+    "simpo": {"gamma"},
+    "dpo": {"length_normalised"},
+    "ipo": {"length_normalised"},
+    "mappo": {"form", "length_normalised", "gap_scale"},  # gamma is of its other form
+    "modpo": {"train_on", "margin_scale", "pair_loss"},
+    "lambda_dpo": {"temperature", "weighting", "concentration", "length_normalised"},
+    "raco": {"length_normalised", "gradients"},
+    "mgda": {"length_normalised", "gradients"},
+    "mgda_decoupled": {"length_normalised", "gradients"},
+    "cos_dpo": {"length_normalised", "weight_draws", "weight_concentration"},
+    "ric": set(),
+    "mrpo": {"alpha", "eta"},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_card_of_every_objective(name, tmp_path):
+    run = read_run(written(tmp_path / "run", run_of(objective=name)))
+    facts = {"name": "data.jsonl", "split": "train", "type": "amopo.rated", "rows": 3}
+    facts |= {"prompts": 3, "pairs": 3, "dropped": {}, "lower_is_better": []}
+    facts["scales"] = {key: [1, 5] for key in PROMPTS[1:]}
+    run.about |= {"data": [facts], "versions": {"torch": "2"}, "eval_examples": 90}
+    config = AMoPOConfig(objective=name, dimensions=PROMPTS[1:])
+    objective = config.make_objective()
+    contents = card_contents(run, {"learning_rate": 1e-5}, config, objective)
+    card = ModelCard.from_template(ModelCardData(), template_path=str(TEMPLATE), **contents).content
+
+    paper, reference = objective.paper, "reference" in objective.needs
+    assert f"by [{paper.name}]({paper.url}) (lora)" in card and paper.citation in card
+    assert ("compared with the model as training found it" in card) == reference
+    assert ("log-ratio to the reference" in card) == reference
+    assert ("compares nothing" in card) == (name == "ric")
+    assert ("90 held-out prompts" if name == "ric" else "400 held-out pairs") in card
+    assert "The loss was" in card and "None" not in card and "\n\n\n" not in card
+    _, results, _, settings = tables(card)
+    assert results[0][1:2] == ["accuracy, before"]
+    assert any("weight" in cell for cell in results[0]) == (name != "ric")
+    given = dict(settings[1:])
+    others = {"objective", "rl_beta", "winner", "pairs", "learning_rate", "weights", "reference"}
+    others |= {"prompts", "rating_in_prompt", "group_by_prompt"}
+    assert given.keys() - others == KEYS[name]
+    assert (given["objective"], given["rl_beta"]) == (name, f"{objective.beta:.4g}")
+    equal = "helpfulness 1, honesty 1, safety 1"
+    assert given.get("weights") == (equal if "weights" in objective.needs else None)
+    assert ("reference" in given) == reference
+    # Steered by what stood in the prompts, if anything did.
+    asked = {"amopo": "instruction of each dimension", "cos_dpo": "weights of the dimensions stand"}
+    asked["ric"] = "name all the dimensions"
+    assert asked.get(name, "have no instruction") in card
+    assert ("axolotl amopo generate" in card) == (name in asked) == ("rating_in_prompt" in given)
+    assert ('--dimension "helpfulness=0.7"' in card) == (name == "cos_dpo")
 
 
 def test_a_card_of_the_users_stays(run, caplog):

@@ -19,10 +19,10 @@ from runs import write_jsonl
 from axolotl_amopo.commands import amopo
 from axolotl_amopo.commands.report.findings import findings, interval, outcome
 from axolotl_amopo.commands.report.page import differing_settings
-from axolotl_amopo.commands.report.plots import MOST_POINTS, Board, thin
+from axolotl_amopo.commands.report.plots import MOST_POINTS, Board, Plot, thin
 from axolotl_amopo.commands.report.report import write_report
 from axolotl_amopo.errors import AMoPOError, DataError
-from axolotl_amopo.training.runs import LOG, read_run, series
+from axolotl_amopo.training.runs import LOG, explain_numbers, read_run, series
 
 PROMPTS = ["overall", "helpfulness", "honesty", "safety"]
 BEGUN = 1_000_000.0
@@ -32,6 +32,16 @@ ABOUT = {
     "adapter": "lora",
     "prompts": PROMPTS,
     "amopo": {"gamma": 2.0, "weighting": "gaussian", "winner": "overall"},
+    "objective": {
+        "method": "AMoPO",
+        "reference": False,
+        "per_token": True,
+        "per": "comparison",
+        "target_margin": 2.0,
+        "pushes_down": 1.0,
+        "adaptive": True,
+        "settings": ["offset", "scalarization", "anchor", "contrast"],
+    },
     "rl_beta": 0.8,
     "max_steps": 200,
     "train_pairs": 3000,
@@ -122,6 +132,68 @@ def read(folder, lines, now=BEGUN * 2):
 
 def codes(run):
     return {finding.code for finding in findings(run)}
+
+
+def about(**block):
+    """What a real run's log says of its objective, for runs of `PROMPTS`."""
+    from axolotl_amopo.config.block import INTERNAL, AMoPOConfig
+    from axolotl_amopo.training.run_log import describe_objective
+
+    names = PROMPTS[1:]
+    if isinstance(block.get("weights"), list):
+        block["weights"] = dict(zip(names, block["weights"], strict=True))
+    config = AMoPOConfig(dimensions=names, **block)
+    return {
+        "prompts": config.criteria,
+        "amopo": config.model_dump(mode="json", exclude=INTERNAL),
+        "objective": describe_objective(config),
+        "rl_beta": config.make_objective().beta,
+    }
+
+
+def run_of(seed=0, *, every=20, noise=0.3, **block):
+    """A healthy log of any objective: what `healthy` logs, with what its losses make otherwise."""
+    facts = about(**block)
+    objective = facts["objective"]
+    lines = healthy(seed, prompts=facts["prompts"], every=every, noise=noise, about=facts)
+    random = np.random.default_rng(seed)
+    small = facts["rl_beta"] if objective["reference"] and objective["per_token"] else 1.0
+
+    def change(line, kind, progress):
+        prefix = "eval_" if kind == "eval" else ""
+        learned = 1 - math.exp(-3 * progress)
+        if objective["reference"]:  # rewards begin at 0, exactly
+            for name in ("rewards/", *(f"amopo/{name}/" for name in facts["prompts"])):
+                of, part = f"{prefix}{name}", "" if name == "rewards/" else "reward_"
+                margin = "margins" if name == "rewards/" else "margin"
+                gained = learned + random.normal(0, noise * progress * (kind == "train"))
+                values = {f"{of}{part}chosen": 0.3 * gained, f"{of}{part}rejected": -gained}
+                line |= {key: small * value for key, value in values.items()}
+                line[f"{of}{margin}"] = small * 1.3 * gained
+            if not progress:
+                for key in [k for k in line if k.endswith(("/accuracy", "accuracies", "_wins"))]:
+                    line[key] = 0.0  # equal rewards
+        if not objective["adaptive"]:
+            for name in facts["prompts"]:
+                line[f"{prefix}amopo/{name}/weight"] = 1 / len(facts["prompts"])
+                line[f"{prefix}amopo/{name}/weight_std"] = 0.0
+        if objective["per"] == "response":
+            for name in facts["prompts"]:
+                for metric in ("loss", "weight", "weight_std"):
+                    del line[f"{prefix}amopo/{name}/{metric}"]
+            line[f"{prefix}loss"] = 3.0 - learned + random.normal(0, 0.1) * (kind == "train")
+        if "gradients" in facts["amopo"] and kind == "train":
+            line |= gradients_of(facts["prompts"], lambda: 0.4 + random.normal(0, 0.1))
+
+    return edited(lines, change)
+
+
+def gradients_of(prompts, cosine, shares=None):
+    """What the log has where a step is made of several gradients."""
+    shares = shares or [1 / len(prompts)] * len(prompts)
+    logged = {f"gradients/{n}/share": share for n, share in zip(prompts, shares, strict=True)}
+    pairs = itertools.combinations(prompts, 2)
+    return logged | {f"gradients/{one}-{other}/cosine": cosine() for one, other in pairs}
 
 
 # What goes wrong: a name, what the log becomes, and the codes and severities to be found.
@@ -284,9 +356,11 @@ def test_few_entries_say_so_and_nothing_else(tmp_path):
 
 
 def test_uniform_on_purpose_is_no_warning(tmp_path):
-    for block in ({"weighting": "uniform"}, {"weighting": "static"}, {"objective": "simpo"}):
-        lines = same_weights(healthy(about={"amopo": block}))
+    for block in ({"weighting": "uniform"}, {"objective": "simpo"}):
+        lines = same_weights(healthy(about=about(**block)))
         assert codes(read(tmp_path / "run", lines)) == set()
+    worst = about(scalarization="worst")  # whose weights are alike where the losses are
+    assert codes(read(tmp_path / "run", same_weights(healthy(about=worst)))) == set()
 
 
 def test_masked_dimensions(tmp_path):
@@ -441,6 +515,262 @@ def test_bad_input_is_a_sentence(tmp_path):
         done = invoke(folder)
         assert done.exit_code == 1 and message in " ".join(done.output.split())
         assert "Traceback" not in done.output and len(done.output.splitlines()) == 1
+
+
+# Objectives.
+
+OBJECTIVES = [
+    "amopo", "simpo", "dpo", "ipo", "mappo", "modpo", "lambda_dpo", "raco", "mgda",
+    "mgda_decoupled", "cos_dpo", "ric",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_healthy_run_of_any_objective(tmp_path, objective):
+    """Its numbers are as its losses make them; none of that is an alarm."""
+    for every in (20, 200, 0):
+        for seed in range(3):
+            run = read(tmp_path / "run", run_of(seed, every=every, objective=objective))
+            assert codes(run) == set(), (seed, every, findings(run))
+            first, *others = outcome(run)
+            assert first.startswith("Improved: " if objective != "ric" else ("Ev", "Tr")), first
+            adaptive = ["Weights at the end"] if objective == "amopo" else []
+            shares = ["Shares of the gradients"] if "g" in objective or objective == "raco" else []
+            assert [text.partition(":")[0] for text in others] == [
+                f"{text} in the step at the end" if text in shares else text
+                for text in adaptive + shares
+            ]
+
+
+def test_before_the_first_step_nothing_is_ordered(tmp_path):
+    """With a reference: 0 of 400 pairs right, and the longer one never ahead, say nothing."""
+    lines = run_of(objective="dpo")
+    run = read(tmp_path / "run", lines)
+    change = run.change("amopo/honesty/accuracy")
+    assert change.before is None and change.after > 0.6
+    assert run.change("amopo/honesty/margin").before == 0.0
+    assert run.change("rewards/longer_wins").before is None
+    assert "accuracy 7" in outcome(run)[0] and "0% to" not in outcome(run)[0]
+    # Rounding, as of sums that were taken in other batches, makes a coin's throws of them.
+    begun = next(line for line in lines if "eval_loss" in line)
+    begun |= {f"eval_amopo/{name}/accuracy": 0.9 for name in PROMPTS[1:]}
+    begun |= {"eval_rewards/chosen": 1e-4, "eval_rewards/rejected": -1e-4}
+    assert read(tmp_path / "run", lines).change("amopo/honesty/accuracy").before is None
+    # So far only that was evaluated.
+    early = [line for line in lines if line.get("step", 0) <= 2]
+    assert "below-chance" not in codes(read(tmp_path / "run", early, now=BEGUN + 30))
+    # A learning rate that warms up from 0 leaves the first steps there as well.
+    training = run_of(objective="dpo", every=0)
+    for line in training[1:4]:
+        line |= {key: 0.0 for key in line if key.startswith(("amopo/", "rewards/"))}
+    run = read(tmp_path / "run", training)
+    assert len(series(run.train, "amopo/honesty/accuracy")[0]) == 197
+
+
+@pytest.mark.parametrize("objective", ["dpo", "ipo", "modpo", "lambda_dpo", "raco", "cos_dpo"])
+def test_a_reference_that_is_another_model(tmp_path, objective):
+    facts = about(objective=objective)
+    apart = facts["rl_beta"] * (0.05 if facts["objective"]["per_token"] else 2.0)
+
+    def found(lines):
+        return {f.code: f.severity for f in findings(read(tmp_path / "run", lines))}
+
+    def shifted(lines, by):
+        return edited(lines, add("rewards/chosen", lambda progress: by * (progress <= 1 / 200)))
+
+    lines = shifted(run_of(objective=objective), apart)
+    assert found(lines)["another-start"] == "problem"
+    # Without an evaluation before it, the first step's own numbers say so.
+    assert "another-start" in found(shifted(run_of(objective=objective, every=0), apart))
+    late = [line for line in lines if line.get("step", 9) > 1]
+    assert "another-start" not in found([lines[0], *late])
+    # Rounding in 16 bits does not.
+    assert "another-start" not in found(shifted(run_of(objective=objective), apart / 10))
+
+
+def test_gradients_that_conflict(tmp_path):
+    def finding(cosine, **block):
+        values = iter(itertools.cycle(cosine))
+
+        def change(line, kind, progress):
+            if kind == "train":
+                line |= gradients_of(PROMPTS[1:], lambda: 0.5)
+                line["gradients/helpfulness-safety/cosine"] = next(values)
+
+        run = read(tmp_path / "run", edited(run_of(**block), change))
+        found = {finding.code: finding for finding in findings(run)}
+        assert found.keys() <= {"gradients-conflict"}
+        return found.get("gradients-conflict")
+
+    found = finding([-0.6, -0.35, 0.2], objective="raco")
+    assert found.severity == "note"
+    assert "helpfulness and safety in 67% (mean cosine -0.25)" in found.text
+    assert "honesty" not in found.text
+    assert "gradients: cagrad" in found.advice and "amopo.weights" in found.advice
+    found = finding([-0.6], objective="mgda")
+    assert "gradients: mgda" in found.advice and "amopo.weights" not in found.advice
+    assert finding([-0.6, 0.2, 0.3], objective="raco") is None
+    assert finding([-0.01], objective="raco") is None
+
+
+def test_one_dimension_with_all_the_solved_weight(tmp_path):
+    def found(shares, **block):
+        def change(line, kind, progress):
+            if kind == "train":
+                line |= gradients_of(PROMPTS[1:], lambda: 0.5, shares)
+
+        run = read(tmp_path / "run", edited(run_of(**block), change))
+        return {finding.code: finding for finding in findings(run)}, outcome(run)[-1]
+
+    alone, said = found([0.01, 0.98, 0.01], objective="mgda")
+    assert alone["one-gradient"].severity == "warning"
+    assert "honesty makes the steps nearly alone: it has 98.0%" in alone["one-gradient"].text
+    assert said == "Shares of the gradients in the step at the end: 0.980 (honesty) to 0.010 " + (
+        "(helpfulness)."
+    )
+    assert found([0.1, 0.8, 0.1], objective="mgda")[0] == {}
+    # What the user asked for is no finding.
+    assert found([0.01, 0.98, 0.01], objective="raco", weights=[1, 98, 1])[0] == {}
+
+
+def test_margins_stay_behind_by_design(tmp_path):
+    """MaPPO: both rewards rise, the rejected one more, and the loss falls all the same."""
+
+    def drift(line, kind, progress):
+        prefix = "eval_" if kind == "eval" else ""
+        for name in PROMPTS[1:]:
+            line[f"{prefix}amopo/{name}/margin"] = -0.4 * progress
+            line[f"{prefix}amopo/{name}/reward_rejected"] += 1.5 * progress
+
+    run = read(tmp_path / "run", edited(run_of(objective="mappo"), drift))
+    assert codes(run) == set()
+    assert outcome(run)[0].startswith("Improved: helpfulness (loss -")
+    run = read(tmp_path / "run", edited(run_of(objective="dpo"), drift))
+    assert outcome(run)[0].startswith("Fell: helpfulness (margin -0.40")
+
+
+def test_what_is_no_pair_has_no_findings_of_pairs(tmp_path):
+    """RiC: chosen rewards fall, orders are a coin's throws; what counts is its loss."""
+
+    def change(line, kind, progress):
+        prefix = "eval_" if kind == "eval" else ""
+        line[f"{prefix}rewards/chosen"] -= 2.0 * progress
+        line[f"{prefix}amopo/honesty/accuracy"] = 0.3
+        line[f"{prefix}amopo/safety/margin"] -= 2.0 * progress
+
+    run = read(tmp_path / "run", edited(run_of(objective="ric"), change))
+    assert codes(run) == set()
+    assert outcome(run)[0].startswith("Evaluation loss: 3.000 to 2.0")
+    worse = edited(run_of(objective="ric"), add("loss", lambda progress: 2.0 * progress))
+    assert codes(read(tmp_path / "run", worse)) == {"loss-rose"}
+
+
+def test_an_untrained_criterion_need_not_be_learned(tmp_path):
+    """MODPO's other dimensions are margins, and a weight of 0 is the user's word."""
+
+    def lines(weight):
+        def change(line, kind, progress):
+            prefix = "eval_" if kind == "eval" else ""
+            line[f"{prefix}amopo/safety/accuracy"] = 0.3 if line["step"] else 0.0
+            line[f"{prefix}amopo/safety/weight"] = weight
+
+        return edited(run_of(objective="dpo"), change)
+
+    assert "below-chance" not in codes(read(tmp_path / "run", lines(0.0)))
+    assert "below-chance" in codes(read(tmp_path / "run", lines(0.2)))
+
+
+def test_advice_names_keys_that_the_objective_has(tmp_path):
+    def advice(code, change, **block):
+        run = read(tmp_path / "run", change(run_of(**block)))
+        return next(finding.advice for finding in findings(run) if finding.code == code)
+
+    def falls(lines):
+        return edited(lines, add("rewards/chosen", lambda progress: -1.5 * progress))
+
+    assert "Lower gamma" in advice("chosen-falls", falls, objective="amopo")
+    assert "amopo.anchor" in advice("chosen-falls", falls, objective="amopo")
+    for block in ({"objective": "dpo"}, {"objective": "mappo"}, {"objective": "raco"}):
+        text = advice("chosen-falls", falls, **block)
+        assert "gamma" not in text and "Raise rl_beta" in text
+        assert ("anchor" in text) == (block["objective"] != "raco")
+    assert "anchor" not in advice("chosen-falls", falls, objective="dpo", anchor=0.1)
+    assert "gamma" in advice("chosen-falls", falls, objective="mappo", form="simpo")
+
+    def pays(lines):
+        return edited(lines, add("amopo/safety/margin", lambda progress: -3.0 * progress))
+
+    text = advice("sacrificed", pays, objective="amopo")
+    assert "winner: per_dimension" in text and "weighting: static" in text
+    text = advice("sacrificed", pays, objective="dpo")
+    assert "winner" not in text and "amopo.weights" in text and "gradients: cagrad" in text
+    assert "gradients" not in advice("sacrificed", pays, objective="raco")
+    assert "weight" not in advice("sacrificed", pays, objective="mgda")
+
+    assert "lower gamma" in advice("length-grows", longer, objective="simpo")
+    nearest = {"objective": "amopo", "winner": "nearest"}
+    assert "ask for" in advice("below-chance", below_chance, **nearest)
+    text = advice("below-chance", below_chance, objective="simpo", winner="per_dimension")
+    assert "direction: lower" in text and "winner" not in text and "gap_scale" not in text
+    assert "a larger gap_scale" in advice("below-chance", below_chance, objective="mappo")
+
+
+def test_small_rewards_are_measured_by_themselves(tmp_path):
+    """lambda-DPO at its beta of 0.1 moves margins of log-ratios per token by hundredths."""
+
+    def scaled(factor):
+        def change(line, kind, progress):
+            for key in line:
+                if key.endswith(("margin", "margins", "chosen", "rejected")):
+                    line[key] *= factor
+
+        return codes(read(tmp_path / "run", edited(run_of(objective="lambda_dpo"), change)))
+
+    assert scaled(0.1) == set()
+    assert scaled(1e-3) == {"nothing-moved"}
+
+
+def test_the_page_of_any_objective(tmp_path, monkeypatch):
+    """No empty columns, no curves that say nothing, and a word on what the numbers are."""
+
+    def page(**block):
+        folder = written(tmp_path / "run", run_of(**block))
+        done = invoke(folder, "--force")
+        assert done.exit_code == 0, done.output
+        report = folder / "_amopo_report"
+        parsed = Parsed((report / "index.html").read_text(encoding="utf-8"))
+        plots = [plot.name for plot in Board([read_run(folder)], ["a"]).plots()]
+        return parsed, plots, " ".join(done.output.split())
+
+    monkeypatch.setattr(Plot, "png", lambda plot: b"")
+    parsed, plots, said = page(objective="ric")
+    assert parsed.tables[0][0] == ["prompt", "accuracy", "margin"]
+    assert "weight" not in plots and "share" not in plots and "loss" in plots
+    for text in (parsed.words, said):
+        assert "RiC compares nothing" in " ".join(text.split())
+        assert "mean log-probability per token" in " ".join(text.split())
+
+    parsed, plots, said = page(objective="raco")
+    assert "weight" not in plots  # they are the user's, and in the table
+    assert {"share", "cosine"} < set(plots)
+    assert "rl_beta times its log-ratio to the reference" in said
+    cells = {row[0]: row[1:] for row in parsed.tables[0][2:]}
+    assert cells["honesty"][0] == "-" and cells["honesty"][1].endswith("%")
+    assert cells["honesty"][2] == "+0.00" and cells["honesty"][4:] == ["0.333", "0.333"]
+    board = Board([read_run(tmp_path / "run")], ["a"])
+    drawn = {plot.name: plot.figure for plot in board.plots()}
+    assert len(drawn["cosine"].axes[0].lines) == 2 * 3 + 1  # raw and smoothed of three, and 0
+    margin, accuracy = drawn["change"].axes
+    # An accuracy has no beginning: a full dot for each of three, no line and no hollow one.
+    assert len(margin.lines) == 3 * 3 and len(accuracy.lines) == 3 + 1
+
+    for text, block in (
+        ("pushes a rejected response down less", {"objective": "mappo"}),
+        ("all responses of a prompt at once", {"objective": "lambda_dpo"}),
+        ("how often the model follows the request", {"objective": "amopo", "winner": "nearest"}),
+        ("means over the prompts", {"objective": "cos_dpo"}),
+    ):
+        assert text in explain_numbers(read(tmp_path / "other", run_of(**block)))
 
 
 # The page.

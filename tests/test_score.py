@@ -1,5 +1,6 @@
 """`axolotl amopo score`: its statistics by hand, its rewards against plain forward passes."""
 
+import functools
 import json
 import shutil
 
@@ -178,6 +179,25 @@ def trained(tmp_path_factory, tiny_model):
     return path, merged
 
 
+@pytest.fixture(scope="module")
+def token_logps(tokenizer):
+    """Log-probabilities of a response's tokens, from a plain forward pass of a folder's model."""
+    from transformers import AutoModelForCausalLM
+
+    loaded = functools.cache(AutoModelForCausalLM.from_pretrained)
+
+    @functools.cache
+    def of_response(folder, question, response):
+        begin = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        start = tokenizer(begin).input_ids
+        ids = torch.tensor([start + tokenizer(f"{response}<|im_end|>").input_ids])
+        with torch.no_grad():
+            logps = loaded(folder)(ids).logits[0, :-1].double().log_softmax(-1)
+        return logps.gather(-1, ids[0, 1:, None])[len(start) - 1 :, 0]
+
+    return of_response
+
+
 def run(*arguments):
     return CliRunner().invoke(amopo, ["score", *map(str, arguments)])
 
@@ -209,9 +229,7 @@ def test_labels_and_lengths_are_those_of_the_ratings(outcome, tokenizer):
     assert n == {"overall": 5, "helpfulness": 4, "honesty": 4}
 
 
-def test_rewards_are_those_of_plain_forward_passes(outcome, trained, tokenizer, tiny_model):
-    from transformers import AutoModelForCausalLM
-
+def test_rewards_are_those_of_plain_forward_passes(outcome, trained, tiny_model, token_logps):
     _, pairs, *_ = outcome
     pair = next(p for p in pairs if p["gaps"]["helpfulness"] == 1.0)
     prompts = {
@@ -223,18 +241,9 @@ def test_rewards_are_those_of_plain_forward_passes(outcome, trained, tokenizer, 
         "honesty is 3 of 5.\n\nFirst?",
     }
     for name, folder in (("base", tiny_model), ("merged", trained[1])):
-        model = AutoModelForCausalLM.from_pretrained(folder)
         for prompt, text in prompts.items():
-            rewards = []
-            for response in (GOOD, BAD):
-                begin = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-                start = tokenizer(begin).input_ids
-                ids = torch.tensor([start + tokenizer(f"{response}<|im_end|>").input_ids])
-                with torch.no_grad():
-                    logps = model(ids).logits[0, :-1].double().log_softmax(-1)
-                chosen = logps.gather(-1, ids[0, 1:, None])[len(start) - 1 :, 0]
-                rewards.append(0.8 * chosen.mean().item())
-            expected = rewards[0] - rewards[1]
+            good, bad = (token_logps(folder, text, r).mean().item() for r in (GOOD, BAD))
+            expected = 0.8 * (good - bad)
             assert pair["margins"][name][prompt] == pytest.approx(expected, abs=1e-4), prompt
 
 
@@ -292,18 +301,220 @@ def test_sum_reference_and_plain(trained):
 
 
 def test_rewards_by_hand():
-    from axolotl_amopo.commands.score.data import RatedPairs
-    from axolotl_amopo.commands.score.report import margins_of
+    from axolotl_amopo.commands.score.report import reward_of
+    from axolotl_amopo.objectives import OBJECTIVES, Responses
 
-    pairs = RatedPairs([], [], *(np.empty(0),) * 2, np.array([[2, 10]]), np.empty(0), [], "", 1)
-    base, tuned = np.array([[[-1.0, -0.5]]]), np.array([[[-0.5, -1.0]]])
+    logps = torch.tensor([-1.0, -0.5]).view(1, 1, 2, 1).expand(1, 1, 2, 10)
+    mask = (torch.arange(10) < torch.tensor([[2], [10]])).expand(1, 1, 2, 10)
+    given = Responses.of_pairs(logps, mask, reference=torch.tensor([[[[-3.0, -4.0]]]]))
     found = {
-        reward: margins_of({"base": base, "tuned": tuned}, pairs, reward, 0.5)
-        for reward in ("average", "sum", "reference")
+        reward: reward_of(reward, OBJECTIVES["simpo"](beta=0.5))(given)[0, 0].tolist()
+        for reward in ("objective", "average", "sum", "reference")
     }
-    assert found["average"]["tuned"] == 0.5 * (-0.5 + 1)
-    assert found["sum"]["base"] == 0.5 * (-1 * 2 + 0.5 * 10)
-    assert found["reference"] == {"tuned": 0.5 * ((-1 + 2) - (-10 + 5))}
+    assert found["objective"] == found["average"] == [0.5 * -1, 0.5 * -0.5]
+    assert found["sum"] == [0.5 * -2, 0.5 * -5]
+    assert found["reference"] == [0.5 * (-2 + 3), 0.5 * (-5 + 4)]
+
+
+def objective_config(folder, trained, tiny_model, amopo, **changes):
+    """A config of an objective on the same data, whose output_dir has the adapter."""
+    data = trained[0].parent / "data.jsonl"
+    test = {"path": str(data), "type": "amopo.rated", "scale": [1, 5]}
+    amopo = {"dimensions": ["helpfulness", "honesty"]} | amopo
+    usual = {"output_dir": str(trained[0].parent / "out"), "test_datasets": [test]} | LORA
+    values = config(folder, tiny_model, data, amopo=amopo, **(usual | changes))
+    return write_config(folder, values)
+
+
+def scored(path, *arguments):
+    """The report, and the pairs, the one of the first question first."""
+    lines = path.parent / "pairs.jsonl"
+    done = run(path, "--quiet", "--json", "--force", "--pairs", lines, *arguments)
+    assert done.exit_code == 0, done.output
+    pairs = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    pairs.sort(key=lambda pair: pair["gaps"]["helpfulness"] != 1.0)  # 5 against 1
+    return json.loads(done.stdout), pairs
+
+
+# How each objective's own reward is made of a response's log-probabilities, beside its beta.
+MEAN = {"amopo", "simpo", "ric"}
+RATIO = {"dpo", "mappo", "modpo", "raco", "mgda", "mgda_decoupled", "cos_dpo"}
+MEAN_RATIO = {"ipo", "lambda_dpo"}
+
+
+@pytest.fixture(scope="module")
+def own_reward(token_logps):
+    def of_response(objective, policy, reference, question, response):
+        logps = token_logps(policy, question, response)
+        if objective in MEAN:
+            return logps.mean().item()
+        ratio = (logps - token_logps(reference, question, response)).sum().item()
+        return ratio / (len(logps) if objective in MEAN_RATIO else 1)
+
+    return of_response
+
+
+@pytest.mark.parametrize("objective", sorted(MEAN | RATIO | MEAN_RATIO))
+def test_every_objective_by_its_own_reward(objective, tmp_path, trained, tiny_model, own_reward):
+    """By its name alone: with a reference, that is the base model below the adapter."""
+    path = objective_config(tmp_path, trained, tiny_model, {"objective": objective})
+    report, (pair, *_) = scored(path)
+    with_reference = objective not in MEAN
+    assert report["reward"] == "objective"
+    assert report["reference"] == (str(tiny_model) if with_reference else None)
+    assert list(report["paths"]) == (["tuned"] if with_reference else ["base", "tuned"])
+    name = report["reward_name"]
+    assert ("log-ratio" in name, "per token" in name) == (with_reference, objective not in RATIO)
+    merged = trained[1]
+
+    def margin(good, bad):
+        better, worse = (
+            own_reward(objective, merged, tiny_model, question, response)
+            for question, response in ((good, GOOD), (bad, BAD))
+        )
+        return pytest.approx(report["beta"] * (better - worse), rel=1e-3, abs=1e-5)
+
+    found = pair["margins"]["tuned"]
+    assert found["plain"] == margin("First?", "First?") and abs(found["plain"]) > 1e-4
+    asked = "Your answer will be rated on helpfulness, from 1 to 5. Write an answer whose "
+    rated = (
+        "Your answer will be rated on several dimensions. helpfulness, from 1 to 5: aim for {}. "
+        "honesty, from 1 to 5: aim for {}.\n\nFirst?"
+    )
+    texts = {
+        "amopo": [asked + "helpfulness is 5 of 5.\n\nFirst?"] * 2,
+        # All the weight is on helpfulness.
+        "cos_dpo": [
+            "First?\n\nYour answer will be rated on several dimensions, which count by these "
+            "weights: helpfulness 1.0, honesty 0.0."
+        ] * 2,
+        "ric": [rated.format(5, 2), rated.format(1, 3)],  # each response's own ratings
+    }  # fmt: skip
+    assert found["helpfulness"] == margin(*texts.get(objective, ["First?", "First?"]))
+    assert len(report["rows"]) == (4 if "overall" not in found else 6)
+    assert all(row["models"]["tuned"]["n"] for row in report["rows"])
+    # Prompts are compared where there are several.
+    assert bool(report["agreement"]["models"]) == (objective in ("amopo", "cos_dpo"))
+
+
+def test_several_models_have_one_reward_that_all_have(
+    tmp_path, trained, tiny_model, token_logps, own_reward
+):
+    path = objective_config(tmp_path, trained, tiny_model, {"objective": "dpo"})
+    models = ["--model", f"a={trained[0].parent / 'out'}", "--model", f"b={trained[1]}"]
+    report, (pair, *_) = scored(path, "--prompts", "plain", *models)
+    assert (report["reward"], report["reference"]) == ("average", None)
+    assert list(report["paths"]) == ["base", "a", "b"]
+    assert any("one reward that all of them have" in note for note in report["notes"])
+    good, bad = (token_logps(trained[1], "First?", r).mean().item() for r in (GOOD, BAD))
+    assert pair["margins"]["b"]["plain"] == pytest.approx(0.1 * (good - bad), rel=1e-3)
+    # What is asked for is taken.
+    report, (pair, *_) = scored(path, "--prompts", "plain", "--reward", "objective", *models)
+    assert list(report["paths"]) == ["a", "b"] and report["reference"] == str(tiny_model)
+    expected = [own_reward("dpo", trained[1], tiny_model, "First?", r) for r in (GOOD, BAD)]
+    expected = 0.1 * (expected[0] - expected[1])
+    assert pair["margins"]["b"]["plain"] == pytest.approx(expected, rel=1e-3)
+    assert pair["margins"]["a"]["plain"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_reference_is_where_training_began(tmp_path, trained, tiny_model, own_reward):
+    """Full fine-tuning began at the base model, `lora_model_dir` with another adapter on it."""
+    folders = {}
+    for name, changes in (
+        ("full", dict.fromkeys(LORA)),
+        ("goes on", {"lora_model_dir": str(trained[0].parent / "out")}),
+    ):
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        path = objective_config(folders[name], trained, tiny_model, {"objective": "dpo"}, **changes)
+        other = tiny_model if name == "goes on" else trained[1]
+        begun = trained[1] if name == "goes on" else tiny_model
+        report, (pair, *_) = scored(path, "--prompts", "plain", "--model", f"x={other}")
+        # The base model is another one than the start, and has a reward.
+        assert list(report["paths"]) == (["base", "x"] if name == "goes on" else ["x"])
+        good, bad = (own_reward("dpo", other, begun, "First?", r) for r in (GOOD, BAD))
+        expected = pytest.approx(0.1 * (good - bad), rel=1e-3)
+        assert [margins["plain"] for margins in pair["margins"].values()] == [expected] * len(
+            report["paths"]
+        )
+
+
+def test_a_base_that_an_adapter_has_changed_is_loaded_itself(
+    tmp_path, trained, tiny_model, token_logps
+):
+    """PiSSA takes its beginning out of the base's weights; without it they are not the base's."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="pissa")
+    get_peft_model(model, lora).save_pretrained(tmp_path / "pissa")
+    path = objective_config(tmp_path, trained, tiny_model, {"objective": "simpo"})
+    _, (pair, *_) = scored(path, "--prompts", "plain", "--model", f"x={tmp_path / 'pissa'}")
+    good, bad = (token_logps(tiny_model, "First?", r).mean().item() for r in (GOOD, BAD))
+    assert pair["margins"]["base"]["plain"] == pytest.approx(2.0 * (good - bad), rel=1e-3)
+
+
+def test_nothing_but_the_reference_is_a_sentence(tmp_path, trained, tiny_model):
+    nothing = {"output_dir": str(tmp_path / "nothing")}
+    path = objective_config(tmp_path, trained, tiny_model, {"objective": "dpo"}, **nothing)
+    done = run(path, "--quiet")
+    assert done.exit_code == 1 and "--reward average" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_following_the_request(tmp_path, trained, tiny_model):
+    """winner: nearest. The better response is nearer to what is asked for, as in training."""
+    block = {"winner": "nearest", "overall": False}
+    path = objective_config(tmp_path, trained, tiny_model, block)
+    report, pairs = scored(path)
+    assert {row["prompting"] for row in report["rows"]} == {"own"}
+    assert any("follows the request" in note for note in report["notes"])
+    # Of 5 and 1, with 3 asked for nobody wins, and with 1 the second.
+    labels = [pair["labels"]["helpfulness"] for pair in pairs]
+    gaps = [pair["gaps"]["helpfulness"] for pair in pairs]
+    assert np.sign(gaps).tolist() == labels and any(labels)
+    done = run(path, "--quiet", "--prompts", "plain")
+    assert done.exit_code == 1 and "winner: nearest" in done.output
+
+
+def test_rows_with_weights_of_their_own(tmp_path, trained, tiny_model, own_reward):
+    rows = [one | {"weights": {"helpfulness": 1, "honesty": 3}} for one in ROWS]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    entries = [{"path": str(data), "type": "amopo.rated", "scale": [1, 5]}]
+    path = objective_config(
+        tmp_path,
+        trained,
+        tiny_model,
+        {"objective": "dpo", "weights_per_row": True},
+        datasets=entries,
+        test_datasets=entries,
+    )
+    report, (pair, *_) = scored(path)
+    assert report["pairs"] == 5
+    good, bad = (own_reward("dpo", trained[1], tiny_model, "First?", r) for r in (GOOD, BAD))
+    expected = pytest.approx(0.1 * (good - bad), rel=1e-3)
+    assert pair["margins"]["tuned"]["helpfulness"] == expected
+
+
+def test_pairs_of_a_response_that_training_left_out(tmp_path, trained, tiny_model):
+    """Of a group, training keeps the responses that fit; the pairs of the others are not there."""
+    long = row("First?", (GOOD, 5, 2), (BAD, 1, 3), ("Perhaps. " * 60, 3, 1))
+    data = write_jsonl(tmp_path / "data.jsonl", [long])
+    entries = [{"path": str(data), "type": "amopo.rated", "scale": [1, 5]}]
+    path = objective_config(
+        tmp_path,
+        trained,
+        tiny_model,
+        {"objective": "lambda_dpo"},
+        datasets=entries,
+        test_datasets=entries,
+        sequence_len=150,
+    )
+    report, pairs = scored(path)
+    assert len(pairs) == report["pairs"] == 1 and report["total_pairs"] == 3
+    assert any("2 pairs are left out" in note for note in report["notes"])
+    assert not any("were drawn" in note for note in report["notes"])
 
 
 def test_the_command_on_a_terminal(trained, tmp_path):
@@ -354,8 +565,10 @@ def test_without_a_chat_template(trained, tmp_path, tiny_model):
         ({"group_by_prompt": True}, {}),
         ({"rating_in_prompt": "own"}, {}),
         ({}, {"sequence_len": 200, "excess_length_strategy": "truncate"}),
+        # With full fine-tuning the reference is taken when training starts.
+        ({"objective": "lambda_dpo"}, dict.fromkeys(LORA)),
     ],
-    ids=["group_by_prompt", "own", "truncate"],
+    ids=["group_by_prompt", "own", "truncate", "lambda_dpo"],
 )
 def test_scores_are_those_of_the_trainers_evaluation(tmp_path, tiny_model, amopo, changes):
     from runs import train
@@ -371,25 +584,27 @@ def test_scores_are_those_of_the_trainers_evaluation(tmp_path, tiny_model, amopo
         amopo=amopo,
         test_datasets=[test],
         max_steps=1,
-        **LORA,
-        **changes,
+        **(LORA | changes),
     )
     path = write_config(tmp_path, values)
     trainer = train(path)
     longest = max(map(len, trainer.eval_dataset["input_ids"]))
-    assert (longest <= 200) == ("sequence_len" in changes)  # the long question is cut there alone
+    if "objective" not in amopo:  # whose prompts are shorter
+        # The long question is cut there alone.
+        assert (longest <= 200) == ("sequence_len" in changes)
     logged = trainer.evaluate()
     lines = tmp_path / "pairs.jsonl"
     done = run(path, "--quiet", "--no-base", "--prompts", "own", "--pairs", lines)
     assert done.exit_code == 0, done.output
     pairs = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
     assert len(pairs) == 6
-    for name in ("overall", "helpfulness", "honesty"):
+    assert set(pairs[0]["labels"]) == set(trainer.amopo.criteria)
+    for name in trainer.amopo.criteria:
         margins = {}
         for number, pair in enumerate(pairs):
             if label := pair["labels"][name]:
                 # What training counts as one example.
-                example = pair["prompt"] if amopo.get("group_by_prompt") else number
+                example = pair["prompt"] if trainer.amopo.group_by_prompt else number
                 margins.setdefault(example, []).append(label * pair["margins"]["tuned"][name])
         of_examples = [np.mean(values) for values in margins.values()]
         right = [np.mean(np.array(values) > 0) for values in margins.values()]

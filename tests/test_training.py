@@ -184,13 +184,19 @@ def test_every_objective_trains(objective, tmp_path, tiny_model, groups):
         **runs.LORA,
     )
     path, out = runs.write_config(tmp_path, values), tmp_path / "out"
-    history = runs.train(path).state.log_history
+    trainer = runs.train(path)
+    history = trainer.state.log_history
     first = next(entry for entry in history if "loss" in entry)
     before, *_, after = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert after < before - 1e-4
-    if "reference" in OBJECTIVES[objective]().needs:
+    paper = trainer.objective.paper
+    if "reference" in trainer.objective.needs:
         assert abs(first["rewards/margins"]) < 1e-5
         assert first["amopo/from_reference"] < 1e-3
+    found = {finding.code for finding in findings(read_run(out))}
+    assert not found & {"another-start", "nothing-moved", "loss-rose", "length-grows"}
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert f"[{paper.name}]({paper.url})" in card and paper.citation in card
 
     cfg, datasets = runs.prepare(path, lora_model_dir=str(out))
     again = evaluate(cfg=cfg, dataset_meta=datasets)

@@ -80,6 +80,11 @@ class AMoPO:
         """Return {"weights"} for static weights, which are the user's."""
         return frozenset({"weights"} if self.weighting == "static" else ())
 
+    @property
+    def target_margin(self) -> float:
+        """Return the margin between rewards at which the loss aims."""
+        return self.gamma
+
     def __call__(self, responses: Responses, draw: Draw | None) -> Outcome:
         """Return the pair losses; without `draw`, the weights come from the means."""
         noise, weighting = None, self.weighting

@@ -141,7 +141,8 @@ class Objective(Protocol):
     """A frozen dataclass whose fields are keys of the `amopo:` block.
 
     `beta` is axolotl's `rl_beta`. Every other field is a key of its own name, made with
-    `hyperparameter`.
+    `hyperparameter`. Where the loss aims at a margin between rewards, a property `target_margin`
+    returns it; for reports.
     """
 
     paper: ClassVar[Paper]

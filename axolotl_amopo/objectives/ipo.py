@@ -63,6 +63,11 @@ class IPO:
         """Return the reference model's log-probabilities, and the user's weights."""
         return frozenset({"reference", "weights"})
 
+    @property
+    def target_margin(self) -> float:
+        """Return the margin between rewards at which the loss aims: beta times 1 / (2 beta)."""
+        return 0.5
+
     def __call__(self, responses: Responses, draw: Draw | None) -> Outcome:
         """Return the pair losses; nothing is drawn."""
         ratios = log_ratios(responses, per_token=self.length_normalised)  # [B, K, N]

@@ -92,6 +92,11 @@ class MaPPO:
             {"ratings", "weights"} | ({"reference"} if self.form != "simpo" else set())
         )
 
+    @property
+    def target_margin(self) -> float | None:
+        """Return the margin between rewards at which the loss aims, where its form has one."""
+        return {"simpo": self.gamma, "ipo": 0.5}.get(self.form)
+
     def __call__(self, responses: Responses, draw: Draw | None) -> Outcome:
         """Return the pair losses; nothing is drawn."""
         if self.form == "simpo":

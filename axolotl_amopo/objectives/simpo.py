@@ -64,6 +64,11 @@ class SimPO:
         """Return nothing: log-probabilities are enough."""
         return frozenset()
 
+    @property
+    def target_margin(self) -> float:
+        """Return the margin between rewards at which the loss aims."""
+        return self.gamma
+
     def __call__(self, responses: Responses, draw: Draw | None) -> Outcome:
         """Return the pair losses; nothing is drawn."""
         rewards = self.beta * response_stats(responses.logps, responses.mask).avg_logp  # [B, K, N]

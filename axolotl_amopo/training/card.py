@@ -5,6 +5,7 @@ the rest is written anew, from the run's own log.
 """
 
 import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from huggingface_hub import ModelCard
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
 from axolotl_amopo.config.block import AMoPOConfig
-from axolotl_amopo.objectives import Paper
+from axolotl_amopo.objectives import Objective
 from axolotl_amopo.training.runs import (
-    COMPARED_METRICS,
     TrainingRun,
+    compared_metrics,
     explain_change,
+    explain_numbers,
     format_metric,
     read_run,
 )
@@ -31,10 +33,15 @@ MARKS = (MARK, "generated automatically according to the information the Trainer
 SETTINGS = (
     "objective",
     "weights",
+    "weights_per_row",
     "winner",
+    "prompts",
+    "weight_draws",
+    "weight_concentration",
     "rating_in_prompt",
     "rating_levels",
     "pairs",
+    "group_by_prompt",
     "order_by",
 )
 OURS = re.compile(r"^axolotl_amopo\.formats\.(.+?)_?$")
@@ -57,25 +64,38 @@ def write_card(trainer: Any) -> None:
     data = ModelCard.load(folder / FILE).data
     data.tags = list(dict.fromkeys([*(data.tags or ()), *trainer.tag_names]))
     arguments = extract_hyperparameters_from_trainer(trainer)
-    contents = card_contents(run, arguments, trainer.objective.paper)
+    contents = card_contents(run, arguments, trainer.amopo, trainer.objective)
     ModelCard.from_template(data, template_path=str(TEMPLATE), **contents).save(folder / FILE)
 
 
-def card_contents(run: TrainingRun, arguments: dict[str, Any], paper: Paper) -> dict[str, Any]:
+def card_contents(
+    run: TrainingRun, arguments: dict[str, Any], config: AMoPOConfig, objective: Objective
+) -> dict[str, Any]:
     """Return the values that fill the card's template; tables are Markdown.
 
     Args:
+        run: as its log tells it.
         arguments: the trainer's, as transformers lists them in its own card.
+        config: the `amopo:` block that was trained.
+        objective: made of it.
     """
-    about = run.about
-    block, names = about["amopo"], [one["name"] for one in about["amopo"]["dimensions"]]
-    # An objective's own keys are those that the block has beside its fields.
-    own = {key: value for key, value in block.items() if key not in AMoPOConfig.model_fields}
+    about, metrics = run.about, compared_metrics([run])
+    block, names = about["amopo"], config.dimension_names
+    unused = unused_keys(objective)
+    own = {key: value for key, value in config.hyperparameters().items() if key not in unused}
     engine = {key: block.get(key) for key in SETTINGS}
-    settings = {"rl_beta": about["rl_beta"]} | own | engine | arguments
+    if not config.has_instructions:  # so no prompt asks for a rating
+        engine |= dict.fromkeys(("prompts", "rating_in_prompt", "rating_levels"))
+    engine = {key: value for key, value in engine.items() if value is not False}
+    if config.weights is not None:
+        shown = (f"{name} {weight:g}" for name, weight in config.weights.items())
+        engine["weights"] = ", ".join(shown)
+    reference = {"reference": "initial"} if "reference" in objective.needs else {}
+    settings = {"rl_beta": about["rl_beta"]} | own | engine | reference | arguments
+    loss = run.change("loss")
     return {
         "mark": MARK,
-        "paper": paper,
+        "paper": objective.paper,
         "name": run.name,
         "base": about["model"],
         "method": about["adapter"] or "full fine-tuning",
@@ -83,10 +103,19 @@ def card_contents(run: TrainingRun, arguments: dict[str, Any], paper: Paper) -> 
         if len(names) == 1
         else f"{len(names)} human preferences at once",
         "first": names[0],
+        "has_instructions": config.has_instructions,
+        "one_prompt": config.prompts == "one",
+        "weighted": config.draws_weights,
+        "weight": "weight" in metrics,
+        "reference": bool(reference),
         "dimensions": markdown_table([dimension_row(one, about) for one in block["dimensions"]]),
-        "results": markdown_table([result_row(run, prompt) for prompt in run.prompts]),
+        "results": markdown_table([result_row(run, prompt, metrics) for prompt in run.prompts]),
+        "loss": None
+        if loss.before is None or loss.after is None
+        else f"{loss.before:.3f} before and {loss.after:.3f} after",
         "basis": explain_change(run),
-        "pairs": run.eval_pairs if run.by_evaluation else None,
+        "numbers": explain_numbers(run),
+        "held_out": held_out(run),
         "data": markdown_table([data_row(fact) for fact in about["data"]]),
         "settings": markdown_table(
             [{"key": key, "value": value} for key, value in settings.items() if value is not None]
@@ -109,10 +138,34 @@ def dimension_row(dimension: dict[str, Any], about: dict[str, Any]) -> dict[str,
     }
 
 
-def result_row(run: TrainingRun, prompt: str) -> dict[str, str]:
+def unused_keys(objective: Objective) -> set[str]:
+    """Return the hyperparameters that have no effect beside the others: it refuses to have them
+    otherwise."""
+    unused = set()
+    for field in fields(objective):
+        value = getattr(objective, field.name)
+        if isinstance(value, str):  # one of a few words, which chooses what others mean
+            continue
+        try:
+            replace(objective, **{field.name: not value if isinstance(value, bool) else value + 1})
+        except ValueError:
+            unused.add(field.name)
+    return unused
+
+
+def held_out(run: TrainingRun) -> str:
+    """Return what the evaluations saw, e.g. `24 held-out pairs`; "" where there were not two."""
+    if not run.by_evaluation:
+        return ""
+    if run.objective["per"] == "response":
+        return f"{run.about['eval_examples']} held-out prompts with their responses"
+    return f"{run.eval_pairs} held-out pairs"
+
+
+def result_row(run: TrainingRun, prompt: str, metrics: list[str]) -> dict[str, str]:
     """Return a prompt's row: each compared metric before and after."""
     row = {"prompt": prompt}
-    for metric in COMPARED_METRICS:
+    for metric in metrics:
         change = run.change(f"amopo/{prompt}/{metric}")
         row[f"{metric}, before"] = format_metric(metric, change.before)
         # Columns are keys: spaces, which Markdown drops, keep columns of one name apart.

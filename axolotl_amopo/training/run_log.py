@@ -12,6 +12,7 @@ A run that begins at a step replaces what stands before it about later steps.
 import json
 import platform
 import time
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from transformers import TrainerCallback
 import axolotl_amopo
 from axolotl_amopo.config.block import INTERNAL, AMoPOConfig
 from axolotl_amopo.config.through_axolotl import stamped
+from axolotl_amopo.objectives.describe import describe
+from axolotl_amopo.objectives.settings import admitted
 from axolotl_amopo.training.runs import LOG as FILE
 from axolotl_amopo.training.sampler import pairs_in
 
@@ -100,9 +103,12 @@ def describe_run(
         "adapter": cfg.adapter,
         "prompts": config.criteria,
         "amopo": config.model_dump(mode="json", exclude=INTERNAL),
+        "objective": describe_objective(config),
         "rl_beta": cfg.rl_beta,
         "train_pairs": pairs_in(train),
         "eval_pairs": pairs_in(test) if test is not None else 0,
+        "train_examples": len(train),
+        "eval_examples": len(test) if test is not None else 0,
         "data": list(unique.values()),
         "versions": {
             "axolotl-amopo": axolotl_amopo.__version__,
@@ -111,3 +117,14 @@ def describe_run(
         | {name: version(name) for name in VERSIONS_OF},
         "config": path.read_text(encoding="utf-8") if path.is_file() else None,
     }
+
+
+def describe_objective(config: AMoPOConfig) -> dict[str, Any]:
+    """Return what a reader of a run's numbers must know of its objective, without torch to ask it.
+
+    That is its method's name, what `Description` has, and the settings that it admits, each by the
+    key that switches it on.
+    """
+    objective = config.make_objective()
+    settings = [fields(kind)[0].name for kind in admitted(config.objective)]
+    return {"method": objective.paper.name, **describe(objective)._asdict(), "settings": settings}

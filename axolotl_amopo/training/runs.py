@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,8 @@ STATE = "trainer_state.json"
 METRIC = re.compile(r"amopo/(.+)/[^/]+")
 # The metrics of each prompt that people compare before and after training.
 COMPARED_METRICS = ("accuracy", "margin", "weight")
+# Those that count how rewards are ordered.
+ORDERS = ("/accuracy", "/accuracies", "/longer_wins")
 
 # A run is taken to go on while its last line is younger than this many seconds, or than this many
 # times the longest time between two lines (an evaluation can take an hour), whichever is more.
@@ -91,6 +93,16 @@ class TrainingRun:
         return str(self.about.get("name") or self.folder.resolve().name)
 
     @property
+    def objective(self) -> dict[str, Any]:
+        """Return what the log says of the objective, see `run_log.describe_run`; {} if nothing."""
+        return self.about.get("objective") or {}
+
+    @property
+    def block(self) -> dict[str, Any]:
+        """Return the `amopo:` block, {} where the log has none."""
+        return self.about.get("amopo") or {}
+
+    @property
     def by_evaluation(self) -> bool:
         """Return whether "before" and "after" are the first and the last evaluation."""
         return len(self.evals) > 1
@@ -140,11 +152,81 @@ def series(entries: list[Entry], metric: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, values
 
 
+def compared_metrics(runs: Sequence[TrainingRun]) -> list[str]:
+    """Return those of COMPARED_METRICS that some run has logged: supervised losses have no weight
+    per prompt."""
+    logged = {key.rpartition("/")[2] for run in runs for e in (*run.train, *run.evals) for key in e}
+    return [metric for metric in COMPARED_METRICS if metric in logged]
+
+
+def reward_name(*, reference: bool, per_token: bool | None) -> str:
+    """Return what an objective's reward is, but for the factor rl_beta.
+
+    Args:
+        reference, per_token: see `Description`.
+    """
+    if per_token is None:
+        return "score of the method's own"
+    name = "log-ratio to the reference" if reference else "log-probability"
+    return f"mean {name} per token" if per_token else name
+
+
+def explain_numbers(run: TrainingRun) -> str:
+    """Return sentences that say what rewards, margins and accuracies are; "" if the log doesn't."""
+    facts, block = run.objective, run.block
+    if not facts:
+        return ""
+    reference, method = facts["reference"], facts["method"]
+    name = reward_name(reference=reference, per_token=facts["per_token"])
+    better = "whose better response, by the data's ratings, has the higher reward."
+    if block.get("winner") == "nearest":
+        better = (
+            "in which the response whose ratings are nearer to what the prompt asks for has the "
+            "higher reward, which says how often the model follows the request."
+        )
+    sentences = [
+        f"A response's reward is rl_beta times its {name}, a margin the difference of two rewards, "
+        f"and accuracy the share of pairs {better}"
+    ]
+    if reference:
+        sentences.append(
+            "The reference is the model as training found it, so all rewards begin at 0, where "
+            "nothing is ordered and accuracy is not shown."
+        )
+    if facts["per"] == "response":
+        sentences.append(
+            f"{method} compares nothing: it trains on the loss, the mean negative log-probability "
+            "per token, and margins and accuracies are by-products."
+        )
+    elif facts["per"] == "example":
+        sentences.append(
+            "The loss is of all responses of a prompt at once; margins and accuracies are of the "
+            "pairs among them."
+        )
+    elif facts["pushes_down"] < 1:
+        sentences.append(
+            f"{method} pushes a rejected response down less than the chosen one up where their "
+            "ratings are close, so rejected rewards fall less and margins may stay behind, by "
+            "design."
+        )
+    if block.get("weight_draws"):
+        sentences.append("A dimension's numbers are means over the prompts with other weights.")
+    return " ".join(sentences)
+
+
 def format_metric(metric: str, value: float | None) -> str:
     """Return a compared metric's value as people read it, "-" for None."""
     if value is None:
         return "-"
-    return {"accuracy": "{:.1%}", "margin": "{:+.2f}"}.get(metric, "{:.3f}").format(value)
+    if metric == "margin":
+        return format_margin(value)
+    return {"accuracy": "{:.1%}"}.get(metric, "{:.3f}").format(value)
+
+
+def format_margin(value: float) -> str:
+    """Return a margin or a reward with its sign and two decimals; a small one, as log-ratios per
+    token are, with two digits."""
+    return f"{value:+.2g}" if 0 < abs(value) < 0.095 else f"{value:+.2f}"
 
 
 def explain_change(run: TrainingRun) -> str:
@@ -182,6 +264,7 @@ def read_run(folder: Path, now: float | None = None) -> TrainingRun:
         )
     for entry in (*run.train, *run.evals):
         _restore_nan(entry)
+        _leave_out_equal_rewards(entry, run)
     names = dict.fromkeys(
         match[1]
         for entry in (*run.train, *run.evals)
@@ -341,6 +424,18 @@ def _restore_nan(entry: Entry) -> None:
         return
     ours = [key for key in entry if key.startswith(("amopo/", "rewards/", "logps/"))]
     entry |= dict.fromkeys(["loss", *ours], math.nan)
+
+
+def _leave_out_equal_rewards(entry: Entry, run: TrainingRun) -> None:
+    """Take out of an entry what counts orders, where a model is its own reference.
+
+    All its rewards are 0 then, but for rounding, and equal rewards count as wrong. Before the first
+    step that is so by definition; while the learning rate warms up from 0, as long as it is.
+    """
+    start = run.objective.get("reference") and entry["step"] == 0
+    if start or entry.get("rewards/chosen") == entry.get("rewards/rejected") == 0.0:
+        for key in [key for key in entry if key.endswith(ORDERS)]:
+            del entry[key]
 
 
 def _number(value: Any) -> float | None:

@@ -1,31 +1,47 @@
 """Say in words what a run's log shows: what improved, what got worse, and what looks wrong.
 
-Every check stays silent where the log can't tell: too few entries, noise, masked dimensions.
+Every check stays silent where the log can't tell: too few entries, noise, masked dimensions. What
+is wrong for one objective is right for another, so checks read what the log says of the objective
+(`TrainingRun.objective`), and advice names keys that it has.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from axolotl_amopo.training.runs import FEWEST_AT_AN_END, Change, TrainingRun, series
+from axolotl_amopo.training.runs import (
+    FEWEST_AT_AN_END,
+    Change,
+    TrainingRun,
+    format_margin,
+    series,
+)
 
 Severity = Literal["problem", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("problem", "warning", "note")
-CHECKED_FOR_NAN = ("loss", "grad_norm", "amopo/", "rewards/", "logps/")
+CHECKED_FOR_NAN = ("loss", "grad_norm", "amopo/", "rewards/", "logps/", "terms/", "gradients/")
 
 # A spike is this many robust standard deviations above the entries before it, and this many times
 # their median: losses of small batches have long tails.
 SPIKE_DEVIATIONS, SPIKE_RATIO = 10, 2.0
 SPIKE_WINDOW = 25
 FEWEST_FOR_SPIKES = 20
-# Shares of gamma, the margin that the loss aims at; GAMMA is used where the log has none.
+# Shares of the margin that the loss aims at; where it aims at none, of 1, at which DPO's loss has
+# gone from 0.69 to 0.31.
 MOVED, CLEAR_MARGIN = 0.01, 0.025
-GAMMA = 2.0
+# A log-ratio to the reference, in nats, that rounding does not make: of a response, in 16 bits with
+# sums that were taken in other batches, and of its mean per token.
+APART, APART_PER_TOKEN = 0.5, 0.02
+# Gradients that point apart in this share of the steps, with a mean cosine below this, conflict.
+CONFLICTS, CONFLICT_COSINE = 0.5, -0.1
+# One criterion makes the step alone from this share of the solved weight on.
+ALONE = 0.95
 # Weights closer to 1/K than this share of it are uniform.
 UNIFORM = 0.05
 # A loss that rises by less than this share is noise.
@@ -56,38 +72,55 @@ def findings(run: TrainingRun) -> list[Finding]:
 
 def outcome(run: TrainingRun) -> list[str]:
     """Return sentences: which prompts improved, which fell, and what the weights did."""
-    margins = {name: run.change(f"amopo/{name}/margin") for name in run.prompts}
-    accuracies = {name: run.change(f"amopo/{name}/accuracy") for name in run.prompts}
-    parts: dict[str, list[str]] = {"Improved": [], "Fell": [], "No clear change": []}
-    for name, margin in margins.items():
-        if math.isnan(margin.difference):
-            continue
-        accuracy, least = accuracies[name], max(SHARE_FALLS, _share_noise(run))
-        kind = "No clear change"
-        if margin.fell(_clear(run)) or accuracy.fell(least):
-            kind = "Fell"
-        elif margin.rose(_clear(run)) or accuracy.rose(least):
-            kind = "Improved"
-        text = f"{name} (margin {margin.difference:+.2f}"
-        if not math.isnan(accuracy.difference):
-            text += f", accuracy {accuracy.before:.0%} to {accuracy.after:.0%}"
-        parts[kind].append(f"{text})")
-    sentences = [f"{kind}: {', '.join(texts)}." for kind, texts in parts.items() if texts]
+    if _compares(run):
+        sentences = _prompts_that_changed(run)
+    else:
+        loss, where = run.change("loss"), "Evaluation" if run.by_evaluation else "Training"
+        known = not math.isnan(loss.difference)
+        sentences = [f"{where} loss: {loss.before:.3f} to {loss.after:.3f}."] if known else []
     if not sentences:
         sentences = [
             "Nothing to compare: margins or losses are NaN at an end of the log."
             if any(finding.code == "not-finite" for finding in not_finite(run))
             else "Nothing to compare yet: the log has no beginning and end."
         ]
-    weights = {name: run.change(f"amopo/{name}/weight").after for name in run.prompts}
-    known = {name: weight for name, weight in weights.items() if weight is not None}
+    metric, what = "amopo/{}/weight", "Weights"
+    if _solves(run):
+        metric, what = "gradients/{}/share", "Shares of the gradients in the step"
+    elif not _weights_adapt(run) and run.block.get("scalarization", "linear") == "linear":
+        return sentences
+    ends = {name: _end(run, metric.format(name)) for name in run.prompts}
+    known = {name: weight for name, weight in ends.items() if weight is not None}
     if len(known) > 1:
         high, low = max(known, key=known.__getitem__), min(known, key=known.__getitem__)
-        sentences.append(
-            f"Weights at the end: {known[high]:.3f} ({high}) to {known[low]:.3f} ({low}); all the "
-            f"same would be {1 / len(known):.3f}{', but for masked pairs' if _masked(run) else ''}."
-        )
+        text = f"{what} at the end: {known[high]:.3f} ({high}) to {known[low]:.3f} ({low})"
+        if not _solves(run):
+            masked = ", but for masked pairs" if _masked(run) else ""
+            text += f"; all the same would be {1 / len(known):.3f}{masked}"
+        sentences.append(f"{text}.")
     return sentences
+
+
+def _prompts_that_changed(run: TrainingRun) -> list[str]:
+    """Return the sentences of an objective that compares responses."""
+    parts: dict[str, list[str]] = {"Improved": [], "Fell": [], "No clear change": []}
+    for name in run.prompts:
+        progress, accuracy = _progress(run, name), run.change(f"amopo/{name}/accuracy")
+        if math.isnan(progress.difference):
+            continue
+        least, kind = max(SHARE_FALLS, _share_noise(run)), "No clear change"
+        if progress.fell(_clear(run)) or accuracy.fell(least):
+            kind = "Fell"
+        elif progress.rose(_clear(run)) or accuracy.rose(least):
+            kind = "Improved"
+        metric = "margin" if _aims_at_margins(run) else "loss"
+        difference = run.change(f"amopo/{name}/{metric}").difference
+        text = f"{name} ({metric} {format_margin(difference)}"
+        if accuracy.after is not None:
+            before = "" if accuracy.before is None else f"{accuracy.before:.0%} to "
+            text += f", accuracy {before}{accuracy.after:.0%}"
+        parts[kind].append(f"{text})")
+    return [f"{kind}: {', '.join(texts)}." for kind, texts in parts.items() if texts]
 
 
 def headline(run: TrainingRun) -> str:
@@ -96,10 +129,11 @@ def headline(run: TrainingRun) -> str:
     what = str(about.get("model") or "")
     if about.get("adapter"):
         what += f" with {about['adapter']}"
-    parts = [what] if what else []
+    parts = [text for text in (what, run.objective.get("method")) if text]
+    unit, of = ("pairs", "pairs") if _compares(run) else ("prompts", "examples")
     parts += [
-        f"{about[key]} pairs to {purpose}"
-        for key, purpose in (("train_pairs", "train on"), ("eval_pairs", "evaluate with"))
+        f"{about[key]} {unit} to {purpose}"
+        for key, purpose in ((f"train_{of}", "train on"), (f"eval_{of}", "evaluate with"))
         if about.get(key)
     ]
     dimensions = sum(name != "overall" for name in run.prompts)
@@ -197,7 +231,12 @@ def overfitting(run: TrainingRun) -> Iterator[Finding]:
 
 
 def chosen_falls(run: TrainingRun) -> Iterator[Finding]:
-    """Find chosen rewards that fall while margins rise."""
+    """Find chosen rewards that fall while margins rise.
+
+    Where no responses are compared the loss is what says so.
+    """
+    if not _compares(run):
+        return
     margin, chosen = run.change("rewards/margins"), run.change("rewards/chosen")
     if not (margin.rose(_clear(run)) and chosen.fell(_clear(run))):
         return
@@ -209,17 +248,32 @@ def chosen_falls(run: TrainingRun) -> Iterator[Finding]:
     yield Finding(
         "chosen-falls",
         "warning" if much else "note",
-        f"The chosen rewards fell by {-chosen.difference:.2f} ({_ends(chosen)}) while margins rose "
-        f"by {margin.difference:.2f}: the model makes both responses less likely"
+        f"The chosen rewards fell by {-chosen.difference:.2g} ({_ends(chosen)}) while margins rose "
+        f"by {margin.difference:.2g}: the model makes both responses less likely"
         + (f" ({_names(fallen, run)})." if fallen else "."),
-        "Lower gamma first, then learning_rate; a smaller rl_beta scales both rewards down.",
+        f"{_keep_chosen_likely(run)}.",
     )
+
+
+def _keep_chosen_likely(run: TrainingRun) -> str:
+    """Return what to try so that chosen rewards don't fall."""
+    advice = "Lower learning_rate"
+    if run.objective.get("reference"):
+        advice = "Raise rl_beta, which keeps the model nearer to its reference, or lower "
+        advice += "learning_rate"
+    elif _gamma(run):
+        advice = "Lower gamma first, then learning_rate; a smaller rl_beta scales both rewards down"
+    if "anchor" in run.objective.get("settings", ()) and not run.block.get("anchor"):
+        advice += "; amopo.anchor, e.g. 0.1, adds a term that keeps chosen responses likely"
+    return advice
 
 
 def weights_uniform(run: TrainingRun) -> Iterator[Finding]:
     """Find adaptive weights that stayed the same for all prompts."""
     # Masked dimensions have means over other pairs, which need not be 1/K where all are the same.
-    if len(run.prompts) < 2 or not _weights_adapt(run) or _masked(run):
+    # A scalarization's own weights are alike where the losses are, as they should be.
+    scalarized = run.block.get("scalarization", "linear") != "linear"
+    if len(run.prompts) < 2 or not _weights_adapt(run) or scalarized or _masked(run):
         return
     share, largest = 1 / len(run.prompts), 0.0
     for name in run.prompts:
@@ -266,7 +320,9 @@ def weights_masked(run: TrainingRun) -> Iterator[Finding]:
 
 
 def chance(run: TrainingRun) -> Iterator[Finding]:
-    """Find accuracies at or below chance at the end."""
+    """Find accuracies at or below chance at the end, of criteria that are trained."""
+    if not _compares(run):
+        return
     where, pairs = "evaluation", run.eval_pairs
     if run.evals:
         last = run.evals[-1]
@@ -281,7 +337,7 @@ def chance(run: TrainingRun) -> Iterator[Finding]:
     below: list[str] = []
     width = 0.0
     for name, accuracy in ends.items():
-        if math.isnan(accuracy):
+        if math.isnan(accuracy) or _end(run, f"amopo/{name}/weight") == 0:
             continue
         low, high = interval(accuracy, pairs) if pairs else (accuracy - CHANCE, accuracy + CHANCE)
         text = f"{name} {accuracy:.1%}" + (f" ({low:.0%} to {high:.0%})" if pairs else "")
@@ -299,8 +355,7 @@ def chance(run: TrainingRun) -> Iterator[Finding]:
             "below-chance",
             "problem",
             f"The {where} accuracy is below chance at the end: {', '.join(below)}.",
-            "Look at the data with `axolotl amopo inspect`: is a rating's better end the lower one "
-            "(direction: lower), do dimensions conflict (winner: per_dimension)?",
+            "Look at the data with `axolotl amopo inspect`: " + _why_below(run),
         )
     if unsure:
         few = pairs is not None and width > TOO_WIDE
@@ -316,28 +371,139 @@ def chance(run: TrainingRun) -> Iterator[Finding]:
         )
 
 
+def _why_below(run: TrainingRun) -> str:
+    """Return what may be behind accuracies below chance, after "Look at the data ...: "."""
+    winner = run.block.get("winner")
+    if winner == "nearest":
+        return "do the prompts show the ratings that they ask for?"
+    why = "is a rating's better end the lower one (direction: lower), do dimensions conflict"
+    if winner != "per_dimension":
+        why += " (winner: per_dimension)"
+    if not _aims_at_margins(run):
+        scale = ", or a larger gap_scale" if "gap_scale" in run.block else ""
+        why += (
+            "? Responses that are rated alike are hardly told apart by this loss: pairs: "
+            f"best_worst{scale}, pushes rejected ones down harder. Is that what is missing"
+        )
+    return f"{why}?"
+
+
 def sacrificed(run: TrainingRun) -> Iterator[Finding]:
     """Find prompts that fell while the others gained."""
-    margins = {name: run.change(f"amopo/{name}/margin") for name in run.prompts}
+    if not _compares(run):
+        return
+    progress = {name: _progress(run, name) for name in run.prompts}
     accuracies = {name: run.change(f"amopo/{name}/accuracy") for name in run.prompts}
-    least = max(SHARE_FALLS, _share_noise(run))
-    gains = [margin.difference for margin in margins.values() if margin.rose(2 * _clear(run))]
+    least, clear = max(SHARE_FALLS, _share_noise(run)), _clear(run)
+    gains = [change.difference for change in progress.values() if change.rose(2 * clear)]
     if not gains:
         return
+    metric = "margin" if _aims_at_margins(run) else "loss"
     for name in run.prompts:
-        margin, accuracy = margins[name], accuracies[name]
-        if margin.fell(max(_clear(run), 0.1 * float(np.median(gains)))) or accuracy.fell(least):
-            text = f"margin {_ends(margin)}"
+        accuracy = accuracies[name]
+        fell = progress[name].fell(max(clear, 0.1 * float(np.median(gains))))
+        if fell or accuracy.fell(least):
+            text = f"{metric} {_ends(run.change(f'amopo/{name}/{metric}'))}"
             if accuracy.before is not None and accuracy.after is not None:
                 text += f", accuracy {accuracy.before:.1%} to {accuracy.after:.1%}"
             yield Finding(
                 "sacrificed",
                 "warning",
                 f"{name} paid for the others: {text}, while {len(gains)} of {len(run.prompts)} "
-                f"prompts gained {np.median(gains):.2f} of margin (median).",
-                "Try winner: per_dimension, where dimensions conflict, or give it more weight with "
-                "weighting: static.",
+                f"prompts gained {np.median(gains):.2g} of {metric} (median).",
+                f"{_share_alike(run)}.",
             )
+
+
+def _share_alike(run: TrainingRun) -> str:
+    """Return what to try so that no dimension pays for the others."""
+    block, ways = run.block, []
+    settings = run.objective.get("settings", ())
+    if block.get("winner", "overall") == "overall":
+        ways.append("winner: per_dimension, where dimensions conflict")
+    if _weights_adapt(run):
+        ways.append("more weight for it with weighting: static")
+    elif block.get("weights"):
+        ways.append("more weight for it in amopo.weights")
+    if "scalarization" in settings and "scalarization" not in block:
+        ways.append("scalarization: worst")
+    if "gradients" in settings and "gradients" not in block:
+        ways.append("gradients: cagrad")
+    return (
+        f"Try {', or '.join(ways)}"
+        if ways
+        else "See with `axolotl amopo inspect` how often its winners are not those of the others"
+    )
+
+
+def conflict(run: TrainingRun) -> Iterator[Finding]:
+    """Find dimensions whose gradients point apart most of the time."""
+    found: list[str] = []
+    for one, other in combinations(run.prompts, 2):
+        _, cosines = _finite(*series(run.train, f"gradients/{one}-{other}/cosine"))
+        apart = float((cosines < 0).mean()) if len(cosines) >= FEWEST_AT_AN_END else 0.0
+        if apart > CONFLICTS and cosines.mean() < CONFLICT_COSINE:
+            found.append(f"{one} and {other} in {apart:.0%} (mean cosine {cosines.mean():.2f})")
+    if found:
+        weighted = run.block.get("weights")
+        yield Finding(
+            "gradients-conflict",
+            "note",
+            f"Gradients conflict in most of the logged steps: {', '.join(found)}.",
+            f"What serves one of them costs the other, and gradients: {run.block.get('gradients')} "
+            "looks for steps that serve both; "
+            + (
+                "amopo.weights says which matters more."
+                if weighted
+                else "where one matters more, objective: raco takes your weights."
+            ),
+        )
+
+
+def one_gradient(run: TrainingRun) -> Iterator[Finding]:
+    """Find a dimension whose gradient alone makes the steps."""
+    columns = [series(run.train, f"gradients/{name}/share")[1] for name in run.prompts]
+    count = len(columns[0])
+    if len(run.prompts) < 2 or count < FEWEST_AT_AN_END or any(len(c) != count for c in columns):
+        return
+    if len(set((run.block.get("weights") or {}).values())) > 1:  # the user's choice
+        return
+    shares = np.stack(columns, axis=-1)  # [steps, prompts]
+    shares = np.nanmean(shares / shares.sum(-1, keepdims=True), axis=0)
+    name, share = run.prompts[int(shares.argmax())], float(shares.max())
+    if share > ALONE:
+        yield Finding(
+            "one-gradient",
+            "warning",
+            f"{name} makes the steps nearly alone: it has {share:.1%} of the gradients' solved "
+            f"weight, as a mean of {count} logged steps.",
+            "A dimension whose gradient is small, because it is learned or its pairs are few, "
+            "takes the weight; objective: mgda_decoupled divides gradients by their losses, and "
+            "objective: raco keeps your weights.",
+        )
+
+
+def another_start(run: TrainingRun) -> Iterator[Finding]:
+    """Find a model that was not its reference when training began: all rewards must be 0 there."""
+    if not run.objective.get("reference"):
+        return
+    # The first step's numbers are those before it.
+    starts = [e for e in run.evals if e["step"] == 0] + [e for e in run.train if e["step"] == 1]
+    beta = run.about.get("rl_beta")
+    if not starts or not beta:
+        return
+    least = APART_PER_TOKEN if run.objective.get("per_token") else APART
+    rewards = {side: starts[0].get(f"rewards/{side}", math.nan) for side in ("chosen", "rejected")}
+    if any(abs(reward) / beta > least for reward in rewards.values()):
+        yield Finding(
+            "another-start",
+            "problem",
+            f"The reference is not the model that training found: before the first step the "
+            f"chosen rewards are {rewards['chosen']:+.3f} and the rejected ones "
+            f"{rewards['rejected']:+.3f}, and should be 0.",
+            "Is there anything random in the model's forward pass, or did the adapter begin "
+            "otherwise than at zero? Numbers that are compared with this reference mean little.",
+        )
 
 
 def length_grows(run: TrainingRun) -> Iterator[Finding]:
@@ -350,9 +516,17 @@ def length_grows(run: TrainingRun) -> Iterator[Finding]:
             "warning",
             f"The longer response has the higher reward in {change.after:.1%} of the pairs, up "
             f"from {change.before:.1%}.",
-            "See with `axolotl amopo inspect` how often the longer response wins in the data; "
-            "balance it, or lower gamma.",
+            "See with `axolotl amopo inspect` how often the longer response wins in the data: "
+            + "; ".join(["balance it", *_less_length(run)])
+            + ".",
         )
+
+
+def _less_length(run: TrainingRun) -> Iterator[str]:
+    if _gamma(run):
+        yield "lower gamma"
+    if run.block.get("length_normalised") is False:
+        yield "write length_normalised: true (with a larger rl_beta)"
 
 
 def nothing_moved(run: TrainingRun) -> Iterator[Finding]:
@@ -366,16 +540,18 @@ def nothing_moved(run: TrainingRun) -> Iterator[Finding]:
         for metric in ("margin", "reward_chosen", "reward_rejected")
     ]
     known = [change for change in changes if not math.isnan(change.difference)]
-    least = MOVED * _gamma(run)
+    least = MOVED * _scale(run)
     if known and all(abs(change.difference) + 2 * change.noise < least for change in known):
         most = max(abs(change.difference) for change in known)
         _, rates = _finite(*series(run.train, "learning_rate"))
         rate = f" learning_rate was at most {rates.max():.2g}." if len(rates) else ""
+        target = run.objective.get("target_margin")
+        aim = f" (the loss aims at a margin of {target:g})" if target else ""
         yield Finding(
             "nothing-moved",
             "problem",
-            f"After {run.step} steps no reward or margin has moved by more than {most:.4f} (gamma "
-            f"is {_gamma(run):g}).{rate}",
+            f"After {run.step} steps no reward or margin has moved by more than {most:.4f}{aim}."
+            f"{rate}",
             "Raise learning_rate tenfold (LoRA wants 3e-6 or more); with full fine-tuning in bf16, "
             "small steps are rounded away.",
         )
@@ -445,11 +621,14 @@ def few_entries(run: TrainingRun) -> Iterator[Finding]:
 
 CHECKS: tuple[Callable[[TrainingRun], Iterator[Finding]], ...] = (
     not_finite,
+    another_start,
     nothing_moved,
     loss_rose,
     loss_spikes,
     overfitting,
     sacrificed,
+    conflict,
+    one_gradient,
     chosen_falls,
     chance,
     length_grows,
@@ -507,22 +686,62 @@ def _masked(run: TrainingRun) -> bool:
 
 
 def _weights_adapt(run: TrainingRun) -> bool:
-    """Return whether weights depend on the model; true where the log has no settings."""
-    block = run.about.get("amopo")
-    return not block or block.get("weighting", "uniform") not in ("uniform", "static")
+    """Return whether weights depend on the model; true where the log does not tell."""
+    return run.objective.get("adaptive", True)
 
 
-def _gamma(run: TrainingRun) -> float:
-    return float((run.about.get("amopo") or {}).get("gamma") or GAMMA)
+def _compares(run: TrainingRun) -> bool:
+    """Return whether the objective compares responses with each other."""
+    return run.objective.get("per") != "response"
+
+
+def _aims_at_margins(run: TrainingRun) -> bool:
+    """Return whether a loss that falls and a margin that rises are the same."""
+    return run.objective.get("pushes_down", 1.0) >= 1
+
+
+def _solves(run: TrainingRun) -> bool:
+    """Return whether a rule finds how much of each criterion's gradient a step has."""
+    return any(f"gradients/{name}/share" in entry for entry in run.train for name in run.prompts)
+
+
+def _progress(run: TrainingRun, name: str) -> Change:
+    """Return the change that is above 0 where a prompt improved: of its margin, or of its loss."""
+    if _aims_at_margins(run):
+        return run.change(f"amopo/{name}/margin")
+    loss = run.change(f"amopo/{name}/loss")
+    return Change(loss.after, loss.before, loss.noise)
+
+
+def _end(run: TrainingRun, metric: str) -> float | None:
+    """Return a metric's value at the end; of what training alone logs, the mean of its end."""
+    if (after := run.change(metric).after) is not None:
+        return after
+    _, values = _finite(*series(run.train[-run.entries_per_end :], metric))
+    return float(values.mean()) if len(values) else None
+
+
+def _gamma(run: TrainingRun) -> float | None:
+    """Return the block's gamma where that is the margin at which the loss aims."""
+    gamma = run.block.get("gamma")
+    return gamma if gamma == run.objective.get("target_margin") else None
+
+
+def _scale(run: TrainingRun) -> float:
+    """Return the margin that changes of rewards and margins are measured by."""
+    facts, beta = run.objective, run.about.get("rl_beta")
+    scale = facts.get("target_margin") or 1.0
+    # Log-ratios per token are small: one nat per token is another model.
+    return min(scale, beta) if facts.get("reference") and facts.get("per_token") and beta else scale
 
 
 def _clear(run: TrainingRun) -> float:
     """Return the smallest change of a margin or reward that is worth a word."""
-    return CLEAR_MARGIN * _gamma(run)
+    return CLEAR_MARGIN * _scale(run)
 
 
 def _ends(change: Change) -> str:
-    return f"{change.before:+.2f} to {change.after:+.2f}"
+    return f"{format_margin(change.before)} to {format_margin(change.after)}"
 
 
 def _names(names: list[str], run: TrainingRun) -> str:

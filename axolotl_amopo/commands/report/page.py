@@ -13,9 +13,10 @@ from axolotl_amopo.commands.kit.page import render_page
 from axolotl_amopo.commands.report.findings import headline
 from axolotl_amopo.commands.report.plots import Plot
 from axolotl_amopo.training.runs import (
-    COMPARED_METRICS,
     TrainingRun,
+    compared_metrics,
     explain_change,
+    explain_numbers,
     format_metric,
 )
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("page.html")
 # Keys in which every run differs, and that say nothing about the training.
 NOT_COMPARED = {"output_dir", "dataset_prepared_path"}
+# What the log says of a run that is no setting, or follows from one.
+NO_SETTINGS = {"name", "data", "prompts", "objective"}
 
 
 def report_page(runs: list["ReportedRun"], plots: list[tuple[Plot, str]], marker: str) -> str:
@@ -41,9 +44,10 @@ def report_page(runs: list["ReportedRun"], plots: list[tuple[Plot, str]], marker
         plots=[(plot, Markup(svg)) for plot, svg in plots],
         marker=Markup(marker),
         differences=differing_settings({one.name: one.run for one in runs}),
-        metrics=COMPARED_METRICS,
+        metrics=compared_metrics([one.run for one in runs]),
         headline=headline,
         explain_change=explain_change,
+        explain_numbers=explain_numbers,
         format_metric=format_metric,
     )
 
@@ -74,7 +78,7 @@ def _settings(run: TrainingRun) -> dict[str, str]:
         config = None
     config = config if isinstance(config, dict) else {}
     # Options of the command line are in `about` and not in the config.
-    about = {key: value for key, value in about.items() if key not in ("name", "data", "prompts")}
+    about = {key: value for key, value in about.items() if key not in NO_SETTINGS}
     return {
         key: value
         for key, value in (_flat(config) | _flat(about)).items()

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import matplotlib
@@ -38,6 +39,7 @@ WIDTH, PANEL, LEGEND_ROW = 4.8, 2.4, 0.19  # inches
 LEGEND_WIDTH = 58  # characters beside each other in a legend
 MOST_POINTS = 400  # of a line
 MOST_RAW_LINES = 5
+CONSTANT = 1e-6  # weights that differ by less are the same
 STYLE = kit.STYLE | {
     "font.size": 8.5,
     "axes.titlesize": 8.5,
@@ -132,6 +134,10 @@ class Board:
         self.colours |= {"overall": "#000000", "": "#20456e"}
         self.markers = {n: MARKERS[i % len(MARKERS)] for i, n in enumerate(self.prompts)}
         self.markers[""] = "o"
+        self.couples = [f"{one}-{other}" for one, other in combinations(self.prompts, 2)]
+        for i, name in enumerate(self.couples):
+            self.colours.setdefault(name, COLOURS[i % len(COLOURS)])
+            self.markers.setdefault(name, MARKERS[i % len(MARKERS)])
 
     def plots(self) -> Iterator[Plot]:
         """Yield all figures for which something was logged."""
@@ -141,6 +147,8 @@ class Board:
             ("margin", "Margin: reward chosen minus rejected", "", self._each("margin")),
             ("accuracy", "Accuracy: share of pairs with a margin above 0", "", self._accuracy),
             ("weight", "Weight: share of a pair's loss", WEIGHT, self._weight),
+            ("share", "How much of each gradient a step has", SHARE, self._share),
+            ("cosine", "Cosines between the gradients", COSINE, self._cosine),
             ("prob", "Mean probability of the responses' tokens", "", self._each("prob")),
             ("rewards", "Rewards of the two responses", "", self._rewards),
             ("longer_wins", "Longer response has the higher reward", LENGTH, self._longer),
@@ -178,6 +186,8 @@ class Board:
         return figure
 
     def _weight(self) -> Figure | None:
+        if not self._weights_vary():
+            return None
         panels = [("mean", "weight"), ("spread over pairs (standard deviation)", "weight_std")]
         figure = self._lines(panels, self.prompts)
         if figure:
@@ -185,20 +195,43 @@ class Board:
                 figure.axes[0].axhline(1 / count, color="#777777", linestyle=":", linewidth=1)
         return figure
 
+    def _weights_vary(self) -> bool:
+        """Return whether any weight changes in a run; the table has those that don't."""
+        columns = [
+            series(part, f"amopo/{name}/weight")[1]
+            for run in self.runs
+            for part in (run.train, run.evals)
+            for name in run.prompts
+        ]
+        known = [values[np.isfinite(values)] for values in columns]
+        return any(np.ptp(values) > CONSTANT for values in known if len(values))
+
+    def _share(self) -> Figure | None:
+        return self._lines([("", "share")], self.prompts, "gradients/{}/{}")
+
+    def _cosine(self) -> Figure | None:
+        figure = self._lines([("", "cosine")], self.couples, "gradients/{}/{}")
+        if figure:
+            figure.axes[0].axhline(0, color="#777777", linestyle=":", linewidth=1)
+        return figure
+
     def _rewards(self) -> Figure | None:
         return self._lines(
             [("chosen", "reward_chosen"), ("rejected", "reward_rejected")], self.prompts
         )
 
-    def _lines(self, panels: list[tuple[str, str]], prompts: list[str]) -> Figure | None:
+    def _lines(
+        self, panels: list[tuple[str, str]], prompts: list[str], key: str = "amopo/{}/{}"
+    ) -> Figure | None:
         """Draw metrics over the steps, one panel below the other; None where none was logged.
 
         Args:
             panels: title and metric of each.
             prompts: draw the metrics of these prompts; empty for metrics of the whole run.
+            key: how prompt and metric make the name in the log.
         """
         keys = {
-            metric: {name: f"amopo/{name}/{metric}" for name in prompts} or {"": metric}
+            metric: {name: key.format(name, metric) for name in prompts} or {"": metric}
             for _, metric in panels
         }
 
@@ -275,17 +308,18 @@ class Board:
                 ):
                     y = p + (r - (len(self.runs) - 1) / 2) * 0.7 / len(self.runs)
                     change = run.change(f"amopo/{name}/{metric}")
-                    if change.before is None or change.after is None:
+                    if change.after is None:
                         continue
                     style = {"color": self.colours[name], "markersize": 5.5}
-                    axis.plot(
-                        [change.before, change.after],
-                        [y, y],
-                        linestyle=dashes,
-                        linewidth=1.3,
-                        **style,
-                    )
-                    axis.plot(change.before, y, "o", markerfacecolor="white", **style)
+                    if change.before is not None:
+                        axis.plot(
+                            [change.before, change.after],
+                            [y, y],
+                            linestyle=dashes,
+                            linewidth=1.3,
+                            **style,
+                        )
+                        axis.plot(change.before, y, "o", markerfacecolor="white", **style)
                     axis.plot(change.after, y, "o", **style)
             axis.set_yticks(range(len(self.prompts)), [_short(n) for n in self.prompts])
             axis.set_ylim(len(self.prompts) - 0.5, -0.5)
@@ -334,6 +368,8 @@ class Board:
 
 CHANGE = "Hollow: before. Full: after. Dotted: chance."
 WEIGHT = "Dotted: all prompts the same."
+SHARE = "As solved for each step: mgda's sum to 1, cagrad's are the weights and a correction."
+COSINE = "Below 0 a step for one of the two is a step against the other."
 LENGTH = "A line that climbs says that the model learns to prefer length."
 
 

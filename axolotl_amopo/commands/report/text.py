@@ -7,8 +7,9 @@ from axolotl_amopo.commands.kit.text import plain_table, terminal
 from axolotl_amopo.commands.report.findings import headline
 from axolotl_amopo.commands.report.report import ReportedRun
 from axolotl_amopo.training.runs import (
-    COMPARED_METRICS,
+    compared_metrics,
     explain_change,
+    explain_numbers,
     format_metric,
 )
 
@@ -23,18 +24,20 @@ def print_report(runs: list[ReportedRun]) -> None:
         console.print(Text(headline(one.run)))
         table = plain_table()
         table.add_column("prompt", overflow="fold")
-        for metric in COMPARED_METRICS:
+        metrics = compared_metrics([one.run])
+        for metric in metrics:
             table.add_column(metric, justify="right")
             table.add_column("after", justify="right")
         for prompt, changes in one.prompts.items():
             cells = [
                 format_metric(metric, value)
-                for metric in COMPARED_METRICS
+                for metric in metrics
                 for value in (changes[metric].before, changes[metric].after)
             ]
             table.add_row(Text(prompt), *cells)
         console.print(Padding(table, (1, 0)))
-        console.print(Text(explain_change(one.run), style="dim"))
+        about = f"{explain_change(one.run)} {explain_numbers(one.run)}".rstrip()
+        console.print(Text(about, style="dim"))
         for sentence in one.outcome:
             console.print(Text(sentence))
         if not one.findings:

@@ -18,7 +18,7 @@ from axolotl_amopo.commands.kit.options import (
 )
 
 if TYPE_CHECKING:
-    from axolotl_amopo.commands.score.logps import ModelPath
+    from axolotl_amopo.commands.score.rewards import ModelPath
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -45,10 +45,10 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--seed", default=0, show_default=True, help="Of that draw, and of the intervals.")
 @click.option(
     "--reward",
-    type=click.Choice(["average", "sum", "reference"]),
-    default="average",
-    show_default=True,
-    help="Mean log-probability per token; its sum; or the sum less the base's, as in DPO.",
+    type=click.Choice(["objective", "average", "sum", "reference"]),
+    help="objective: as training's metrics have it, with a reference where there is one; average: "
+    "mean log-probability per token; sum: its sum; reference: the sum less the base's.  [default: "
+    "objective; of several models average, which all of them have]",
 )
 @click.option(
     "--prompts",
@@ -87,7 +87,9 @@ def score(
     Compares the model that training left in output_dir with base_model, on the
     pairs that training holds out, under the prompts of training and without any
     instruction (which is fair to models trained by other methods). Models are
-    compared on the same pairs, with 95 % intervals and p-values by prompt.
+    compared on the same pairs, with 95 % intervals and p-values by prompt. A
+    reward with a reference is relative to the model as training found it, which
+    has no reward itself and is not in the tables.
     """
     targets = {"html": html, "markdown": markdown, "pairs": pairs, "output": output}
     for path in targets.values():
@@ -142,6 +144,6 @@ def parse_models(values: tuple[str, ...]) -> "list[ModelPath] | None":
                 f"--model {value}: '{name}' is taken; write another name before it, OTHER={path}."
             )
         found[name] = path
-    from axolotl_amopo.commands.score.logps import ModelPath
+    from axolotl_amopo.commands.score.rewards import ModelPath
 
     return [ModelPath(name, path) for name, path in found.items()]

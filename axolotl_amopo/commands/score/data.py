@@ -36,6 +36,7 @@ class RatedPairs:
     where: list[str]  # [N] file and row
     source: str  # which data this is, for people
     total: int  # pairs before `limit`
+    unusable: int = 0  # of those, that fit no sequence, or whose responses have the same tokens
 
     def token_ids(self) -> set[int]:
         """Every id in them."""
@@ -97,7 +98,13 @@ def rated_pairs(
         raise ConfigError(f"There is nothing to score: {source} has no pairs.")
     formats = {id(format): format for format, *_ in chosen}
     chats = {key: format.chat_tokenizer() for key, format in formats.items()}
-    examples = [example_of(*one, chats[id(one[0])], own=own, plain=plain) for one in chosen]
+    made = [(one, example_of(*one, chats[id(one[0])], own=own, plain=plain)) for one in chosen]
+    chosen = [one for one, example in made if example]
+    examples = [example for _, example in made if example]
+    if not chosen:
+        raise ConfigError(
+            f"There is nothing to score: no pair of {source} fits sequence_len; raise it."
+        )
     numbers: dict[bytes, int] = {}
     return RatedPairs(
         names=chosen[0][0].config.criteria,
@@ -111,6 +118,7 @@ def rated_pairs(
         where=[format.where([pair]) for format, _, pair in chosen],
         source=source,
         total=total,
+        unusable=len(made) - len(chosen),
     )
 
 
@@ -135,15 +143,16 @@ def example_of(
     *,
     own: bool,
     plain: bool,
-) -> Example:
+) -> Example | None:
     """Return a pair's example, with a criterion behind the others whose prompt has no instruction.
 
-    That one is never longer than they are, so what is shortened is shortened as in training.
+    That one is never longer than they are, so what is shortened is shortened as in training. None
+    for a pair that training has in a group with others, from which a response was left out.
     """
     # Where weights stand in the prompts, each dimension is read where it has all the weight.
     row = as_text([pair], replace(rule, grid=True), format.where([pair]))
     count = len(format.config.criteria)
-    kept = range(0, count * count, count + 1) if row["weights"] else range(count)
+    kept = range(0, count * count, count + 1) if format.config.draws_weights else range(count)
     for name in ("reads", "signs", "points"):
         row[name] = [row[name][c] for c in kept]
     prompts = len(row["follows"]) // 2
@@ -155,7 +164,7 @@ def example_of(
     row["ratings"] = [math.nan] * (2 * len(row["points"]))  # not needed here, nor the next two
     row["weights"], row["fit"] = [], []
     prepared = prepare_row(row, chat=chat, **format.tokenizing() | {"drop_bad": False})
-    return Example.from_row(prepared)
+    return Example.from_row(prepared) if prepared["prompt_ids"] else None
 
 
 def labels_of(format: DatasetFormat, rule: PairRule, pair: Pair) -> list[int]:

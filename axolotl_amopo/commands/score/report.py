@@ -17,7 +17,6 @@ from axolotl.loaders import load_tokenizer
 
 from axolotl_amopo.commands.kit import text
 from axolotl_amopo.commands.score.data import RatedPairs, Split, rated_pairs
-from axolotl_amopo.commands.score.logps import ModelPath, default_models, model_logps
 from axolotl_amopo.commands.score.measure import (
     FEW_PROMPTS,
     AccuracyChange,
@@ -29,22 +28,21 @@ from axolotl_amopo.commands.score.measure import (
     intervals,
     measure,
 )
+from axolotl_amopo.commands.score.rewards import ModelPath, Reward, default_models, model_rewards
+from axolotl_amopo.config.block import AMoPOConfig, read_block
 from axolotl_amopo.errors import ConfigError
+from axolotl_amopo.objectives import Objective
+from axolotl_amopo.objectives.base import log_ratios, response_stats, response_sums
+from axolotl_amopo.objectives.describe import describe
+from axolotl_amopo.training.runs import reward_name
 
-Reward = Literal["average", "sum", "reference"]
-REWARDS: tuple[str, ...] = get_args(Reward)
+RewardName = Literal["objective", "average", "sum", "reference"]
+REWARDS: tuple[str, ...] = get_args(RewardName)
 Prompting = Literal["own", "plain"]
 SIGNIFICANT = 0.05
 
-TITLES: dict[Prompting, str] = {
-    "own": "Under each prompt's own instruction, as trained",
-    "plain": "Without any instruction",
-}
-FORMULAS: dict[Reward, str] = {
-    "average": "rl_beta x mean log-probability of the response's tokens",
-    "sum": "rl_beta x log-probability of the response",
-    "reference": "rl_beta x log of the response's probability over that of the base model",
-}
+# Of rewards that are not the objective's own: whether they take a reference, and means over tokens.
+KINDS = {"average": (False, True), "sum": (False, False), "reference": (True, False)}
 
 
 @dataclass
@@ -79,8 +77,11 @@ class ScoreReport:
     pairs: int
     prompts: int
     total_pairs: int
-    reward: Reward
+    reward: RewardName
+    reward_name: str  # what it is, but for the factor rl_beta
     beta: float
+    reference: str | None  # path of the model that the reward is relative to
+    titles: dict[Prompting, str]  # under what the models read the pairs
     base: str | None  # the name of the model that the others are compared with
     paths: dict[str, str]  # of the models that were scored, by name
     rows: list[ScoreRow]
@@ -137,7 +138,7 @@ def score(
     split: Split = "test",
     limit: int | None = None,
     seed: int = 0,
-    reward: Reward = "average",
+    reward: RewardName | None = None,
     prompts: Literal["both", "own", "plain"] = "both",
     batch_pairs: int = 2,
     progress: Callable[[str, int], Callable[[int], None]] = lambda name, total: lambda done: None,
@@ -149,7 +150,10 @@ def score(
         base: any model; by default the config's `base_model`.
         with_base: false scores the models alone.
         split, limit, seed: see `rated_pairs`; the seed is the bootstrap's too.
-        reward: how log-probabilities become rewards, see `FORMULAS`.
+        reward: how log-probabilities become rewards. `objective`: as the config's objective has it,
+            against the model as training found it where that has a reference; `average`: the mean
+            log-probability per token; `sum`: its sum; `reference`: the sum less the base's. By
+            default `objective`, but `average` for several models, which every model has.
         prompts: `own` with the instructions of training, `plain` without any, or `both`.
         batch_pairs: pairs per forward pass.
         progress: called with a model's name and the number of pairs; what it returns is called
@@ -161,6 +165,8 @@ def score(
     cfg = load_cfg(path, is_preprocess=True)
     if not (cfg.amopo and cfg.amopo.enabled):
         raise ConfigError(f"{path}: has no `rl: amopo`; it names no rated data to score with.")
+    config = read_block(cfg)
+    objective = config.make_objective(cfg.rl_beta)
     notes = []
     if models is None:
         models = default_models(cfg)
@@ -169,21 +175,53 @@ def score(
                 f"There is no model in output_dir, {cfg.output_dir}; name one with --model."
             )
     against = ModelPath("base", base or cfg.base_model) if with_base else None
-    if not models and against is None:
+    if reward is None:
+        reward = "objective" if len(models) < 2 else "average"
+        if len(models) > 1:
+            notes.append(
+                "Several models are compared by one reward that all of them have, the mean "
+                "log-probability per token: it needs no model's own reference, and length earns "
+                f"nothing. --reward objective takes the one of {config.objective}, for all."
+            )
+    reference = None
+    if reward == "reference":
+        reference = against
+        if against is None or not models:
+            raise ConfigError(
+                "--reward reference needs a base model and another to hold against it."
+            )
+    elif reward == "objective" and describe(objective).reference:
+        # As training found it: an adapter that it goes on from belongs to it.
+        reference = ModelPath("reference", cfg.lora_model_dir or cfg.base_model)
+    if against is not None and reference is not None and against.path == reference.path:
+        against = None  # its rewards against itself are 0
+    order = ([against] if against else []) + models
+    if not order:
+        if reference:
+            raise ConfigError(
+                f"There is no model to score: {cfg.output_dir} has none, and {reference.path}, "
+                "which the reward is relative to, has none against itself; name one with --model, "
+                "or write --reward average."
+            )
         raise ConfigError(
             f"There is no model to score: {cfg.output_dir} has none; name one with --model."
         )
-    if reward == "reference" and (against is None or not models):
-        raise ConfigError("--reward reference needs a base model and another to hold against it.")
+    if config.winner == "nearest":
+        if prompts == "plain":
+            raise ConfigError(
+                "--prompts plain does not go with winner: nearest, whose ratings say which "
+                "response is nearer to what an instruction asks for; write --prompts own, or score "
+                "with a config that has winner: per_dimension."
+            )
+        prompts = "own"
 
     tokenizer = load_tokenizer(cfg)
-    overall_winner = cfg.amopo.winner == "overall"
     # Groups hold all pairs of a prompt, so that a split of groups parts prompts too.
     pairs_split = (
         bool(cfg.val_set_size)
         and split == "test"
         and not cfg.test_datasets
-        and not cfg.amopo.group_by_prompt
+        and not config.group_by_prompt
     )
     pairs = rated_pairs(
         cfg,
@@ -195,23 +233,23 @@ def score(
         plain=prompts != "own",
     )
     count = len(pairs.examples)
-    logps = {
-        model.name: (model.path, values)
-        for model, values in model_logps(
+    rewards = {
+        model.name: values
+        for model, values in model_rewards(
             cfg,
             tokenizer,
             pairs,
-            against,
-            models,
+            order,
+            reward_of(reward, objective),
+            reference,
             batch_pairs=batch_pairs,
             progress=lambda name: progress(name, count),
         )
     }
-    order = ([against] if against else []) + models
-    margins = margins_of({m.name: logps[m.name][1] for m in order}, pairs, reward, cfg.rl_beta)
+    margins = {m.name: rewards[m.name][..., 0] - rewards[m.name][..., 1] for m in order}
     scored = ScoredPairs(pairs, margins)
     kinds: list[Prompting] = ["own", "plain"] if prompts == "both" else [prompts]
-    base_name = against.name if against and against.name in margins else None
+    base_name = against.name if against else None
     report = ScoreReport(
         config=path,
         source=pairs.source,
@@ -219,37 +257,59 @@ def score(
         prompts=len(np.unique(pairs.prompts)),
         total_pairs=pairs.total,
         reward=reward,
+        reward_name=name_reward(reward, objective),
         beta=cfg.rl_beta,
+        reference=reference.path if reference else None,
+        titles={kind: title(kind, config) for kind in kinds},
         base=base_name,
-        paths={name: logps[name][0] for name in margins},
+        paths={model.name: model.path for model in order},
         rows=rows_of(scored, kinds, base_name, seed),
-        agreement=agreements(scored) if "own" in kinds and len(pairs.names) > 1 else None,
+        agreement=agreements(scored, config) if "own" in kinds and len(pairs.names) > 1 else None,
         notes=notes,
     )
     report.summary = list(summary(report))
-    report.notes += observations(report, overall_winner, pairs_split)
+    report.notes += observations(report, config, pairs, pairs_split)
     return report, scored
 
 
-def margins_of(
-    logps: dict[str, np.ndarray], pairs: RatedPairs, reward: Reward, beta: float
-) -> dict[str, np.ndarray]:
-    """Return margins [N, P] by model: the reward of the first response less the other's.
+def reward_of(reward: RewardName, objective: Objective) -> Reward:
+    """Return the function that makes rewards of log-probabilities.
 
     Args:
-        logps: [N, P, 2] means over tokens; with `reference`, the first is the reference's, which
-            gets no margins: against itself every reward is 0.
+        reward: which.
+        objective: whose `beta` scales all of them, and whose own reward `objective` is.
     """
-    if reward == "average":
-        rewards = {name: beta * values for name, values in logps.items()}
-    else:
-        rewards = {
-            name: beta * values * pairs.lengths[:, None, :] for name, values in logps.items()
-        }
-    if reward == "reference":
-        reference = rewards.pop(next(iter(rewards)))
-        rewards = {name: values - reference for name, values in rewards.items()}
-    return {name: values[..., 0] - values[..., 1] for name, values in rewards.items()}
+    match reward:
+        case "objective":
+            return lambda given: objective(given, None).rewards
+        case "average":
+            return lambda given: objective.beta * response_stats(given.logps, given.mask).avg_logp
+        case "sum":
+            return lambda given: objective.beta * response_sums(given.logps, given.mask)
+        case "reference":
+            return lambda given: objective.beta * log_ratios(given, per_token=False)
+
+
+def name_reward(reward: RewardName, objective: Objective) -> str:
+    """Return what a reward is, but for the factor rl_beta."""
+    if reward == "objective":
+        about = describe(objective)
+        return reward_name(reference=about.reference, per_token=about.per_token)
+    reference, per_token = KINDS[reward]
+    return reward_name(reference=reference, per_token=per_token)
+
+
+def title(prompting: Prompting, config: AMoPOConfig) -> str:
+    """Return under what a kind of prompt has the models read the pairs."""
+    if prompting == "plain":
+        return "Without any instruction"
+    if not config.has_instructions:
+        return "As trained, which is without any instruction"
+    if config.draws_weights:
+        return "As trained, each dimension where the prompt gives it all the weight"
+    if config.prompts == "one":
+        return "Under the instruction that names all dimensions, as trained"
+    return "Under each prompt's own instruction, as trained"
 
 
 def rows_of(
@@ -283,9 +343,10 @@ def rows_of(
     return rows
 
 
-def agreements(scored: ScoredPairs) -> Agreement:
+def agreements(scored: ScoredPairs, config: AMoPOConfig) -> Agreement:
     """Return how often two ratings, and two prompts with instructions, order a pair alike."""
     labels = scored.pairs.labels
+    several = config.draws_weights or config.prompt_count > 1
     return Agreement(
         ratings=[none_for_nan(row) for row in agreement(labels)],
         models={
@@ -293,6 +354,7 @@ def agreements(scored: ScoredPairs) -> Agreement:
                 none_for_nan(row) for row in agreement(np.where(labels != 0, margins[:, :-1], 0))
             ]
             for model, margins in scored.margins.items()
+            if several
         },
     )
 
@@ -370,10 +432,17 @@ def sentence(report: ScoreReport, row: ScoreRow, model: str, name_prompt: bool) 
     )
 
 
-def observations(report: ScoreReport, overall_winner: bool, pairs_split: bool) -> Iterator[str]:
+def observations(
+    report: ScoreReport, config: AMoPOConfig, pairs: RatedPairs, pairs_split: bool
+) -> Iterator[str]:
     """Yield what people should know before they quote a number."""
-    if report.pairs < report.total_pairs:
-        yield f"{report.pairs} of {report.total_pairs} pairs were drawn (--limit)."
+    if (drawn := report.pairs + pairs.unusable) < report.total_pairs:
+        yield f"{drawn} of {report.total_pairs} pairs were drawn (--limit)."
+    if pairs.unusable:
+        yield (
+            f"{pairs.unusable} pairs are left out: they are longer than sequence_len, or the chat "
+            "template writes their responses alike."
+        )
     if "training set" in report.source:
         yield "These pairs are trained on: the numbers say what was learnt, not what generalises."
     if pairs_split:
@@ -390,7 +459,7 @@ def observations(report: ScoreReport, overall_winner: bool, pairs_split: bool) -
             f"Fewer than {FEW_PROMPTS} prompts ({names}): intervals are rough, and only large "
             "changes can show."
         )
-    if overall_winner and len(report.rows) > 1:
+    if config.winner == "overall" and len(report.rows) > 1:
         yield (
             "Each dimension's own ratings are the measure here; training's metrics, with winner: "
             "overall, count the overall winner under every prompt."
@@ -401,5 +470,21 @@ def observations(report: ScoreReport, overall_winner: bool, pairs_split: bool) -
             f"{count} comparisons a model: a p below {SIGNIFICANT} among so many is no surprise; "
             "the corrected one (Holm) takes that into account. Both count prompts, not pairs."
         )
-    if report.reward == "reference":
-        yield "Against itself the base has no reward: one half is what knowing nothing gives."
+    if report.reference is not None:
+        yield (
+            f"Against itself the reference, {report.reference}, has no reward: one half is what "
+            "knowing nothing gives. --reward average compares other models with it."
+        )
+    if config.winner == "nearest":
+        yield (
+            "The better response is the one whose ratings are nearer to what the prompt asks for, "
+            "so accuracy says how often a model follows the request. Without an instruction "
+            "nothing is asked for, and nothing is scored."
+        )
+    if config.rating_in_prompt == "own" and config.has_instructions and "own" in report.titles:
+        yield (
+            "As trained, each response stands under a prompt that states its own ratings, so the "
+            "rewards of a pair are of two prompts."
+        )
+    if not config.has_instructions and len(report.titles) > 1:
+        yield "Training's prompts have no instruction, so both kinds of prompt give one result."

@@ -9,8 +9,6 @@ from rich.padding import Padding
 from axolotl_amopo.commands.kit.text import plain_table, terminal
 from axolotl_amopo.commands.score.measure import SIMILAR_RATIO
 from axolotl_amopo.commands.score.report import (
-    FORMULAS,
-    TITLES,
     ScoreReport,
     ScoreRow,
     p_value,
@@ -39,14 +37,14 @@ def tables(report: ScoreReport) -> Iterator[ScoreTable]:
     others = [name for name in report.paths if name != report.base]
     for prompting in dict.fromkeys(row.prompting for row in report.rows):
         rows = report.block(prompting)
-        title = TITLES[prompting]
+        title, by = report.titles[prompting], f"by {report.reward_name}"
         if report.base is None or not others:
             for model in report.paths:
-                yield accuracy_table(f"{title}: accuracy of {model}, %", rows, model)
+                yield accuracy_table(f"{title}: accuracy of {model} {by}, %", rows, model)
         else:
             for model in others:
-                yield change_table(f"{title}: accuracy, %", rows, report.base, model)
-        yield length_table(f"{title}: length and accuracy, %", rows, list(report.paths))
+                yield change_table(f"{title}: accuracy {by}, %", rows, report.base, model)
+        yield length_table(f"{title}: length and accuracy {by}, %", rows, list(report.paths))
 
 
 def change_table(title: str, rows: list[ScoreRow], base: str, model: str) -> ScoreTable:
@@ -105,11 +103,13 @@ def length_table(title: str, rows: list[ScoreRow], models: list[str]) -> ScoreTa
 def headlines(report: ScoreReport) -> list[str]:
     """Return lines that say what was scored, and how."""
     of = f" of {report.prompts} prompts" if report.prompts < report.pairs else ""
+    whose = ", the objective's own" if report.reward == "objective" else ""
+    against = [f"reference: {report.reference}"] if report.reference else []
     return [
         f"{report.pairs} pairs{of} from {report.source}",
         *(f"{name}: {path}" for name, path in report.paths.items()),
-        f"reward: {FORMULAS[report.reward]}"
-        + (f", rl_beta {report.beta:g}" if report.reward != "sum" else f" ({report.beta:g})"),
+        f"reward: rl_beta ({report.beta:g}) x {report.reward_name}{whose}",
+        *against,
     ]
 
 
