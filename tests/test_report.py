@@ -584,6 +584,9 @@ def test_a_reference_that_is_another_model(tmp_path, objective):
     assert "another-start" in found(shifted(run_of(objective=objective, every=0), apart))
     late = [line for line in lines if line.get("step", 9) > 1]
     assert "another-start" not in found([lines[0], *late])
+    # Another model is another one.
+    begun = lines[0] | {"run": facts | {"amopo": {"reference": "other/model"}}}
+    assert "another-start" not in found([begun, *lines[1:]])
     # Rounding in 16 bits does not.
     assert "another-start" not in found(shifted(run_of(objective=objective), apart / 10))
 

@@ -485,7 +485,9 @@ def one_gradient(run: TrainingRun) -> Iterator[Finding]:
 
 def another_start(run: TrainingRun) -> Iterator[Finding]:
     """Find a model that was not its reference when training began: all rewards must be 0 there."""
-    if not run.objective.get("reference"):
+    named = run.block.get("reference") or "initial"
+    first = named if isinstance(named, str) else named[0]  # what rewards are relative to
+    if not run.objective.get("reference") or first != "initial":
         return
     # The first step's numbers are those before it.
     starts = [e for e in run.evals if e["step"] == 0] + [e for e in run.train if e["step"] == 1]

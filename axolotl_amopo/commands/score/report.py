@@ -30,6 +30,7 @@ from axolotl_amopo.commands.score.measure import (
 )
 from axolotl_amopo.commands.score.rewards import ModelPath, Reward, default_models, model_rewards
 from axolotl_amopo.config.block import AMoPOConfig, read_block
+from axolotl_amopo.config.references import INITIAL
 from axolotl_amopo.errors import ConfigError
 from axolotl_amopo.objectives import Objective
 from axolotl_amopo.objectives.base import log_ratios, response_stats, response_sums
@@ -191,8 +192,10 @@ def score(
                 "--reward reference needs a base model and another to hold against it."
             )
     elif reward == "objective" and describe(objective).reference:
-        # As training found it: an adapter that it goes on from belongs to it.
-        reference = ModelPath("reference", cfg.lora_model_dir or cfg.base_model)
+        # As training found it, an adapter that it goes on from belongs to it.
+        first = config.references[0]
+        start = cfg.lora_model_dir or cfg.base_model
+        reference = ModelPath("reference", start if first == INITIAL else first)
     if against is not None and reference is not None and against.path == reference.path:
         against = None  # its rewards against itself are 0
     order = ([against] if against else []) + models
