@@ -204,9 +204,9 @@ def test_it_opens_with_how_to_run_it(path):
 
 
 def test_there_is_one_per_objective_and_it_says_so_in_one_line():
-    assert {path.stem.removeprefix("quickstart-") for path in QUICK} == (
-        OBJECTIVES.keys() - {"amopo", "mrpo"}
-    )
+    assert {path.stem.removeprefix("quickstart-") for path in QUICK} == OBJECTIVES.keys() - {
+        "amopo"
+    }
     shared = set()
     for path in QUICK:
         name = path.stem.removeprefix("quickstart-")
@@ -214,6 +214,8 @@ def test_there_is_one_per_objective_and_it_says_so_in_one_line():
         notes = list(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()))
         assert 6 <= len(notes) <= 10 and any("Keys that matter" in line for line in notes)
         own = {f"  objective: {name}", f"output_dir: quickstart-run/{name}"}
+        if name == "mrpo":  # the one that takes a line more
+            own.add("  reference: [initial, quickstart-run/adapter]")
         rest = text.splitlines()[len(notes) :]
         assert own <= set(rest)
         shared.add("\n".join(line for line in rest if line not in own))
