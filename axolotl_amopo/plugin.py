@@ -3,7 +3,8 @@
 axolotl knows a closed list of `rl:` values, so `register`, which sees the raw config before it is
 validated, takes `rl: amopo` out and turns the `amopo:` block on. axolotl then builds its causal
 trainer and loads data the way it always does, with our trainer class, collator and dataset
-formats in their places. In a run without `rl: amopo` every hook returns what the base class does.
+formats in their places. In a run without `rl: amopo` every hook returns what the base class does;
+where it has datasets of `type: amopo.ric`, they get their rows, and the model its steering file.
 
 Imports stand in the hooks: axolotl loads this module in every run on the machine.
 """
@@ -33,22 +34,26 @@ class AMoPOPlugin(BasePlugin):
             DataError: for a local data file that can't be read.
         """
         from axolotl_amopo.config.take_over import (
+            has_supervised_rows,
             is_asked_for,
             is_taken_over,
             suit_inference,
             take_over,
+            take_over_rows,
         )
 
-        self.enabled = self._is_first() and (is_asked_for(cfg) or is_taken_over(cfg))
+        supervised = has_supervised_rows(cfg)
+        self.enabled = self._is_first() and (is_asked_for(cfg) or is_taken_over(cfg) or supervised)
         if self.enabled:
             from axolotl_amopo.config.redact import redact_logged_config
 
             print_sentences()
             logging.getLogger("axolotl.cli.config").addFilter(redact_logged_config)
         suit_inference(cfg)
-        if self.enabled and is_asked_for(cfg):
-            with_data = not cfg.get("merge_lora")  # which loads the config alone
-            take_over(cfg, with_data=with_data)
+        if self.enabled and (supervised or is_asked_for(cfg)):
+            # These two load the config alone; `inference` has taken `rl: amopo` away.
+            with_data = not (cfg.get("merge_lora") or cfg.get("inference"))
+            (take_over_rows if supervised else take_over)(cfg, with_data=with_data)
             if with_data:
                 from axolotl_amopo.data.cache import set_aside_unfinished
 
@@ -107,6 +112,10 @@ class AMoPOPlugin(BasePlugin):
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list:
         if not self._runs(cfg):
+            if self._is_ours(cfg):
+                from axolotl_amopo.training.steering_file import SteeringFile
+
+                return [SteeringFile(cfg, trainer.train_dataset)]
             return []
         from axolotl_amopo.training.eval_table import EvalTable
         from axolotl_amopo.training.run_log import RunLog, describe_run
@@ -121,7 +130,7 @@ class AMoPOPlugin(BasePlugin):
         from axolotl_amopo.steering.steering import FILE
 
         facts = Path(adapter_path) / FILE
-        if self._runs(cfg) and facts.is_file():
+        if self._is_ours(cfg) and facts.is_file():
             shutil.copy(facts, output_path)
 
     def get_collator_cls_and_kwargs(
@@ -144,3 +153,7 @@ class AMoPOPlugin(BasePlugin):
 
     def _runs(self, cfg: Any) -> bool:
         return self.enabled and bool(cfg.amopo and cfg.amopo.enabled)
+
+    def _is_ours(self, cfg: Any) -> bool:
+        # Also a run of axolotl's own on rows of `type: amopo.ric`.
+        return self.enabled and bool(cfg.amopo)

@@ -115,7 +115,11 @@ def script(path: str, *arguments: str) -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     sys.argv = [path, *arguments]
     sys.path.insert(0, str(Path(path).parent))
-    runpy.run_path(path, run_name="__main__")
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as ended:  # of a console script, which ends the process
+        if ended.code:
+            raise
 
 
 def losses(trainer) -> list[float]:

@@ -1,13 +1,24 @@
 """Every dataset format: rows in the published layout, and rows that hypothesis breaks."""
 
 import copy
+import json
 import os
+import re
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import runs
+import torch
+import yaml
+from axolotl.cli.config import prepare_plugins
+from axolotl.integrations.base import PluginManager
+from axolotl.utils.config import validate_config
+from axolotl.utils.dict import DictDefault
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from test_data import data_format, read_all
 
 from axolotl_amopo.commands.inspect.gather import describe
@@ -17,6 +28,9 @@ from axolotl_amopo.data.pipeline import Survey, scales_of, watch_preparations
 from axolotl_amopo.data.prompts import prompted
 from axolotl_amopo.data.rows import RatedPrompt, Row
 from axolotl_amopo.errors import AMoPOError, ConfigError, DataError
+from axolotl_amopo.example import Example
+from axolotl_amopo.steering.steering import FILE, Steering
+from axolotl_amopo.training.steering_file import SteeringFile
 
 # More for a nightly run, e.g. 10000.
 EXAMPLES = int(os.environ.get("AMOPO_FUZZ_EXAMPLES", "150"))
@@ -443,3 +457,206 @@ def filled(value, named):
     if isinstance(value, dict):
         return {key: filled(inner, named) for key, inner in value.items()}
     return [filled(inner, named) for inner in value] if isinstance(value, list) else value
+
+
+# For axolotl's supervised fine-tuning
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Four prompts of the quickstart's data; one response alone, and one without honesty."""
+    rows = (runs.ROOT / "quickstart" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(row) for row in rows[:4]]
+    rows[1]["responses"] = rows[1]["responses"][:1]
+    del rows[2]["responses"][0]["scores"]["honesty"]
+    return runs.write_jsonl(tmp_path_factory.mktemp("answers") / "answers.jsonl", rows)
+
+
+RATED = {"dimensions": ["helpfulness", "honesty"], "missing_ratings": "mask"}
+
+
+def ric(folder, model, data, **changes):
+    """A run with `rl: amopo`, in whose step are all rows."""
+    values = {
+        "amopo": RATED | {"objective": "ric"}, "micro_batch_size": 4, "sequence_len": 2048,
+        "num_epochs": 3, "max_steps": None, "optimizer": "sgd", "learning_rate": 0.5,
+    }  # fmt: skip
+    return runs.config(folder, model, data, **values | changes)
+
+
+def supervised(folder, model, data, **changes):
+    """The same without it."""
+    entry = {"path": str(data), "type": "amopo.ric", "rows": "amopo.rated", "scale": [1, 5]}
+    values = {"rl": None, "amopo": dict(RATED), "datasets": [entry], "micro_batch_size": 10}
+    return ric(folder, model, data, **values | changes)
+
+
+def written_rows(folder, values):
+    """The config and the training rows, as axolotl prepares them."""
+    folder.mkdir()
+    cfg, datasets = runs.prepare(runs.write_config(folder, values(folder)))
+    return cfg, datasets.train_dataset
+
+
+@pytest.mark.parametrize(
+    ("block", "count"),
+    [
+        ({}, 10),
+        ({"prompts": "per_criterion", "rating_levels": 2}, 30),
+        ({"instruction_place": "after", "overall_instruction": "{{ dimensions[0].rating }}"}, 10),
+        (
+            {"rating_in_prompt": "none", "missing_ratings": "drop", "single_responses": "drop"},
+            8,
+        ),
+    ],
+    ids=["defaults", "prompts", "instruction", "dropped"],
+)
+def test_supervised_rows_are_the_sequences_of_ric(block, count, tmp_path, tiny_model, answers):
+    def values(make, objective):
+        return lambda folder: make(folder, tiny_model, answers, amopo=RATED | objective | block)
+
+    _, examples = written_rows(tmp_path / "ric", values(ric, {"objective": "ric"}))
+    cfg, rows = written_rows(tmp_path / "sft", values(supervised, {}))
+    expected = []
+    for example in map(Example.from_row, examples):
+        for text, response in example.places():
+            prompt, answer = example.prompts[text], example.responses[response]
+            expected.append((prompt + answer, [-100] * len(prompt) + answer))
+    assert len(expected) == count
+    assert sorted((row["input_ids"], row["labels"]) for row in rows) == sorted(expected)
+    assert all(set(row["attention_mask"]) == {1} for row in rows)
+    assert set(rows.column_names) == {"input_ids", "labels", "attention_mask"}
+    assert not cfg.amopo.enabled and cfg.rl is None
+
+
+def test_supervised_training_is_that_of_ric(tmp_path, tiny_model, answers, forks):
+    """With the same losses and weights, also of rows that are packed, by the whole command."""
+    whole, single, packed = (tmp_path / name for name in ("ric", "single", "packed"))
+    for folder in (whole, single, packed):
+        folder.mkdir()
+    expected = runs.train(runs.write_config(whole, ric(whole, tiny_model, answers)))
+    values = {"micro_batch_size": 2, "gradient_accumulation_steps": 5}
+    path = runs.write_config(single, supervised(single, tiny_model, answers, **values))
+    trainer = runs.train(path)
+    values = {"micro_batch_size": 1, "sample_packing": True, "save_strategy": "steps"}
+    values |= {"save_steps": 3, "attn_implementation": "sdpa", "pad_to_sequence_len": False}
+    path = runs.write_config(packed, supervised(packed, tiny_model, answers, **values))
+    command = Path(sys.executable).with_name("axolotl")
+    forks(1, packed, "runs", "script", str(command), "train", str(path), "--launcher", "python")
+    checkpoint = packed / "out" / "checkpoint-3"
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+
+    assert "AMoPO" not in type(trainer).__name__
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert len(losses) == 3 and losses[0] - losses[-1] > 0.01
+    assert runs.losses(expected) == pytest.approx(losses, abs=1e-4)
+    assert runs.losses(trainer) == pytest.approx(losses, abs=1e-4)
+    weights = load_file(whole / "out" / "model.safetensors")
+    for folder in (single, packed):
+        for name, weight in load_file(folder / "out" / "model.safetensors").items():
+            torch.testing.assert_close(weight, weights[name], rtol=0, atol=2e-5)
+    # Whoever has the model can ask it for ratings.
+    steering = Steering.load(single / "out")
+    assert steering == Steering.load(checkpoint) == Steering.load(whole / "out")
+    assert steering.one_prompt and steering.takes_weights
+
+
+def test_supervised_rows_go_with_those_of_other_types(tmp_path, tiny_model, answers):
+    """And with several processes, as on a Ray worker, which registers a validated config again."""
+    talk = [{"role": role, "content": role} for role in ("user", "assistant")]
+    other = runs.write_jsonl(tmp_path / "other.jsonl", [{"messages": talk}] * 3)
+    entries = supervised(tmp_path, tiny_model, answers)["datasets"]
+    entries.append({"path": str(other), "type": "chat_template"})
+    cfg, rows = written_rows(
+        tmp_path / "run", lambda folder: supervised(folder, tiny_model, answers, datasets=entries)
+    )
+    assert len(rows) == 10 + 3
+    worker = DictDefault(cfg.to_dict())
+    for derived in ("batch_size", "capabilities", "env_capabilities"):
+        worker.pop(derived, None)
+    prepare_plugins(worker)
+    again = validate_config(worker)
+    assert again.amopo.to_dict() == cfg.amopo.to_dict()
+    assert [d.to_dict() for d in again.datasets] == [d.to_dict() for d in cfg.datasets]
+
+
+def test_supervised_evaluation_rows_alone(tmp_path, tiny_model, answers):
+    entries = supervised(tmp_path, tiny_model, answers)["datasets"]
+    talk = [{"role": role, "content": role} for role in ("user", "assistant")]
+    other = runs.write_jsonl(tmp_path / "other.jsonl", [{"messages": talk}] * 3)
+    values = supervised(
+        tmp_path, tiny_model, answers, datasets=[{"path": str(other), "type": "chat_template"}],
+        test_datasets=[entry | {"split": "train"} for entry in entries], val_set_size=None,
+    )  # fmt: skip
+    cfg, datasets = runs.prepare(runs.write_config(tmp_path, values))
+    assert len(datasets.eval_dataset) == 10
+    assert SteeringFile(cfg, datasets.train_dataset).steering is None
+    assert SteeringFile(cfg, datasets.eval_dataset).steering.one_prompt
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rl": "amopo"}, r"datasets\[0\].type: amopo.ric is for supervised .* remove rl, or"),
+        ({"rl": "dpo"}, "rl: 'dpo' can't work with type: amopo.ric"),
+        ({"streaming": True}, "streaming: True can't work with type: amopo.ric"),
+        ({"amopo": {"objective": "simpo"}}, "amopo.objective: simpo can't go with type: amopo.ric"),
+        ({"amopo": {"share_prompt": True}}, "amopo.share_prompt: has no effect .*; remove it"),
+        ({"amopo": {"dimension": ["a"]}}, "amopo.dimension: unknown key. Did you mean"),
+        ({"amopo": {"dimensions": ["kindness"]}}, "row 1, .*kindness': the rating is missing"),
+        (
+            {"amopo": {"dimensions": ["kindness"], "missing_ratings": "mask"}},
+            "no row has a rating on the dimension 'kindness'",
+        ),
+        ({"rows": None}, r"datasets\[0\].rows: None is not .*Known: amopo.beavertails"),
+        ({"rows": "amopo.rate"}, "Did you mean 'amopo.rated'"),
+        ({"rows": "amopo.ric"}, r"datasets\[0\].rows: 'amopo.ric' is not a dataset format"),
+        ({"rows": "amopo.pairs"}, "row 1, key 'chosen': is missing"),
+        ({"feilds": {}}, r"datasets\[0\].feilds: unknown key. Did you mean 'fields'"),
+        ({"type": "axolotl_amopo.data.supervised"}, "write type: amopo.ric, and rows:"),
+    ],
+)
+def test_supervised_rows_that_can_not_be(changes, message, tmp_path, tiny_model, answers):
+    values = supervised(tmp_path, tiny_model, answers)
+    of_config = {
+        key: value for key, value in changes.items() if key in ("rl", "streaming", "amopo")
+    }
+    values["datasets"][0] |= {k: v for k, v in changes.items() if k not in of_config}
+    with pytest.raises(AMoPOError, match=message) as error:
+        runs.prepare(runs.write_config(tmp_path, values | of_config))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", ["merge_lora", "inference"])
+def test_supervised_models_are_used_without_their_data(command, tmp_path, tiny_model):
+    """And a merged one keeps its steering file."""
+    path = runs.write_config(tmp_path, supervised(tmp_path, tiny_model, tmp_path / "gone.jsonl"))
+    cfg = runs.load(path, **{command: True})
+    plugins = [p for p in PluginManager.get_instance().plugins.values() if hasattr(p, "_is_ours")]
+    for folder in ("adapter", "merged"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "adapter" / FILE).write_text("{}", encoding="utf-8")
+    for plugin in plugins:
+        plugin.post_lora_merge(cfg, str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    assert (tmp_path / "merged" / FILE).is_file()
+    with pytest.raises(ConfigError, match=r"gone\.jsonl"):
+        runs.load(path)
+
+
+def test_what_has_no_effect_on_supervised_rows_is_said(tmp_path, tiny_model, answers, caplog):
+    values = supervised(tmp_path, tiny_model, answers, train_on_inputs=True)
+    with caplog.at_level("WARNING"):
+        runs.load(runs.write_config(tmp_path, values))
+    assert "train_on_inputs has no effect with type: amopo.ric" in caplog.text
+
+
+def test_the_config_for_supervised_fine_tuning_on_the_page(tmp_path, tiny_model, answers):
+    page = (runs.ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n([^`]*type: amopo.ric\n.*?)```", page, re.DOTALL)
+    values = yaml.safe_load(text)
+    assert values["datasets"][0]["rows"] == "amopo.helpsteer"
+    values["datasets"][0] |= {"path": str(answers), "split": "train"}
+    cfg = runs.load(
+        runs.write_config(tmp_path, ric(tmp_path, tiny_model, answers, rl=None) | values)
+    )
+    assert cfg.sample_packing and not cfg.amopo.enabled

@@ -19,7 +19,7 @@ ALLOWED = {
     "config": {"objectives"},
     "data": {"config", "objectives"},
     "formats": {"data"},
-    "steering": {"config", "data"},
+    "steering": {"config", "data", "objectives"},
     "training": {"config", "data", "model", "objectives", "steering"},
     "commands": {"config", "data", "formats", "model", "objectives", "steering", "training"},
     "plugin": {"config", "data", "model", "objectives", "steering", "training"},

@@ -9,12 +9,14 @@ process at every step.
 import json
 from importlib.util import find_spec
 from math import inf
+from math import log as ln
 
 import pytest
 import runs
 from safetensors.torch import load_file
 
 STEPS, ROWS, EVAL_ROWS = 3, 16, 7
+DIMENSIONS = ["helpfulness", "honesty", "safety"]
 # The largest difference of a metric or weight. Runs in float32 are 1e-6 apart, in bfloat16 5e-3.
 ROUNDING, HALF = 2e-5, 5e-2
 METHODS = {
@@ -25,6 +27,10 @@ METHODS = {
     "reference": {},  # taken once, before the first step
     "adapter off": runs.LORA,  # is the reference
     "gradients": runs.LORA,  # of each dimension, solved for one step
+    "cos_dpo": runs.LORA,  # its weights in the prompts, with the adapter off as reference
+    "lambda_dpo": {},  # lists against a reference that was taken once, by one draw per step
+    # Single responses, by the tokens of a whole step; at a rate at which it does not diverge.
+    "ric": {"learning_rate": 0.01},
     "lora": runs.LORA,
     "dora": runs.LORA | {"peft_use_dora": True},
     "saved head": runs.LORA
@@ -33,8 +39,21 @@ METHODS = {
     "qlora": runs.LORA
     | {"adapter": "qlora", "load_in_4bit": True, "test_datasets": None, "eval_steps": None},
 }
-# Trained against a reference, so that every margin begins at zero.
-COMPARED = ("reference", "adapter off", "gradients")
+# Those that train by another objective than AMoPO.
+OBJECTIVES = {
+    "reference": "dpo",
+    "adapter off": "dpo",
+    "gradients": "raco",
+    "cos_dpo": "cos_dpo",
+    "lambda_dpo": "lambda_dpo",
+    "ric": "ric",
+}
+# The loss of every criterion in the first step of those that train against a reference: all
+# rewards are zero there, in pairs and in lists of three.
+FIRST_LOSS = dict.fromkeys(("reference", "adapter off", "gradients", "cos_dpo"), ln(2))
+FIRST_LOSS |= {"lambda_dpo": ln(3)}
+# All responses of a prompt are one row.
+GROUPED = ("groups", "lambda_dpo", "ric")
 # Processes: rows of a forward pass, passes of an optimizer step, what else.
 SHAPES = {
     1: (3, 2, {}),
@@ -44,7 +63,17 @@ SHAPES = {
 # Left out: what takes the same paths as another, and what can't be, see `config.devices`.
 CASES = {
     ("ddp", 2): ("full", "bf16", "reference", "dora", "saved head", "qlora"),
-    ("ddp", 3): ("full", "groups", "lora", "parts", "adapter off", "gradients"),
+    ("ddp", 3): (
+        "full",
+        "groups",
+        "lora",
+        "parts",
+        "adapter off",
+        "gradients",
+        "cos_dpo",
+        "lambda_dpo",
+        "ric",
+    ),
     ("fsdp2", 2): (
         "full",
         "bf16",
@@ -55,6 +84,9 @@ CASES = {
         "gradients",
         "dora",
         "qlora",
+        "cos_dpo",
+        "lambda_dpo",
+        "ric",
     ),
     ("fsdp2", 3): ("full", "lora"),
     ("zero1", 2): ("dora", "saved head"),
@@ -68,6 +100,7 @@ CASES = {
         "dora",
         "saved head",
         "qlora",
+        "lambda_dpo",
     ),
     ("zero2", 3): ("lora",),
     ("zero3", 2): (
@@ -79,6 +112,8 @@ CASES = {
         "adapter off",
         "saved head",
         "qlora",
+        "cos_dpo",
+        "ric",
     ),
     ("zero3", 3): ("full", "lora"),
 }
@@ -113,10 +148,10 @@ def train(tmp_path_factory, tiny_model, data, forks):
         entry = {"type": "amopo.rated", "scale": [1, 5]}
         settings = {
             "amopo": {
-                "dimensions": ["helpfulness", "honesty", "safety"],
+                "dimensions": DIMENSIONS,
                 "winner": "per_dimension",
                 "missing_ratings": "mask",
-                "group_by_prompt": method == "groups",
+                "group_by_prompt": method in GROUPED,
                 "one_prompt_at_a_time": method == "parts",
             },
             "plugins": ["parallel_worker.Recorder"],
@@ -135,10 +170,11 @@ def train(tmp_path_factory, tiny_model, data, forks):
             "max_grad_norm": 0.1,
         }
         settings |= others | strategy(kind, world, method, folder) | METHODS[method]
-        if method in COMPARED:  # per token, for sums of hundreds are rounded otherwise
-            objective = "raco" if method == "gradients" else "dpo"
-            settings["amopo"] |= {"objective": objective, "length_normalised": True}
-        path = data / ("groups.jsonl" if method == "groups" else "train.jsonl")
+        if method in OBJECTIVES:
+            settings["amopo"]["objective"] = OBJECTIVES[method]
+        if method in FIRST_LOSS:  # per token, for sums of hundreds are rounded otherwise
+            settings["amopo"]["length_normalised"] = True
+        path = data / ("groups.jsonl" if method in GROUPED else "train.jsonl")
         values = runs.config(folder, tiny_model, path, **settings)
         config = runs.write_config(folder, values)
         forks(world, folder, "parallel_worker", "train", kind, str(config), str(folder), fault)
@@ -238,7 +274,7 @@ def test_equals_one_process(kind, world, method, train, alone, tiny_model):
 
     assert weights.keys() == expected.keys()
     wrong = differences(log, expected_log, HALF if method == "bf16" else ROUNDING)
-    if method == "bf16" or method in COMPARED:  # a margin near zero may have either sign
+    if method == "bf16" or method in FIRST_LOSS:  # a margin near zero may have either sign
         signs = ("accurac", "longer_wins")
         wrong = {k: v for k, v in wrong.items() if not any(sign in k for sign in signs)}
     if method == "bf16":
@@ -248,6 +284,10 @@ def test_equals_one_process(kind, world, method, train, alone, tiny_model):
     else:
         assert farthest(weights, expected) < ROUNDING
     assert not wrong
+    if method in FIRST_LOSS:
+        first = next(entry for entry in log if "loss" in entry)
+        losses = [first[f"amopo/{name}/loss"] for name in DIMENSIONS]
+        assert losses == pytest.approx([FIRST_LOSS[method]] * 3, abs=1e-6)
     # Whatever a process's rows, it took part in as many operations as the others.
     assert len(collectives[0]) >= STEPS and collectives[0][-1]
     assert all(counts == collectives[0] for counts in collectives)

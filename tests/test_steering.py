@@ -19,7 +19,12 @@ from axolotl_amopo.commands.generate.answers import answer_prompts, generate_ans
 from axolotl_amopo.commands.generate.export import export_answers
 from axolotl_amopo.commands.generate.questions import read_prompts, text_prompt
 from axolotl_amopo.commands.kit.generator import Generator, Sampling, stop_ids, vllm_lora_rank
-from axolotl_amopo.commands.kit.models import chat_tokenizer, find_model, load_tokenizer
+from axolotl_amopo.commands.kit.models import (
+    chat_template,
+    chat_tokenizer,
+    find_model,
+    load_tokenizer,
+)
 from axolotl_amopo.commands.template.steered import steered_template
 from axolotl_amopo.config.block import AMoPOConfig
 from axolotl_amopo.config.instructions import (
@@ -29,7 +34,14 @@ from axolotl_amopo.config.instructions import (
 )
 from axolotl_amopo.data.tokenizer import ChatTokenizer
 from axolotl_amopo.errors import AMoPOError
-from axolotl_amopo.steering.steering import FILE, SteeredDimension, Steering, parse_settings
+from axolotl_amopo.steering.steering import (
+    FILE,
+    SteeredDimension,
+    Steering,
+    Weights,
+    parse_settings,
+    written,
+)
 from axolotl_amopo.steering.template import check, steered, unsteered
 
 # Whitespace that Jinja treats otherwise in transformers' environment, comments, raw text, quotes.
@@ -138,6 +150,70 @@ def test_a_model_of_one_prompt_is_asked_for_all_dimensions():
     assert apart.instruction({"helpfulness": 2, "is_safe": 1}) == one
 
 
+def asked_ratings(made, weights):
+    return list(map(float, re.findall(r"aim for (\S+)\.", made.instruction(Weights(weights)))))
+
+
+def test_weights_become_ratings_as_in_ric(shared):
+    """By the published function, on the scale that the golden case's rewards span."""
+    text = (shared / "golden" / "methods" / "ric.json").read_text(encoding="utf-8")
+    cases = [c for c in json.loads(text)["cases"] if c["kind"] == "target_from_preference"]
+    for case in cases:
+        dimensions = [
+            SteeredDimension(name=f"d{i}", scale=(min(rewards), max(rewards)))
+            for i, rewards in enumerate(case["rewards"])
+        ]
+        names = [d.name for d in dimensions]
+        made = steering(prompts=["overall", *names], dimensions=dimensions)
+        ratings = made.ratings(Weights(zip(names, case["preference"], strict=True)))
+        assert ratings.pop("overall", 0) is None
+        assert list(ratings.values()) == pytest.approx(case["expected"]["l2"], abs=0.0501)
+    assert cases
+
+
+@pytest.mark.parametrize("one_prompt", [False, True])
+def test_weights_ask_for_all_dimensions(one_prompt):
+    """Scales 1 to 5, 0 to 1, and -2 to 2 where lower is better."""
+    prompts = ["helpfulness", "is_safe", "toxicity"]
+    made = steering(one_prompt=one_prompt, prompts=["overall"] * (not one_prompt) + prompts)
+    assert asked_ratings(made, {"toxicity": None}) == [1, 0, -2]
+    assert asked_ratings(made, {"helpfulness": 0.6, "toxicity": 0.4}) == pytest.approx(
+        [1 + 4 * 0.6 / 0.52**0.5, 0, 2 - 4 * 0.4 / 0.52**0.5], abs=0.005
+    )
+    equal = [1 + 4 / 3**0.5, 1 / 3**0.5, 2 - 4 / 3**0.5]
+    for weights in (dict.fromkeys(prompts, 0.2), {"is_safe": 1 / 3}):
+        assert asked_ratings(made, weights) == pytest.approx(equal, abs=0.005)
+    rounded = made.model_copy(update={"rating_levels": 5})
+    assert asked_ratings(rounded, dict.fromkeys(prompts, 1)) == [3, 0.5, 0]
+    assert made.instruction(Weights()) == ""
+    assert written(Weights(helpfulness=0.6, is_safe=None)) == "weights helpfulness=0.6, is_safe"
+
+
+def test_a_weight_is_a_weight_whatever_the_prompts_have():
+    """Of a model with weights in its prompts, `Weights` are what its settings are."""
+    made = by_weight(steering())
+    for weights in ({"is_safe": 0.6}, {"is_safe": None, "toxicity": 0.5}):
+        assert made.instruction(Weights(weights)) == made.instruction(weights) != ""
+    for one in (made, steering()):
+        with pytest.raises(AMoPOError, match="is_safe: 2 is no weight; write a number from 0 to 1"):
+            one.instruction(Weights(is_safe=2))
+        with pytest.raises(AMoPOError, match=r"no dimension 'is_saf'\. Did you mean 'is_safe'"):
+            one.instruction(Weights(is_saf=1))
+        with pytest.raises(AMoPOError, match="the weights are all 0"):
+            one.instruction(Weights.fromkeys(made.prompts, 0.0))
+
+
+def by_weight(made):
+    """The steering of a model with weights in its prompts."""
+    text = made.overall_template and DEFAULT_WEIGHTS_INSTRUCTION
+    return made.model_copy(
+        update={
+            "one_prompt": True, "weighted": True, "rating_in_prompt": "none",
+            "prompts": [d.name for d in made.dimensions], "overall_template": text,
+        }
+    )  # fmt: skip
+
+
 def test_settings_become_instructions():
     made = steering()
     assert made.instruction({}) == ""
@@ -166,6 +242,16 @@ def test_settings_become_instructions():
             "one dimension at a time",
         ),
         ({"prompts": ["helpfulness", "is_safe", "toxicity"]}, {"overall": None}, "no dimension"),
+        (
+            {"prompts": ["helpfulness", "is_safe", "toxicity"]},
+            Weights(helpfulness=0.5),
+            "weights: the model was trained without a prompt that asks for all",
+        ),
+        (
+            {"rating_in_prompt": "none"},
+            Weights(helpfulness=0.5),
+            "weights: the model was trained without ratings in its prompts",
+        ),
     ],
 )
 def test_what_training_never_had_is_refused(changes, settings, message):
@@ -300,22 +386,22 @@ def test_the_template_renders_what_training_did(tokenizer, name, place):
         check(tokenizer, template, made)
         one = made.model_copy(update={"one_prompt": True})
         check(tokenizer, steered(own, one), one)
-        by_weight = made.model_copy(
-            update={
-                "one_prompt": True, "weighted": True, "prompts": made.prompts[1:],
-                "overall_template": texts[1] and DEFAULT_WEIGHTS_INSTRUCTION,
-            }
-        )  # fmt: skip
-        check(tokenizer, steered(own, by_weight), by_weight)
+        weighted = by_weight(made)
+        check(tokenizer, steered(own, weighted), weighted)
         chat = ChatTokenizer(tokenizer, own, {}, ("<|END_OF_TURN_TOKEN|>",))  # command_a's
         for line in (
             "helpfulness=3",
             "is_safe",
             "toxicity=-1.5 , helpfulness= 2",
+            "weights toxicity=0.3 , helpfulness= 0.2",
             "overall",
             "none",
         ):
-            settings = parse_settings(line.split(",")) if line != "none" else {}
+            settings = parse_settings(line.removeprefix("weights ").split(","))
+            if line.startswith("weights "):
+                settings = Weights(settings)
+            if line == "none":
+                settings = {}
             for messages in (QUESTION, TALK, TOLD):
                 try:
                     asked = made.messages(messages, settings)
@@ -374,11 +460,21 @@ def test_parts_of_text_are_steered_too(tokenizer):
         ("helpfulness=7", "helpfulness=7: the scale is 1 to 5"),
         ("helpfulness=much", "the scale is 1 to 5"),
         ("", "'' can't be asked for"),
+        ("weights helpfulness=3", "helpfulness=3: the scale is 0 to 1"),
+        ("weights overall", "'overall' can't be asked for"),
+        ("weights helpfulness=0, is_safe=0, toxicity=0", "the weights are all 0"),
     ],
 )
 def test_a_wrong_line_is_an_error_of_the_template(tokenizer, line, message):
     with pytest.raises(TemplateError, match=re.escape(message)):
         rendered(tokenizer, with_line(f"amopo: {line}", QUESTION), steered(SMOLLM, steering()))
+
+
+def test_a_template_knows_whether_weights_can_be_asked_for(tokenizer):
+    for changes in ({"rating_in_prompt": "none"}, {"prompts": steering().prompts[1:]}):
+        template = steered(SMOLLM, steering(**changes))
+        with pytest.raises(TemplateError, match="weights can't be asked for"):
+            rendered(tokenizer, with_line("amopo: weights is_safe=1", QUESTION), template)
 
 
 def test_the_check_sees_a_template_that_differs(tokenizer):
@@ -610,6 +706,12 @@ def test_generate(folder, tmp_path):
     assert rows[1]["id"] == 3 and "helpfulness" in rows[1]["amopo"]["instruction"]
     again = run("generate", folder, "--input", source, "--output", out)
     assert again.exit_code == 1 and "--force" in again.output
+    weights = ["--weights", "helpfulness=0.6", "--sweep-weight", "is_safe", "--json"]
+    done = run("generate", folder, "--prompt", "Why?", "--max-new-tokens", 1, *weights)
+    swept = [row["amopo"] for row in json.loads(done.stdout.splitlines()[-1])["rows"]]
+    assert [one["weights"]["is_safe"] for one in swept] == [i / 10 for i in range(11)]
+    assert all("settings" not in one for one in swept)
+    assert swept[6]["instruction"] == steering().instruction(Weights(helpfulness=0.6, is_safe=0.6))
     told = run("generate", folder, "--prompt", "Why?", "--overall", "--max-new-tokens", 4)
     assert told.exit_code == 0 and "aim for -2" in told.stdout
     assert max(map(len, told.stdout.splitlines())) <= 80
@@ -622,6 +724,9 @@ def test_generate(folder, tmp_path):
         (["-d", "helpfulness=9"], "outside the scale"),
         (["--sweep", "helpfull"], "no dimension 'helpfull'"),
         (["--sweep", "is_safe", "-d", "is_safe=1"], "leave --dimension is_safe out"),
+        (["--sweep-weight", "is_safe", "--weights", "is_safe=1"], "leave --weights is_safe out"),
+        (["--weights", "helpfulness=4"], "4 is no weight"),
+        (["--weights", "helpfulness=much"], "write a dimension and a"),
         (["--base"], "name its base with --base-model"),
         (["--backend", "vllm"], "vLLM is not installed"),
         (["--format", "mt_bench", "--output", "x"], "key 'question_id': is missing"),
@@ -633,6 +738,19 @@ def test_generate_refuses_before_it_answers(folder, arguments, message):
     done = run("generate", folder, "--prompt", "Why?", *arguments)
     assert done.exit_code == 1 and message in done.output, done.output
     assert "Traceback" not in done.output and len(done.output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weights", "is_safe=1", "--overall"], "leave --dimension and --overall out"),
+        (["--weights", "is_safe=1", "--sweep", "toxicity"], "write --sweep-weight"),
+        (["--sweep-weight", "is_safe", "-d", "toxicity"], "not with --dimension or --overall"),
+    ],
+)
+def test_ratings_and_weights_do_not_mix(arguments, message):
+    done = run("generate", "a", "--prompt", "Why?", *arguments)
+    assert done.exit_code == 2 and message in " ".join(done.output.split())
 
 
 def test_what_is_no_model_is_named(tmp_path, base, adapter):
@@ -687,6 +805,14 @@ def test_the_template_command(folder, tmp_path):
         find_model(str(folder)), {"is_safe": 1}
     )
     assert "--force" in run("template", folder, "--output", out).output
+    weights = ["--weights", "is_safe=0.3,toxicity=0.7"]
+    done = run("template", folder, "--output", tmp_path / "weights.jinja", *weights, "--quiet")
+    assert done.exit_code == 0, done.output
+    asked = steering().messages(QUESTION, Weights(is_safe=0.3, toxicity=0.7))
+    own = chat_template(AutoTokenizer.from_pretrained(folder), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    made = (tmp_path / "weights.jinja").read_text(encoding="utf-8")
+    assert rendered(tokenizer, QUESTION, made) == rendered(tokenizer, asked, own)
     steers = tmp_path / "steers"
     shutil.copytree(folder, steers)
     shutil.copy(out, steers)
@@ -720,11 +846,20 @@ def test_the_page_answers_with_both_sides(served, adapter, base):
 
     _, url = served
     client = Client(url, verbose=False)
-    controls = [False, True, False, False, 4, 1, -2]  # overall, three boxes, three ratings
+    # overall, whether by weights, three boxes, three ratings, three weights
+    controls = [False, False, True, False, False, 4, 1, -2, 0.5, 0.5, 0.2]
     assert client.predict(*controls, api_name="/instruction") == steering().instruction(
         {"helpfulness": 4}
     )
-    assert "Nothing is asked for" in client.predict(*[False] * 4, 4, 1, -2, api_name="/instruction")
+    assert "Nothing is asked for" in client.predict(
+        *[False] * 5, *controls[5:], api_name="/instruction"
+    )
+    for boxes, weights in [
+        ([False, True, False, True], {"helpfulness": 0.5, "toxicity": 0.2}),
+        ([True, False, False, False], dict.fromkeys(["helpfulness", "is_safe", "toxicity"], 0.3)),
+    ]:
+        shown = client.predict(boxes[0], True, *boxes[1:], *controls[5:], api_name="/instruction")
+        assert shown == steering().instruction(Weights(weights))
     _, left, right = client.predict("Why?", 16, 0, 1, 0, True, *controls, api_name="/ask")
 
     def text(message):

@@ -23,6 +23,10 @@ from axolotl_amopo.errors import ConfigError, did_you_mean
 
 FORMATS_PACKAGE = "axolotl_amopo.formats"
 PREFIX = "amopo."
+# For runs without `rl: amopo`: rows for axolotl's supervised fine-tuning, see the module.
+SUPERVISED, SUPERVISED_MODULE = "amopo.ric", "axolotl_amopo.data.supervised"
+# The key of such an entry that names the format of its rows.
+ROWS = "rows"
 
 
 # axolotl's keys of an entry that would change what the loss covers, and what they say instead.
@@ -110,8 +114,11 @@ class Entry(NamedTuple):
     module: str  # which its `type:` names
 
 
-def read_entries(cfg: dict) -> Iterator[Entry]:
+def read_entries(cfg: dict, *, supervised: bool = False) -> Iterator[Entry]:
     """Check the entries of a raw config, one by one.
+
+    Args:
+        supervised: check those of `type: amopo.ric` alone, by the type of their rows.
 
     Raises:
         ConfigError: for a type or key that is unknown.
@@ -127,18 +134,35 @@ def read_entries(cfg: dict) -> Iterator[Entry]:
             raise ConfigError(f"{section}: must be a list of entries with path: and type:.")
         for i, values in enumerate(entries):
             where = f"{section}[{i}]"
+            is_supervised = values.get("type") == SUPERVISED
+            if supervised and not is_supervised:
+                continue
+            if supervised:
+                values["type"] = values.pop(ROWS, None)
+            elif is_supervised:
+                raise ConfigError(
+                    f"{where}.type: {SUPERVISED} is for supervised fine-tuning, without rl: amopo; "
+                    f"remove rl, or write the type of its {ROWS} here and objective: ric."
+                )
             options = _read_options(values, where)
-            module = _module_of(values.get("type"), where)
+            key = ROWS if supervised else "type"
+            module = _module_of(values.get("type"), f"{where}.{key}")
             if not values.get("path"):
                 raise ConfigError(f"{where}.path: is missing; name a file, folder or hub dataset.")
             yield Entry(where, section, values, options, module)
 
 
-def prepare_entries(cfg: dict, config: AMoPOConfig) -> dict[str, dict[str, Any]]:
+def prepare_entries(
+    cfg: dict, config: AMoPOConfig, *, supervised: bool = False
+) -> dict[str, dict[str, Any]]:
     """Rewrite `datasets:` and `test_datasets:` in place; return what axolotl would drop of them.
 
+    Args:
+        supervised: rewrite entries of `type: amopo.ric` alone.
+
     Returns:
-        By an entry's fingerprint: its own options, and whether it is for evaluation.
+        By an entry's fingerprint: its own options, whether it is for evaluation, and the module
+        that reads the rows of an entry of `type: amopo.ric`.
 
     Raises:
         ConfigError: for a type or key that is unknown.
@@ -149,7 +173,7 @@ def prepare_entries(cfg: dict, config: AMoPOConfig) -> dict[str, dict[str, Any]]
 
     stored: dict[str, dict[str, Any]] = {}
     shared = shared_facts(cfg, config)
-    for where, section, entry, options, module in read_entries(cfg):
+    for where, section, entry, options, module in read_entries(cfg, supervised=supervised):
         for key in DatasetOptions.model_fields:
             entry.pop(key, None)
         kind, entry["type"] = entry["type"], module
@@ -166,6 +190,9 @@ def prepare_entries(cfg: dict, config: AMoPOConfig) -> dict[str, dict[str, Any]]
             "options": options.model_dump(exclude_none=True),
             "eval_split": section == "test_datasets",
         }
+        if supervised:
+            entry["type"] = SUPERVISED_MODULE
+            stored[name][ROWS] = module
     return stored
 
 
@@ -180,7 +207,7 @@ def _read_options(entry: dict, where: str) -> DatasetOptions:
             )
     for key, advice in REFUSED.items():
         if (value := entry.get(key)) and value not in DONE_ANYWAY.get(key, ()):
-            raise ConfigError(f"{where}.{key}: {value!r} can't work with rl: amopo; {advice}.")
+            raise ConfigError(f"{where}.{key}: {value!r} can't work with amopo.*; {advice}.")
     for key in OF_OTHER_TYPES if str(entry.get("type")).startswith(PREFIX) else ():
         if entry.get(key):
             raise ConfigError(
@@ -205,7 +232,7 @@ def _module_of(kind: Any, where: str) -> str:
         except ModuleNotFoundError:
             pass
     raise ConfigError(
-        f"{where}.type: {kind!r} is not a dataset format for rl: amopo."
+        f"{where}: {kind!r} is not a dataset format of rated responses."
         f"{did_you_mean(str(kind), formats())} Known: {', '.join(formats())}, or the import path "
         "of a module of your own."
     )

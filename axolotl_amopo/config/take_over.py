@@ -14,14 +14,38 @@ from axolotl_amopo.config.axolotl_keys import (
 )
 from axolotl_amopo.config.block import AMoPOConfig, plain, read_beta
 from axolotl_amopo.config.cpu import suit_a_cpu
-from axolotl_amopo.config.datasets import PREFIX, prepare_entries
+from axolotl_amopo.config.datasets import (
+    PREFIX,
+    SUPERVISED,
+    SUPERVISED_MODULE,
+    prepare_entries,
+)
 from axolotl_amopo.config.devices import check_devices, check_parallel
 from axolotl_amopo.config.files import check_yaml
 from axolotl_amopo.config.overrides import apply_overrides
 from axolotl_amopo.config.parse import parse_block
 from axolotl_amopo.config.together import check_needs
+from axolotl_amopo.errors import ConfigError
 
 LOG = get_logger(__name__)
+
+# The keys of the block that shape the rows of `type: amopo.ric`.
+SUPERVISED_KEYS = (
+    "objective",
+    "dimensions",
+    "overall",
+    "prompts",
+    "rating_in_prompt",
+    "rating_levels",
+    "instruction",
+    "overall_instruction",
+    "instruction_place",
+    "missing_ratings",
+    "single_responses",
+    "bad_rows",
+)
+# axolotl's keys that would bring other rows than ours, or none.
+NOT_SUPERVISED = ("rl", "streaming", "pretraining_dataset", "skip_prepare_dataset")
 
 
 def is_asked_for(cfg: dict) -> bool:
@@ -75,14 +99,77 @@ def take_over(cfg: dict, *, device: str | None = None, with_data: bool = True) -
     _log(config, beta, without_effect)
 
 
+def has_supervised_rows(cfg: dict) -> bool:
+    """Return whether a config has a dataset of `type: amopo.ric`, for a run without `rl: amopo`."""
+    return not is_asked_for(cfg) and bool(_types(cfg) & {SUPERVISED, SUPERVISED_MODULE})
+
+
+def take_over_rows(cfg: dict, *, with_data: bool = True) -> None:
+    """Check the datasets of `type: amopo.ric` in a raw config, and rewrite them in place.
+
+    They get their rows from `data.supervised`; the block stays off, so that axolotl trains on them
+    as on any other rows. A config that was rewritten before, as a Ray worker gets it, stays.
+
+    Args:
+        with_data: as for `take_over`.
+
+    Raises:
+        ConfigError: for a key that is unknown, out of bounds, or can't go with the others.
+        DataError: for a local data file that can't be read.
+    """
+    if SUPERVISED not in _types(cfg):
+        return
+    check_yaml(cfg.get("axolotl_config_path"))
+    apply_overrides(cfg)
+    block = plain(cfg.get("amopo")) or {}
+    kind = f"type: {SUPERVISED}"
+    if isinstance(block, dict):  # a null is a key that is not set
+        block = {"objective": "ric"} | {k: v for k, v in block.items() if v is not None}
+    config = parse_block(AMoPOConfig, block, "amopo")
+    if config.objective != "ric":
+        raise ConfigError(
+            f"amopo.objective: {config.objective} can't go with {kind}, which is supervised; "
+            "remove it, or write rl: amopo and the type of the rows."
+        )
+    for key in block:
+        if key not in SUPERVISED_KEYS:
+            raise ConfigError(
+                f"amopo.{key}: has no effect with {kind}, where axolotl's own trainer runs; remove "
+                f"it. Keys that have: {', '.join(SUPERVISED_KEYS)}."
+            )
+    for key in NOT_SUPERVISED:
+        if cfg.get(key):
+            raise ConfigError(
+                f"{key}: {cfg[key]!r} can't work with {kind}, whose rows are prepared whole for "
+                "supervised fine-tuning; remove it."
+            )
+    if cfg.get("train_on_inputs"):
+        LOG.warning("train_on_inputs has no effect with %s: the loss is over responses.", kind)
+    if with_data:
+        config.datasets = prepare_entries(cfg, config, supervised=True)
+    cfg["amopo"] = config.model_dump(exclude_none=True)
+    LOG.info(
+        "%s: every response is a row under a prompt that states its ratings on %s; the trainer is "
+        "axolotl's own.",
+        kind,
+        ", ".join(config.dimension_names),
+    )
+
+
 def suit_inference(cfg: dict) -> None:
     """Let `axolotl inference`, which takes `rl` away, run a config of ours without a GPU."""
     if cfg.get("inference") and _is_on_cpu(cfg) and _has_our_datasets(cfg):
         suit_a_cpu(cfg)
 
 
+def _types(cfg: dict) -> set[str]:
+    sections = [cfg.get(name) for name in ("datasets", "test_datasets")]
+    entries = [entry for section in sections if isinstance(section, list) for entry in section]
+    return {str(entry.get("type")) for entry in entries if isinstance(entry, dict)}
+
+
 def _has_our_datasets(cfg: dict) -> bool:
-    return any(str(entry.get("type")).startswith(PREFIX) for entry in cfg.get("datasets") or [])
+    return any(kind.startswith(PREFIX) for kind in _types(cfg))
 
 
 def _is_on_cpu(cfg: dict) -> bool:

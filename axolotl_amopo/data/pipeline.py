@@ -266,7 +266,7 @@ def write_text(
     They stand in a file that worker processes read too; in memory they'd take gigabytes.
     """
     examples = make_examples(format, prompts, rule, dropped)
-    path, made = _temporary_file(), 0
+    path, made = temporary_file(), 0
     with ArrowWriter(features=PLAIN, path=path) as writer:
         for part in itertools.batched(examples, READ_BATCH):
             made += sum(not pair.alone for pairs in part for pair in pairs)
@@ -286,15 +286,14 @@ def tokenize(
     dropped: Counter,
 ) -> tuple[Dataset, list[int], int]:
     """Return the prepared rows, which of the examples they are, and how many pairs they have."""
-    processes = max(1, min(process_count or 1, len(plain) // ROWS_PER_PROCESS))
     prepared = plain.map(
         functools.partial(prepare_rows, chat=chat, **format.tokenizing()),
         batched=True,
         batch_size=WRITE_BATCH,
         remove_columns=plain.column_names,
         features=FEATURES,
-        cache_file_name=_temporary_file(),
-        num_proc=processes if processes > 1 else None,
+        cache_file_name=temporary_file(),
+        num_proc=processes(process_count, len(plain)),
         desc=f"Tokenising pairs of {format.source.name}",
     )
     kept, pairs, whole = [], 0, format.config.all_responses
@@ -334,7 +333,13 @@ def _report(format: "DatasetFormat", made: int, facts: dict[str, Any]) -> None:
     )
 
 
-def _temporary_file() -> str:
+def processes(wanted: int | None, rows: int) -> int | None:
+    """Return how many processes are worth starting for so many rows; None for this one alone."""
+    count = min(wanted or 1, rows // ROWS_PER_PROCESS)
+    return count if count > 1 else None
+
+
+def temporary_file() -> str:
     """Return the path of a file that is deleted when this process ends."""
     folder = Path(get_temporary_cache_files_directory())
     return str(folder / f"{generate_random_fingerprint()}.arrow")

@@ -17,6 +17,10 @@ without a rating is asked for at its best. Where training rounded the ratings in
 dimensions (`prompts: one`), is asked for all of them, those that are not named at their best. Where
 the prompt stated weights instead of ratings (COS-DPO), numbers are weights from 0 to 1, and
 dimensions that are not named share what is left.
+
+A model whose prompts ask for ratings of all dimensions at once takes weights as well (`Weights`).
+They become ratings as in RiC (Yang et al., ICML 2024, https://arxiv.org/abs/2402.10207, section
+3.3): weight / |weights| of the way from a dimension's worst rating to its best.
 """
 
 import math
@@ -40,8 +44,15 @@ VERSION = 1
 OVERALL = "overall"  # as in `args`
 # A sweep over a scale that isn't so many whole numbers takes so many steps.
 MOST_STEPS = 10
+WEIGHTS_TO_TRY = [step / 10 for step in range(11)]
+# What a line of settings begins with where they are weights.
+BY_WEIGHT = "weights "
 
 Settings = Mapping[str, float | None]
+
+
+class Weights(dict[str, float | None]):
+    """Settings whose numbers say how much a dimension counts, whatever the prompts ask for."""
 
 
 class SteeredDimension(BaseModel):
@@ -197,6 +208,11 @@ class Steering(BaseModel):
         """Return whether a dimension can be asked for by a rating or a weight."""
         return self.weighted or self.rating_in_prompt != "none"
 
+    @property
+    def takes_weights(self) -> bool:
+        """Return whether weights can say what to ask for."""
+        return self.weighted or (self.takes_numbers and (self.overall or self.one_prompt))
+
     def best(self, dimension: SteeredDimension) -> float:
         """Return the number of a dimension that is named without one: all the weight, or the best
         rating."""
@@ -208,11 +224,7 @@ class Steering(BaseModel):
 
     def tries(self, dimension: SteeredDimension) -> list[float]:
         """The numbers to try, one after the other."""
-        return (
-            [step / 10 for step in range(11)]
-            if self.weighted
-            else dimension.ratings(self.rating_levels)
-        )
+        return WEIGHTS_TO_TRY if self.weighted else dimension.ratings(self.rating_levels)
 
     def dimension(self, name: str) -> SteeredDimension:
         """A dimension by its name.
@@ -234,15 +246,22 @@ class Steering(BaseModel):
         Raises:
             AMoPOError: for a dimension or a rating that training can't have had.
         """
+        if self.weighted:
+            weights = self.weights(settings) if settings else {}
+            return [
+                (d.name, d.description, d.scale, None, weights[d.name])
+                for d in self.dimensions
+                if weights
+            ]
+        if settings and isinstance(settings, Weights):
+            settings = self.ratings(settings)
         named = self.overall and OVERALL in settings
         for name, rating in settings.items():
             if named and name == OVERALL:
                 if rating is not None:
                     raise AMoPOError("overall takes no rating; name a dimension, or overall alone.")
                 continue
-            low, high = self.range(self.dimension(name))
-            if rating is not None and self.weighted and not low <= rating <= high:
-                raise AMoPOError(f"{name}: {rating:g} is no weight; write a number from 0 to 1.")
+            low, high = self.dimension(name).scale
             if rating is not None and not low <= rating <= high:
                 raise AMoPOError(
                     f"{name}: {rating:g} is outside the scale that the model was trained with, "
@@ -258,13 +277,6 @@ class Steering(BaseModel):
                 "the model was trained without the overall prompt (amopo.overall: false), so it "
                 "can be asked for one dimension at a time."
             )
-        if self.weighted:
-            weights = self.weights(settings) if settings else {}
-            return [
-                (d.name, d.description, d.scale, None, weights[d.name])
-                for d in self.dimensions
-                if weights
-            ]
         every = named or (self.one_prompt and bool(settings))
         asked: list[instructions.Asked] = []
         for d in self.dimensions:
@@ -284,8 +296,13 @@ class Steering(BaseModel):
         has 1.
 
         Raises:
-            AMoPOError: where all are 0.
+            AMoPOError: for a dimension that training did not have, what is no weight, or weights
+                that are all 0.
         """
+        for name, value in settings.items():
+            self.dimension(name)
+            if value is not None and not 0 <= value <= 1:
+                raise AMoPOError(f"{name}: {value:g} is no weight; write a number from 0 to 1.")
         given = {name: 1.0 if value is None else value for name, value in settings.items()}
         others = [d.name for d in self.dimensions if d.name not in given]
         left = max(0.0, 1.0 - sum(given.values())) / max(1, len(others))
@@ -294,6 +311,29 @@ class Steering(BaseModel):
         if total <= 0:
             raise AMoPOError("the weights are all 0; give a dimension one.")
         return {name: weight / total for name, weight in weights.items()}
+
+    def ratings(self, weights: Weights) -> dict[str, float | None]:
+        """Return the ratings of all dimensions to ask for by weights, see the head of this file.
+
+        Raises:
+            AMoPOError: as `weights`, and where no prompt of training asked for all ratings at once.
+        """
+        if not self.takes_weights:
+            why = "ratings in its prompts (rating_in_prompt: none)"
+            if self.takes_numbers:
+                why = "a prompt that asks for all dimensions at once (amopo.overall: false)"
+            raise AMoPOError(
+                f"weights: the model was trained without {why}, so they can't become ratings to "
+                "ask for."
+            )
+        from axolotl_amopo.objectives.ric import targets  # imports torch
+
+        shares = self.weights(weights)
+        best = [self.best(d) for d in self.dimensions]
+        worst = [sum(d.scale) - d.best for d in self.dimensions]
+        asked = targets(list(shares.values()), worst, best)
+        ratings = {name: round(rating, 6) for name, rating in zip(shares, asked, strict=True)}
+        return ({OVERALL: None} if self.overall else {}) | ratings
 
     def instruction(self, settings: Settings) -> str:
         """The instruction's text, empty without settings; see `asked` for errors."""
@@ -331,9 +371,13 @@ def parse_settings(texts: Iterable[str]) -> dict[str, float | None]:
 
 
 def written(settings: Settings) -> str:
-    """Settings as people write them: `helpfulness=4, honesty`; `none` where there are none."""
+    """Settings as people write them: `helpfulness=4, honesty`, or `weights helpfulness=0.7`.
+
+    `none` where there are none.
+    """
     parts = (
         name if rating is None else f"{name}={instructions.number(rating)}"
         for name, rating in settings.items()
     )
-    return ", ".join(parts) or "none"
+    line = ", ".join(parts)
+    return (BY_WEIGHT if line and isinstance(settings, Weights) else "") + (line or "none")

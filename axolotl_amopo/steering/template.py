@@ -3,10 +3,11 @@
     {"role": "system", "content": "amopo: helpfulness=4, honesty=5\nYou are a cook."}
 
 The first line of the system message says what to ask for: dimensions with their ratings, `overall`,
-or `none`. It is taken out, and the system message with it where that was all; the instruction goes
-where training had it; then the model's own template renders what there is. Without such a line
-nothing changes, unless settings were put into the template when it was made, or come as its
-variable `amopo` (`apply_chat_template(..., amopo="helpfulness=4")`, `chat_template_kwargs`).
+`none`, or `weights helpfulness=0.7, honesty=0.3`. It is taken out, and the system message with it
+where that was all; the instruction goes where training had it; then the model's own template
+renders what there is. Without such a line nothing changes, unless settings were put into the
+template when it was made, or come as its variable `amopo` (`apply_chat_template(...,
+amopo="helpfulness=4")`, `chat_template_kwargs`).
 """
 
 import re
@@ -17,7 +18,14 @@ from jinja2 import TemplateError
 
 from axolotl_amopo.config.instructions import ENVIRONMENT, dimension_facts
 from axolotl_amopo.errors import AMoPOError
-from axolotl_amopo.steering.steering import OVERALL, Settings, Steering, written
+from axolotl_amopo.steering.steering import (
+    BY_WEIGHT,
+    OVERALL,
+    Settings,
+    Steering,
+    Weights,
+    written,
+)
 
 PREFIX = "amopo:"
 END = "end of amopo's steering"
@@ -47,6 +55,8 @@ def steered(template: str, steering: Steering, settings: Settings | None = None)
         "ONE_PROMPT": repr(steering.one_prompt),
         "RATED": repr(steering.takes_numbers),
         "WEIGHTED": repr(steering.weighted),
+        "BY_WEIGHT": repr(BY_WEIGHT),
+        "TAKES_WEIGHTS": repr(steering.takes_weights),
         "STEPS": repr(steering.rating_levels - 1 if steering.rating_levels else 0),
         "PLACE": repr(steering.instruction_place),
         "END": END,
@@ -93,9 +103,11 @@ def check(tokenizer: Any, template: str, steering: Steering) -> None:
             low, high = d.scale
             between = round(low + 0.4 * (high - low), 2)  # as `written` writes it
             every += [{d.name: rating} for rating in (low, between, high)]
-    if steering.weighted:
-        first, *others = (d.name for d in steering.dimensions)
-        every += [{first: 0.35}, dict.fromkeys([first, *others], 0.7)]
+    if steering.takes_weights:
+        names = [d.name for d in steering.dimensions]
+        uneven = Weights({name: round(0.7 / (1 + i), 2) for i, name in enumerate(names)})
+        weights = [Weights({names[0]: 0.35}), Weights.fromkeys(names, 0.7), uneven]
+        every += weights + [dict(one) for one in weights if steering.weighted]
     every += [{OVERALL: None}] * steering.overall
 
     def render(messages: list[dict], chat_template: str) -> str:

@@ -1,5 +1,6 @@
 """Serve a page on which the base's and the tuned model's answers stand side by side."""
 
+import itertools
 import socket
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from axolotl_amopo.commands.kit.generator import Generator, Sampling
 from axolotl_amopo.commands.kit.models import TrainedModel
 from axolotl_amopo.data.rows import Message
 from axolotl_amopo.errors import AMoPOError
-from axolotl_amopo.steering.steering import OVERALL, Settings
+from axolotl_amopo.steering.steering import OVERALL, Settings, Weights
 
 NOTHING = "Nothing is asked for: the question goes to the model as it is."
 # The header's name of a long folder must not widen a phone's page.
@@ -66,14 +67,20 @@ class ComparedModels:
 def chat_page(models: ComparedModels) -> gr.Blocks:
     """Return the page; programs can call its `/ask` and `/instruction` too."""
     steering = models.steering
+    names = [dimension.name for dimension in steering.dimensions]
 
-    def settings_of(overall: bool, *controls: Any) -> dict[str, float | None]:
-        settings: dict[str, float | None] = {OVERALL: None} if overall else {}
-        wanted, ratings = controls[: len(steering.dimensions)], controls[len(steering.dimensions) :]
-        for dimension, on, rating in zip(steering.dimensions, wanted, ratings, strict=True):
-            if on:
-                settings[dimension.name] = rating if steering.takes_numbers else None
-        return settings
+    def settings_of(overall: bool, by_weight: bool, *controls: Any) -> dict[str, float | None]:
+        wanted, ratings, shares = itertools.batched(controls, len(names))
+        asked = {
+            name: number if steering.takes_numbers else None
+            for name, on, number in zip(
+                names, wanted, shares if by_weight else ratings, strict=True
+            )
+            if on
+        }
+        if by_weight:
+            return Weights(asked or (dict.fromkeys(names, 1.0) if overall else {}))
+        return ({OVERALL: None} if overall else {}) | asked
 
     def instruction(*controls: Any) -> str:
         try:
@@ -127,7 +134,7 @@ def chat_page(models: ComparedModels) -> gr.Blocks:
                 send = gr.Button("Ask", variant="primary")
                 clear = gr.Button("Start anew")
         with gr.Row():
-            wanted, ratings = [], []
+            wanted, ratings, shares = [], [], []
             for d in steering.dimensions:
                 with gr.Column(min_width=240):
                     lower = " (lower is better)" if d.direction == "lower" else ""
@@ -144,12 +151,29 @@ def chat_page(models: ComparedModels) -> gr.Blocks:
                             visible=steering.takes_numbers,
                         )
                     )
+                    shares.append(
+                        gr.Slider(
+                            0.0,
+                            1.0,
+                            value=0.5,
+                            step=0.1,
+                            label=f"Weight: {d.description or d.name}",
+                            buttons=[],
+                            interactive=False,
+                            visible=False,
+                        )
+                    )
         with gr.Row():
             with gr.Column(scale=1, min_width=240):
                 overall = gr.Checkbox(
                     label="Ask for all dimensions",
                     info="At their best, or as set above",
                     visible=steering.overall,
+                )
+                by_weight = gr.Checkbox(
+                    label="Ask by weights",
+                    info="They become ratings of all dimensions",
+                    visible=steering.takes_weights and not steering.weighted,
                 )
             with gr.Column(scale=3, min_width=300):
                 seen = gr.Textbox(NOTHING, label="The instruction", interactive=False)
@@ -176,10 +200,19 @@ def chat_page(models: ComparedModels) -> gr.Blocks:
                 for side in models.names
             ]
 
-        controls = [overall, *wanted, *ratings]
-        for box, slider in zip(wanted, ratings, strict=True):
+        controls = [overall, by_weight, *wanted, *ratings, *shares]
+        by_weight.change(
+            lambda on: (
+                [gr.update(visible=not on)] * len(names) + [gr.update(visible=on)] * len(names)
+            ),
+            by_weight,
+            [*ratings, *shares],
+            show_progress="hidden",
+            api_visibility="private",
+        )
+        for box, *sliders in zip(wanted, ratings, shares, strict=True):
             box.change(
-                lambda on: gr.update(interactive=on), box, slider, show_progress="hidden",
+                lambda on: [gr.update(interactive=on)] * 2, box, sliders, show_progress="hidden",
                 api_visibility="private",
             )  # fmt: skip
         gr.on(

@@ -17,6 +17,7 @@ from axolotl_amopo.commands.kit.options import (
     JSON,
     MODEL,
     QUIET,
+    WEIGHTS,
     check_free,
     command,
     library_output,
@@ -43,7 +44,11 @@ FORMATS = ("jsonl", "alpaca_eval", "arena_hard", "mt_bench")
 )
 @DIMENSIONS
 @ALL_DIMENSIONS
+@WEIGHTS
 @click.option("--sweep", metavar="NAME", help="One answer per rating of a dimension.")
+@click.option(
+    "--sweep-weight", metavar="NAME", help="One answer per weight of a dimension, 0 to 1."
+)
 @click.option(
     "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the answers."
 )
@@ -73,7 +78,9 @@ def generate(
     source: Path | None,
     dimensions: tuple[str, ...],
     overall: bool,
+    weights: str | None,
     sweep: str | None,
+    sweep_weight: str | None,
     output: Path | None,
     style: str,
     name: str | None,
@@ -92,18 +99,27 @@ def generate(
             --dimension honesty=5
         axolotl amopo generate outputs/adapter --input questions.jsonl \\
             --sweep helpfulness --output answers.jsonl
+        axolotl amopo generate outputs/adapter --prompt "Is tea healthy?" \\
+            --weights helpfulness=0.7,honesty=0.3
 
-    Without --dimension, --overall and --sweep there is no instruction. Rows of
+    Without any of these there is no instruction. Weights stand in the prompt as
+    they are (cos_dpo), or become ratings of all dimensions to ask for. Rows of
     the input have messages, prompt, instruction or turns (MT-Bench's questions,
     asked one after the other); their other fields come back beside `response`
     and `amopo`. The model is a folder that training wrote, or its YAML.
     """
     if (prompt is None) == (source is None):
         raise click.UsageError("Name either --prompt TEXT or --input FILE.")
-    if style != "jsonl" and (sweep or not output):
+    if style != "jsonl" and (sweep or sweep_weight or not output):
         raise click.UsageError(
             f"--format {style} is a file with one answer per question: add --output, and no "
             "--sweep."
+        )
+    if sweep and (weights or sweep_weight):
+        raise click.UsageError("--sweep goes through ratings: for weights, write --sweep-weight.")
+    if sweep_weight and (dimensions or overall):
+        raise click.UsageError(
+            "--sweep-weight goes with --weights, not with --dimension or --overall."
         )
     check_free(output, force)
     with library_output(quiet=False, as_json=as_json):
@@ -113,11 +129,13 @@ def generate(
         from axolotl_amopo.commands.kit.generator import Sampling
         from axolotl_amopo.commands.kit.models import find_model
 
-        settings = steering_settings(dimensions, overall)
+        settings = steering_settings(dimensions, overall, weights)
         trained = find_model(model, base_model)
         prompts = read_prompts(source) if source else [text_prompt(prompt)]
         check_style(prompts, style)
-        each = _sweep(trained.steering, settings, sweep) if sweep else [settings]
+        each = [settings]
+        if name_swept := sweep or sweep_weight:
+            each = _sweep(trained.steering, settings, name_swept, by_weight=not sweep)
         began = time.monotonic()
         if quiet:
             quiet_transformers()
@@ -155,20 +173,25 @@ def generate(
 
 
 def _sweep(
-    steering: "Steering", settings: dict[str, float | None], name: str
+    steering: "Steering", settings: dict[str, float | None], name: str, *, by_weight: bool
 ) -> list[dict[str, float | None]]:
-    """Return the settings of --sweep: one per rating of the dimension.
+    """Return the settings of --sweep or --sweep-weight: one per rating or weight of the dimension.
 
     Raises:
         AMoPOError: for a dimension that can't be swept.
     """
     from axolotl_amopo.errors import AMoPOError
+    from axolotl_amopo.steering.steering import WEIGHTS_TO_TRY, Weights
 
     if name in settings:
-        raise AMoPOError(f"--sweep {name}: leave --dimension {name} out.")
+        option = "--weights" if by_weight else "--dimension"
+        raise AMoPOError(f"--sweep{'-weight' * by_weight} {name}: leave {option} {name} out.")
+    dimension = steering.dimension(name)
+    if by_weight:
+        return [Weights(settings | {name: weight}) for weight in WEIGHTS_TO_TRY]
     if not steering.takes_numbers:
         raise AMoPOError("--sweep: the model was trained without ratings in its prompts.")
-    return [settings | {name: rating} for rating in steering.tries(steering.dimension(name))]
+    return [settings | {name: rating} for rating in steering.tries(dimension)]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Write answers as a file: our own rows, or the layout that a benchmark's judge reads.
 
 jsonl        each row as it was, with `response` (a list where there were several questions) and
-             `amopo`: model, settings, instruction, and whether the answer came to its end
+             `amopo`: model, settings (or weights), instruction, and whether the answer came to its
+             end
 alpaca_eval  a JSON list of instruction, output, generator and the row's dataset
              (https://github.com/tatsu-lab/alpaca_eval, example/outputs.json)
 arena_hard   uid, ans_id, model, messages, tstamp, one row per line; the lengths and markdown
@@ -23,6 +24,7 @@ from typing import Any
 from axolotl_amopo.commands.generate.answers import Answer
 from axolotl_amopo.commands.generate.questions import Prompt
 from axolotl_amopo.errors import DataError
+from axolotl_amopo.steering.steering import Weights
 
 # The key by which a benchmark finds its questions.
 KEYS = {"arena_hard": "uid", "mt_bench": "question_id"}
@@ -61,7 +63,7 @@ def answer_row(answer: Answer, model: str) -> dict[str, Any]:
     response = answer.turns if answer.prompt.later else answer.turns[0]
     about = {
         "model": model,
-        "settings": dict(answer.settings),
+        "weights" if isinstance(answer.settings, Weights) else "settings": dict(answer.settings),
         "instruction": answer.instruction,
         "finished": answer.finished,
     }

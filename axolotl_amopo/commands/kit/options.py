@@ -68,6 +68,11 @@ DIMENSIONS = click.option(
 ALL_DIMENSIONS = click.option(
     "--overall", is_flag=True, help="Ask for all dimensions at their best."
 )
+WEIGHTS = click.option(
+    "--weights",
+    metavar="NAME=SHARE,...",
+    help="Ask by how much dimensions count, from 0 to 1; others share the rest.",
+)
 FORCE = click.option("--force", is_flag=True, help="Overwrite the output where there is one.")
 FORCE_FILES = click.option("--force", is_flag=True, help="Overwrite files that are there.")
 
@@ -148,12 +153,21 @@ def check_free(output: Path | None, force: bool) -> None:
         raise click.ClickException(f"{output.parent}: there is no such folder.")
 
 
-def steering_settings(dimensions: tuple[str, ...], overall: bool) -> dict[str, float | None]:
-    """Return the settings that --dimension and --overall name.
+def steering_settings(
+    dimensions: tuple[str, ...], overall: bool, weights: str | None = None
+) -> dict[str, float | None]:
+    """Return the settings that --dimension and --overall name, or --weights.
 
     Raises:
         AMoPOError: for a rating that is not a number, or a dimension that is named twice.
+        click.UsageError: for both ratings and weights.
     """
-    from axolotl_amopo.steering.steering import OVERALL, parse_settings
+    from axolotl_amopo.steering.steering import OVERALL, Weights, parse_settings
 
+    if weights is not None:
+        if dimensions or overall:
+            raise click.UsageError(
+                "--weights says what to ask for; leave --dimension and --overall out."
+            )
+        return Weights(parse_settings(weights.split(",")))
     return ({OVERALL: None} if overall else {}) | parse_settings(dimensions)

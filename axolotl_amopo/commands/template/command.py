@@ -10,6 +10,7 @@ from axolotl_amopo.commands.kit.options import (
     FORCE,
     MODEL,
     QUIET,
+    WEIGHTS,
     check_free,
     command,
     steering_settings,
@@ -21,10 +22,17 @@ from axolotl_amopo.commands.kit.options import (
 @click.option("--output", type=click.Path(path_type=Path), required=True, metavar="FILE")
 @DIMENSIONS
 @ALL_DIMENSIONS
+@WEIGHTS
 @FORCE
 @QUIET
 def template(
-    model: str, output: Path, dimensions: tuple[str, ...], overall: bool, force: bool, quiet: bool
+    model: str,
+    output: Path,
+    dimensions: tuple[str, ...],
+    overall: bool,
+    weights: str | None,
+    force: bool,
+    quiet: bool,
 ) -> None:
     """Write a chat template that steers by a line of the system message.
 
@@ -37,16 +45,18 @@ def template(
     \b
         {"role": "system", "content": "amopo: helpfulness=4, honesty=5"}
 
-    It may say overall or none too. With --dimension or --overall, that is what
-    conversations without such a line ask for. The template is held against what
-    training rendered before it is written. Over a folder's chat_template.jinja
-    (with --force), everything that loads the folder steers.
+    It may say overall, none, or weights helpfulness=0.7, honesty=0.3 too. With
+    --dimension, --overall or --weights, that is what conversations without such
+    a line ask for. The template is held against what training rendered before it
+    is written. Over a folder's chat_template.jinja (with --force), everything
+    that loads the folder steers.
     """
     check_free(output, force)
     from axolotl_amopo.commands.kit.models import find_model
     from axolotl_amopo.commands.template.steered import steered_template
 
-    made = steered_template(find_model(model), steering_settings(dimensions, overall))
+    settings = steering_settings(dimensions, overall, weights)
+    made = steered_template(find_model(model), settings)
     output.write_text(made, encoding="utf-8")
     if not quiet:
         click.echo(f"Written: {output}")
