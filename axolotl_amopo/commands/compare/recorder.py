@@ -1,0 +1,79 @@
+"""An axolotl plugin that records a run's losses and what it cost, for any `rl:`.
+
+Every config that a comparison writes names it under `plugins:`, so that `axolotl train` leaves the
+same record whoever starts it. The file is `_amopo_record.json` in the run's `output_dir`.
+"""
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from transformers import TrainerCallback
+
+RECORD = "_amopo_record.json"
+
+
+class RecorderPlugin(BasePlugin):
+    """Add the recorder to a trainer, and nothing else."""
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
+        return [Recorder(trainer)]
+
+
+class Recorder(TrainerCallback):
+    """Count what goes through the model between the first step and the last.
+
+    Tokens are those that reach the input embeddings, padding and passes of a reference included.
+    On several processes the numbers are of the first one, but for examples, which are of all.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.tokens = 0
+        self.begun = 0.0
+        self.hooks: list[Any] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        models = {self.trainer.model, getattr(self.trainer, "ref_model", None)} - {None}
+        for model in models:
+            embeddings = model.get_input_embeddings()
+            self.hooks.append(embeddings.register_forward_pre_hook(self._count))
+        self.begun = time.monotonic()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.hooks:
+            return
+        for hook in self.hooks:
+            hook.remove()
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        record = {
+            "losses": [
+                [entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry
+            ],
+            "seconds": time.monotonic() - self.begun,
+            "steps": state.global_step,
+            "examples": state.global_step * per_step * args.world_size,
+            "tokens": self.tokens,
+            "peak_bytes": peak_bytes(),
+            "device": self.trainer.model.device.type,
+            "processes": args.world_size,
+        }
+        path = Path(args.output_dir) / RECORD
+        path.write_text(json.dumps(record, default=float) + "\n", encoding="utf-8")
+
+    def _count(self, module: Any, inputs: tuple[Any, ...]) -> None:
+        self.tokens += inputs[0].numel()
+
+
+def peak_bytes() -> int:
+    """Return the most memory that was in use: of the GPU where there is one, else of the process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
