@@ -433,7 +433,7 @@ def write_lines(path: Path, lines: list[Json]) -> None:
     """Write lines of results, whole or not at all."""
     new = path.with_name(f"_{path.name}")
     new.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(new, path)
+    new.replace(path)
 
 
 def report_only(path: str | Path) -> ComparisonReport:

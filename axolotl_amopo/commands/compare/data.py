@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,6 @@ from axolotl_amopo.data.rows import Message, Row
 from axolotl_amopo.errors import AMoPOError, ConfigError, DataError
 
 FACTS = "folds.json"
-
-
-@dataclass
-class Overlap:
-    """Say how many of the held-out prompts are trained on too."""
-
-    heldout: int
-    shared: int
 
 
 def check_values(values: dict[str, Any]) -> None:
@@ -121,7 +111,7 @@ def make_folds(comparison: Comparison) -> int:
             f"folds: {folds.count} of {len(keys)} prompts leave less than two for each; write "
             "fewer, or add data."
         )
-    facts = {"folds": asdict_of(folds), "prompts": sorted(key.hex() for key in keys)}
+    facts = {"folds": folds.model_dump(), "prompts": sorted(key.hex() for key in keys)}
     if (folder / FACTS).is_file():
         if json.loads((folder / FACTS).read_text(encoding="utf-8")) != facts:
             raise ConfigError(
@@ -144,13 +134,8 @@ def make_folds(comparison: Comparison) -> int:
     (new / FACTS).write_text(json.dumps(facts), encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)  # without its facts: the half of one that was being written
-    os.replace(new, folder)
+    new.replace(folder)
     return len(keys)
-
-
-def asdict_of(folds: Folds) -> dict[str, Any]:
-    """Return a fold's settings as plain values."""
-    return folds.model_dump()
 
 
 def overlap(train: dict[str, Any], heldout: dict[str, Any]) -> dict[str, int]:
@@ -163,7 +148,7 @@ def overlap(train: dict[str, Any], heldout: dict[str, Any]) -> dict[str, int]:
         {key for preparation in prepared(values)[2] for key, _ in keyed_rows(preparation)}
         for values in (train, heldout)
     ]
-    return asdict(Overlap(heldout=len(keys[1]), shared=len(keys[0] & keys[1])))
+    return {"heldout": len(keys[1]), "shared": len(keys[0] & keys[1])}
 
 
 def export_pairs(values: dict[str, Any], path: Path) -> int:

@@ -121,8 +121,8 @@ def _settle(log: Path | None) -> None:
         os.dup2(file, 2)
         os.close(file)
         # The ones that were there may be a terminal's or a test's.
-        sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)
-        sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)
+        sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
         names = [None, *logging.root.manager.loggerDict]
         for handler in [one for name in names for one in logging.getLogger(name).handlers]:
             if type(handler) is logging.StreamHandler:

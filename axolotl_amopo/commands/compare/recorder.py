@@ -71,7 +71,7 @@ class Recorder(TrainerCallback):
 
 
 def peak_bytes() -> int:
-    """Return the most memory that was in use: of the GPU where there is one, else of the process."""
+    """Return the most memory that was in use: of the GPU, or without one of the process."""
     import torch
 
     if torch.cuda.is_available():

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from axolotl_amopo.commands.compare.comparison import CONFLICT, LENGTH, MEAN, OVERALL, WORST
+
 # These belong to both commands, and move to commands/kit once score's part has settled.
 from axolotl_amopo.commands.score.measure import (
     RESAMPLES,
@@ -22,7 +24,6 @@ from axolotl_amopo.commands.score.measure import (
     percentiles,
     without_length,
 )
-from axolotl_amopo.commands.compare.comparison import CONFLICT, LENGTH, MEAN, OVERALL, WORST
 from axolotl_amopo.errors import AMoPOError
 
 # Swaps of the randomisation test, drawn in so many parts to save memory.

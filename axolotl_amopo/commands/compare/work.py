@@ -301,4 +301,4 @@ def _write(path: Path, facts: Mapping[str, Any]) -> None:
     """Write a file whole or not at all."""
     new = path.with_name(f"_{path.name}")
     new.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    new.replace(path)
