@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,13 @@ from typing import Any, Literal
 from filelock import FileLock
 
 from axolotl_amopo.commands.compare.comparison import Comparison, Run, read_comparison
-from axolotl_amopo.commands.compare.data import check_values, make_folds, overlap, write_yaml
+from axolotl_amopo.commands.compare.data import (
+    check_values,
+    exported_entry,
+    make_folds,
+    overlap,
+    write_yaml,
+)
 from axolotl_amopo.commands.compare.forks import call, import_once, start
 from axolotl_amopo.commands.compare.statistics import (
     Cost,
@@ -38,6 +44,7 @@ from axolotl_amopo.commands.compare.work import (
     finished,
     note_failure,
 )
+from axolotl_amopo.config.before_launch import check_before_launch
 from axolotl_amopo.errors import AMoPOError, ConfigError
 
 MARKER = "compare.json"
@@ -135,36 +142,28 @@ def check_variants(comparison: Comparison) -> None:
     Raises:
         ConfigError: naming the variant.
     """
+    base = comparison.base
+    if comparison.folds:  # whose files are not there yet
+        base = base | {"test_datasets": base["datasets"]}
+    whole = replace(comparison, base=base)
     seen = set()
     for run in comparison.runs():
         if run.name in seen:
             continue
         seen.add(run.name)
         unfolded = Run(run.name, None, run.seed, run.variant, run.model)
-        data = {"test_datasets": comparison.base.get("test_datasets")}
-        if comparison.folds:  # its files are not there yet
-            data["test_datasets"] = comparison.base["datasets"]
-        whole = _with_test(comparison, data["test_datasets"])
-        configs = [whole.scoring(unfolded, Path("scoring"))]
-        if run.variant:
-            training = whole.training(unfolded, Path("training"))
-            if run.variant.is_axolotls:
-                configs.append(whole.pairing(unfolded, Path("pairing")))
-                # The type that `axolotl train` gets, on data that is there.
-                training["datasets"] = [
-                    {"path": "pairs.jsonl", "ds_type": "json", "type": "chat_template.default"}
-                ]
-            configs.append(training)
-        for values in configs:
-            try:
-                call(check_values, values, log=Path(os.devnull))
-            except AMoPOError as error:
-                raise ConfigError(f"{comparison.path}: {run.name}: {error}") from None
-
-
-def _with_test(comparison: Comparison, entries: Any) -> Comparison:
-    base = comparison.base | {"test_datasets": entries}
-    return Comparison(**(vars(comparison) | {"base": base}))
+        ours = [whole.scoring(unfolded, Path("scoring"))]
+        if run.variant and run.variant.is_axolotls:
+            ours.append(whole.pairing(unfolded, Path("pairing")))
+        try:
+            for values in ours:  # keys of ours, which need no schema of axolotl's
+                check_before_launch(values)
+            if run.variant:
+                training = whole.training(unfolded, Path("training"))
+                training.setdefault("datasets", [exported_entry({}, Path("pairs.jsonl"))])
+                call(check_values, training, log=Path(os.devnull))
+        except AMoPOError as error:
+            raise ConfigError(f"{comparison.path}: {run.name}: {error}") from None
 
 
 def needs_launcher(comparison: Comparison) -> bool:

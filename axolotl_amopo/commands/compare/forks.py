@@ -7,6 +7,7 @@ compute: OpenMP's threads and a GPU's context do not survive a fork.
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import logging
 import multiprocessing
@@ -113,6 +114,7 @@ def _answer(
 def _settle(log: Path | None) -> None:
     """Make a forked process one of its own: it ends with its parent, and prints to its log."""
     end_with_parent()
+    save_in_this_process()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.disable(logging.NOTSET)
     if log:
@@ -127,6 +129,24 @@ def _settle(log: Path | None) -> None:
         for handler in [one for name in names for one in logging.getLogger(name).handlers]:
             if type(handler) is logging.StreamHandler:
                 handler.setStream(sys.stderr)
+
+
+def save_in_this_process() -> None:
+    """Let this process save small datasets by itself, and the same files.
+
+    axolotl always names a number of processes (`save_preprocessed_dataset` of
+    utils/data/shared.py), and `Dataset.save_to_disk` spawns them (`mp.get_context("spawn")` in
+    arrow_dataset.py), each of which imports everything anew: half the time of a short run.
+    """
+    from datasets import Dataset
+
+    save = Dataset.save_to_disk
+
+    @functools.wraps(save)
+    def saved(*arguments: Any, num_proc: int | None = None, **options: Any) -> None:
+        save(*arguments, num_proc=None if num_proc == 1 else num_proc, **options)
+
+    Dataset.save_to_disk = saved
 
 
 def end_with_parent() -> None:
