@@ -411,7 +411,7 @@ def read_comparison(path: str | Path) -> Comparison:
         path=str(path),
         base=base,
         variants=variants,
-        existing=file.existing,
+        existing={name: _home(model) for name, model in file.existing.items()},
         baseline=file.baseline,
         seeds=file.seeds or [base.get("seed", 42)],
         folds=file.folds,
@@ -487,6 +487,10 @@ def _notes(variant: Variant) -> list[str]:
     return []
 
 
+def _home(model: str) -> str:
+    return str(Path(model).expanduser()) if model.startswith("~") else model
+
+
 def _check_names(path: Path, file: CompareFile) -> None:
     taken = [*file.variants, *file.existing]
     if file.measure.untuned:
@@ -500,7 +504,7 @@ def _check_names(path: Path, file: CompareFile) -> None:
             f"{did_you_mean(file.baseline, taken)}"
         )
     for name, model in file.existing.items():
-        if re.match(r"^[./~]", model) and not Path(model).expanduser().is_dir():
+        if re.match(r"^[./~]", model) and not Path(_home(model)).is_dir():
             raise ConfigError(f"{path}: existing.{name}: there is no folder '{model}'.")
     if len(set(file.seeds)) < len(file.seeds):
         raise ConfigError(f"{path}: seeds: one is there twice.")

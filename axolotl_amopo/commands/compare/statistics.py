@@ -98,7 +98,8 @@ def pair_keys(scored: Json) -> list[tuple[Any, ...]]:
     for where, tokens, labels in zip(
         scored["where"], scored["tokens"], scored["labels"], strict=True
     ):
-        key = (where, *tokens, *(labels[k] for k in dimensions))
+        # Machines that share runs may have the data in other folders.
+        key = (where.rpartition("/")[2], *tokens, *(labels[k] for k in dimensions))
         keys.append((*key, seen[key]))
         seen[key] += 1
     return keys
