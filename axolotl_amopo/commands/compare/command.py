@@ -94,15 +94,18 @@ def compare(
     say = partial(click.echo, err=True) if not quiet else (lambda text: None)
     # Imports and forked processes log for themselves; stdout is for results.
     with library_output(quiet=False, as_json=True):
+        from axolotl_amopo.commands.compare.comparison import read_comparison
+
+        comparison = read_comparison(compare_file)  # before axolotl is imported, which takes long
         from axolotl_amopo.commands.compare import compare as comparing
 
         if dry_run:
-            planned = comparing.dry_run(compare_file, gpu)
+            planned = comparing.dry_run(comparison, gpu)
         elif report_only:
-            report = comparing.report_only(compare_file)
+            report = comparing.report_on(comparison)
         else:
             report = comparing.compare(
-                compare_file, shard=shard, jobs=jobs, check=not no_check, launch=launch, say=say
+                comparison, shard=shard, jobs=jobs, check=not no_check, launch=launch, say=say
             )
     from axolotl_amopo.commands.compare.text import print_comparison, print_plan
 

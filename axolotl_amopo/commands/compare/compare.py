@@ -2,7 +2,7 @@
 
 Example:
 
-    report = compare("compare.yml")
+    report = compare(read_comparison("compare.yml"))
     report.tables[0].cells["dpo"].change
 """
 
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-from axolotl_amopo.commands.compare.comparison import Comparison, Run, read_comparison
+from axolotl_amopo.commands.compare.comparison import Comparison, Run
 from axolotl_amopo.commands.compare.data import (
     check_values,
     exported_entry,
@@ -99,7 +99,7 @@ class PlannedRuns:
 
 
 def compare(
-    path: str | Path,
+    comparison: Comparison,
     *,
     shard: tuple[int, int] = (1, 1),
     jobs: int = 1,
@@ -107,9 +107,10 @@ def compare(
     launch: Literal["auto", "fork", "command"] = "auto",
     say: Say = lambda text: None,
 ) -> ComparisonReport:
-    """Make the runs of a compare.yml that are missing, and report on all.
+    """Make the runs of a comparison that are missing, and report on all.
 
     Args:
+        comparison: from `read_comparison`.
         shard: which of how many parts of the runs to make here.
         jobs: runs at once.
         check: let the first run of each variant go through the real commands too.
@@ -117,10 +118,9 @@ def compare(
         say: called with a line of text at each step.
 
     Raises:
-        AMoPOError: for a compare.yml or data that can't be used, a folder of something else, or
-            runs that were made with another config. Nothing is trained then.
+        AMoPOError: for a variant or data that can't be used, a folder of something else, or runs
+            that were made with another config. Nothing is trained then.
     """
-    comparison = read_comparison(path)
     import_once()
     check_variants(comparison)
     claim(comparison)
@@ -336,6 +336,8 @@ def duration(seconds: float) -> str:
 def report_on(comparison: Comparison) -> ComparisonReport:
     """Gather the lines of complete runs, write them down, and put the tables together.
 
+    Nothing is trained.
+
     A line comes from its run's folder, or where that is not here from `results.jsonl`: so several
     machines' files can be joined into one.
 
@@ -435,16 +437,7 @@ def write_lines(path: Path, lines: list[Json]) -> None:
     new.replace(path)
 
 
-def report_only(path: str | Path) -> ComparisonReport:
-    """Return the report on the runs that are complete; nothing is trained.
-
-    Raises:
-        AMoPOError: where there is none.
-    """
-    return report_on(read_comparison(path))
-
-
-def dry_run(path: str | Path, gpu: str | None = None) -> list[PlannedRuns]:
+def dry_run(comparison: Comparison, gpu: str | None = None) -> list[PlannedRuns]:
     """Return the runs of each variant, and what `plan` says of one; nothing is written.
 
     Args:
@@ -453,7 +446,6 @@ def dry_run(path: str | Path, gpu: str | None = None) -> list[PlannedRuns]:
     Raises:
         AMoPOError: as `compare` does.
     """
-    comparison = read_comparison(path)
     import_once()
     check_variants(comparison)
     made: dict[str, PlannedRuns] = {}
