@@ -180,6 +180,12 @@ def test_length_is_taken_out_as_score_does():
     assert columns.values[:, 1].tolist() == [1, 0, 1, 0, 1]
 
 
+def test_an_interval_where_all_are_right():
+    study = Study([line("a", many(np.ones(5), np.arange(5)))], "a")
+    (low, high) = next(t for t in study.tables("own") if t.measure == "x").cells["a"].interval
+    assert high == 1 and low == pytest.approx(0.025 ** (1 / 5))
+
+
 def many(right: np.ndarray, prompts: np.ndarray) -> dict:
     margins = [1.0 if one else -1.0 for one in right]
     return scored(margins, [[1, 1, 1]] * len(margins), prompts=prompts.tolist())

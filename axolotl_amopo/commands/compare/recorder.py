@@ -24,32 +24,32 @@ class RecorderPlugin(BasePlugin):
 
 
 class Recorder(TrainerCallback):
-    """Count what goes through the model between the first step and the last.
+    """Count what goes through the model between the first pass and the last step.
 
-    Tokens are those that reach the input embeddings, padding and passes of a reference included.
-    On several processes the numbers are of the first one, but for examples, which are of all.
+    Tokens are those that reach the input embeddings, padding and passes of a reference included,
+    but for those by which the plugin's trainer proves its layout once. On several processes the
+    numbers are of the first one, but for examples, which are of all.
     """
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.tokens = 0
-        self.begun = 0.0
-        self.hooks: list[Any] = []
+        self.begun: float | None = None
+        models = [trainer.model, getattr(trainer, "ref_model", None)]
+        self.hooks = [
+            model.get_input_embeddings().register_forward_pre_hook(self._count)
+            for model in models
+            if model is not None
+        ]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        models = {self.trainer.model, getattr(self.trainer, "ref_model", None)} - {None}
-        for model in models:
-            embeddings = model.get_input_embeddings()
-            self.hooks.append(embeddings.register_forward_pre_hook(self._count))
-        self.begun = time.monotonic()
+        self._begin()  # unless a reference was asked first
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not self.hooks:
-            return
         for hook in self.hooks:
             hook.remove()
+        if not state.is_world_process_zero or self.begun is None:
+            return
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         record = {
             "losses": [
@@ -66,8 +66,15 @@ class Recorder(TrainerCallback):
         path = Path(args.output_dir) / RECORD
         path.write_text(json.dumps(record, default=float) + "\n", encoding="utf-8")
 
+    def _begin(self) -> None:
+        if self.begun is None:
+            self.begun = time.monotonic()
+
     def _count(self, module: Any, inputs: tuple[Any, ...]) -> None:
-        self.tokens += inputs[0].numel()
+        self._begin()
+        # The plugin's trainer has chosen none while it tries its layouts; others have no choice.
+        if getattr(self.trainer, "choice", True) is not None:
+            self.tokens += inputs[0].numel()
 
 
 def peak_bytes() -> int:

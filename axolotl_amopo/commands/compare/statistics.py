@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from scipy import stats
 
 from axolotl_amopo.commands.compare.comparison import CONFLICT, LENGTH, MEAN, OVERALL, WORST
 
 # These belong to both commands, and move to commands/kit once score's part has settled.
 from axolotl_amopo.commands.score.measure import (
+    LEVEL,
     RESAMPLES,
     correct,
     holm,
@@ -282,7 +284,9 @@ class Study:
             for measure, value in values.items():
                 table = tables.setdefault(measure, Table(prompting, measure, *counts[measure]))
                 cell = Cell(number(value), run_deviation=deviations.get(measure))
-                if cell.value is not None:
+                if cell.value in (0, 1) and measure in self.names:
+                    cell.interval = exact_interval(cell.value, counts[measure][1])
+                elif cell.value is not None:
                     cell.interval = percentiles(without_nan(drawn[measure]))
                 cell.change = changes.get(measure)
                 table.cells[name] = cell
@@ -383,6 +387,15 @@ def correct_p(tables: Sequence[Table], named: Sequence[str]) -> int:
     for one, p in zip(changes, holm([one.p for one in changes]), strict=True):
         one.p_holm = p
     return len(changes)
+
+
+def exact_interval(share: float, prompts: int) -> tuple[float, float]:
+    """Return the interval of Clopper and Pearson where all pairs are right, or all wrong.
+
+    Every resample is the same there. As in `score`, prompts are what is counted.
+    """
+    exact = stats.binomtest(int(share) * prompts, prompts).proportion_ci(LEVEL)
+    return float(exact.low), float(exact.high)
 
 
 def number(value: Any) -> float | None:
