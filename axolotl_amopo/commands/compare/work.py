@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 from filelock import FileLock, Timeout
 
 from axolotl_amopo.commands.compare.comparison import Measure
@@ -173,9 +174,15 @@ def amopo_here(arguments: list[str]) -> None:
     """Run `axolotl amopo ...` in this process, found where the package offers it to axolotl.
 
     A command imports no other; as its users do, this one passes arguments and reads files.
+
+    Raises:
+        AMoPOError: with the sentence of the command.
     """
     (entry,) = importlib.metadata.entry_points(group="axolotl.cli_commands", name="amopo")
-    entry.load().main(arguments, prog_name="axolotl-amopo", standalone_mode=False)
+    try:
+        entry.load().main(arguments, prog_name="axolotl-amopo", standalone_mode=False)
+    except click.ClickException as error:
+        raise AMoPOError(error.format_message()) from None
 
 
 def _scored(folder: Path) -> Json:
