@@ -434,22 +434,25 @@ def test_it_goes_on_and_repeats_nothing(compared, first, forks):
     made = folder / "compared" / "runs"
     before = {file: file.stat().st_mtime_ns for file in made.rglob("trained.json")}
     whole = json.loads((made / "amopo" / "fold-1-seed-7" / "run.json").read_text("utf-8"))
-    # As if killed while one run was scored, and another trained.
+    # As if killed while one run was scored and another trained; a third is not of this shard.
     for name in ("run.json", "scored.json"):
         (made / "amopo" / "fold-1-seed-7" / name).unlink()
     for name in ("run.json", "trained.json", "scored.json"):
-        (made / "amopo" / "fold-2-seed-7" / name).unlink()
+        (made / "theirs" / "fold-2-seed-7" / name).unlink()
+    (made / "model" / "fold-1" / "run.json").unlink()
     values = yaml.safe_load(path.read_text("utf-8"))
     del values["existing"]["broken"]
     runs.write_config(folder, values, "compare.yml")
-    printed = invoke(forks, folder / "process", str(path), "--no-check", "--shard", "1/1")
-    assert "4 of 6 runs are complete already" in printed
+    options = ("--no-check", "--shard", "2/2", "--jobs", "2")
+    printed = invoke(forks, folder / "process", str(path), *options)
+    assert "1 of 3 runs are complete already" in printed and "6 of 6 runs;" in printed
     after = {file: file.stat().st_mtime_ns for file in made.rglob("trained.json")}
     again = {str(file.parent.relative_to(made)) for file in before if after[file] != before[file]}
-    assert again == {"amopo/fold-2-seed-7"}
+    assert again == {"theirs/fold-2-seed-7"}
+    assert not (made / "model" / "fold-1" / "run.json").exists()
     rescored = json.loads((made / "amopo" / "fold-1-seed-7" / "run.json").read_text("utf-8"))
     assert rescored["scored"]["own"] == whole["scored"]["own"]
-    old, new = (lines["amopo/fold-2-seed-7"] for lines in (first[1], results(folder)))
+    old, new = (lines["theirs/fold-2-seed-7"] for lines in (first[1], results(folder)))
     assert old["scored"]["plain"] == new["scored"]["plain"]  # the same seed, the same run
 
 
@@ -485,7 +488,7 @@ def test_what_is_there_is_not_mixed_or_overwritten(compared, first, tmp_path):
     more = changed_by(seeds=[7, 8])
     check_digests(more, more.runs())  # what is new is only added
     other = changed_by(measure={"limit": 3})
-    with pytest.raises(ConfigError, match=r"model/fold-1, .* made with another config"):
+    with pytest.raises(ConfigError, match=r"amopo/fold-1-seed-7, .* another config"):
         check_digests(other, other.runs())
     with pytest.raises(ConfigError, match="holds something else than a comparison"):
         claim(changed_by(output=str(compared[1])))
