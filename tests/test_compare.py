@@ -113,6 +113,27 @@ def test_the_configs_of_runs(tmp_path):
     assert len(digests) == len(planned)
 
 
+def test_every_objective_can_be_scored(tmp_path):
+    from axolotl_amopo.config.before_launch import check_before_launch
+    from axolotl_amopo.objectives import OBJECTIVES
+
+    base = small(amopo={"dimensions": ["a", "b"], "pairs": "best_worst"})
+    whole = ("lambda_dpo", "mrpo", "ric")  # which take all responses of a prompt
+    variants = {
+        name: {"amopo.objective": name} | ({"amopo.pairs": "all"} if name in whole else {})
+        for name in OBJECTIVES
+    }
+    made = read_comparison(compare_file(tmp_path, base, variants=variants))
+    blocks = {}
+    for run in made.runs()[: 1 + len(variants)]:
+        scoring = made.scoring(run, made.folder(run))
+        blocks[run.name] = scoring["amopo"]
+        check_before_launch(scoring, with_data=False)
+    assert {block["pairs"] for block in blocks.values()} == {"best_worst"}
+    assert blocks["ric"]["rating_in_prompt"] == "own" and blocks["ric"]["prompts"] == "one"
+    assert "instruction" not in blocks["amopo"] and blocks["dpo"]["instruction"] == ""
+
+
 def test_an_entry_of_a_fold_reads_as_the_data_does():
     entry = {"path": "org/data", "name": "x", "split": "train[:9]", "type": "amopo.rated",
              "scale": [1, 5], "weight": 0.5}  # fmt: skip

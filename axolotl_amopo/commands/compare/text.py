@@ -103,7 +103,7 @@ def cost_table(report: ComparisonReport) -> TextTable:
 def marked(report: ComparisonReport, name: str) -> str:
     """Return a name, with a star where its budget is not the baseline's."""
     cost = report.costs.get(name)
-    return f"{name} *" if cost and cost.differs else name
+    return f"{name}*" if cost and cost.differs else name
 
 
 def value(cell: Cell | None) -> str:
