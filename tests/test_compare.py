@@ -118,7 +118,7 @@ def test_every_objective_can_be_scored(tmp_path):
     from axolotl_amopo.objectives import OBJECTIVES
 
     base = small(amopo={"dimensions": ["a", "b"], "pairs": "best_worst"})
-    whole = ("lambda_dpo", "mrpo", "ric")  # which take all responses of a prompt
+    whole = ("lambda_dpo", "ric")  # which take all responses of a prompt
     variants = {
         name: {"amopo.objective": name} | ({"amopo.pairs": "all"} if name in whole else {})
         for name in OBJECTIVES
@@ -494,6 +494,9 @@ def test_tables_are_made_again_from_the_lines_alone(compared, first, tmp_path):
         for where in (folder / "compared", copied)
     )
     assert old["tables"] == new["tables"] and old["costs"] == new["costs"]
+    runs.write_config(tmp_path, values | {"measure": {"prompts": "own"}}, "compare.yml")
+    done = CliRunner().invoke(amopo, ["compare", str(moved), "--report-only"])
+    assert done.exit_code == 1 and "made with another config" in done.output
 
 
 def test_what_is_there_is_not_mixed_or_overwritten(compared, first, tmp_path):

@@ -49,6 +49,7 @@ from axolotl_amopo.errors import AMoPOError, ConfigError
 
 MARKER = "compare.json"
 RESULTS = "results.jsonl"
+OVERLAP = "overlap.json"
 REPORT = "report.json"
 
 Say = Callable[[str], None]
@@ -133,7 +134,7 @@ def compare(
     works = list(works_of(comparison, runs, in_fork=in_fork, check=check))
     mine = [work for number, work in enumerate(works) if number % shard[1] == shard[0] - 1]
     make(mine, jobs, say)
-    return report_on(comparison)
+    return report_on(comparison, after_runs=True)
 
 
 def check_variants(comparison: Comparison) -> None:
@@ -200,7 +201,7 @@ def claim(comparison: Comparison) -> None:
 
 
 def prepare_data(comparison: Comparison, say: Say) -> None:
-    """Make folds, or say how many held-out prompts are trained on too."""
+    """Make folds, or count how many held-out prompts are trained on too."""
     log = comparison.output / "data.log"
     if comparison.folds:
         count = call(make_folds, comparison, log=log)
@@ -213,11 +214,7 @@ def prepare_data(comparison: Comparison, say: Say) -> None:
         for key in ("datasets", "test_datasets")
     ]
     found = call(overlap, *parts, log=log)
-    if found["shared"]:
-        comparison.notes.append(
-            f"{found['shared']} of {found['heldout']} held-out prompts are trained on too: what is "
-            "measured on them is learnt by heart."
-        )
+    (comparison.output / OVERLAP).write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 def works_of(
@@ -230,7 +227,7 @@ def works_of(
         variant = run.variant
         exported = bool(variant and variant.is_axolotls)
         yield Work(
-            about=about(run),
+            about=about(run) | {"config": comparison.config_digest(run)},
             folder=folder,
             digest=comparison.run_digest(run),
             measure=comparison.measure,
@@ -263,12 +260,17 @@ def check_digests(comparison: Comparison, runs: list[Run]) -> None:
         if line and line["digest"] != comparison.run_digest(run):
             other.append(run.label)
     if other:
-        shown = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
-        raise ConfigError(
-            f"{comparison.path}: {shown}: made with another config, other data or another measure "
-            f"than it asks for now; name another output, or delete their folders in "
-            f"{comparison.output / 'runs'}. (New names, seeds and folds can be added.)"
-        )
+        raise other_config(comparison, other)
+
+
+def other_config(comparison: Comparison, labels: list[str]) -> ConfigError:
+    """Return the error that names runs of other configs than compare.yml now has."""
+    shown = ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
+    return ConfigError(
+        f"{comparison.path}: {shown}: made with another config, other data or another measure than "
+        f"it asks for now; name another output, or delete their folders in "
+        f"{comparison.output / 'runs'}. (New names, seeds and folds can be added.)"
+    )
 
 
 def make(works: list[Work], jobs: int, say: Say) -> None:
@@ -333,28 +335,42 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def report_on(comparison: Comparison) -> ComparisonReport:
+def report_on(comparison: Comparison, *, after_runs: bool = False) -> ComparisonReport:
     """Gather the lines of complete runs, write them down, and put the tables together.
 
-    Nothing is trained.
+    Nothing is trained. A line comes from its run's folder, or where that is not here from
+    `results.jsonl`: so several machines' files can be joined into one.
 
-    A line comes from its run's folder, or where that is not here from `results.jsonl`: so several
-    machines' files can be joined into one.
+    Args:
+        after_runs: the runs' folders were checked; a line of another config is one whose folder
+            was deleted to make it anew.
 
     Raises:
-        AMoPOError: where no run is complete.
+        AMoPOError: where no run is complete, or runs are of another config.
     """
     runs, output = comparison.runs(), comparison.output
     there = read_lines(output / RESULTS)
-    lines, failed = [], {}
+    lines, other, failed = [], [], {}
     for run in runs:
         line = finished(comparison.folder(run)) or there.get(run.label)
+        if line and line["config"] != comparison.config_digest(run):
+            other.append(run.label)
+            line = None
         if line:
             lines.append(line)
         elif (comparison.folder(run) / FAILED).is_file():
             text = (comparison.folder(run) / FAILED).read_text(encoding="utf-8")
             failed[run.label] = json.loads(text)["failed"]
+    if other and not after_runs:
+        raise other_config(comparison, other)
     notes = list(comparison.notes)
+    if (output / OVERLAP).is_file():
+        found = json.loads((output / OVERLAP).read_text(encoding="utf-8"))
+        if found["shared"]:
+            notes.append(
+                f"{found['shared']} of {found['heldout']} held-out prompts are trained on too: "
+                "what is measured on them may be learnt by heart."
+            )
     unknown = sorted(set(there) - {run.label for run in runs})
     if unknown:
         notes.append(f"{len(unknown)} runs that compare.yml no longer names are left out.")

@@ -288,8 +288,8 @@ class Comparison:
             for number, entry in enumerate(self.base["datasets"])
         ]
 
-    def run_digest(self, run: Run) -> str:
-        """Return a hash of all that decides a run's numbers, where it lies left out."""
+    def config_digest(self, run: Run) -> str:
+        """Return a hash of the configs that decide a run's numbers, where they lie left out."""
         facts: list[Any] = [self.measure.model_dump(), self.scoring(run, Path())]
         if run.variant:
             facts.append(self.training(run, Path()))
@@ -298,13 +298,18 @@ class Comparison:
         else:
             facts.append(run.model)
         text = json.dumps(facts, sort_keys=True, default=str).replace(str(self.output), "")
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def run_digest(self, run: Run) -> str:
+        """Return a hash of a run's configs and of the local files with its data."""
         files = [
             _digest(path, path.stat().st_mtime_ns)
             for part in ("train", "heldout")
             for entry in self.entries(run, part)
             for path in local_files(entry)
         ]
-        return hashlib.blake2b(" ".join([text, *files]).encode(), digest_size=16).hexdigest()
+        text = " ".join([self.config_digest(run), *files])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @functools.lru_cache
