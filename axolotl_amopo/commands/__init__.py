@@ -8,6 +8,7 @@ import click
 from dotenv import load_dotenv
 
 from axolotl_amopo.commands.chat.command import chat
+from axolotl_amopo.commands.compare.command import compare
 from axolotl_amopo.commands.configs.command import configs
 from axolotl_amopo.commands.generate.command import generate
 from axolotl_amopo.commands.inspect.command import inspect
@@ -44,7 +45,8 @@ def main() -> None:
     amopo(prog_name="axolotl-amopo")
 
 
-for _command in (chat, configs, generate, inspect, plan, reference, report, score, template):
+_commands = (chat, compare, configs, generate, inspect, plan, reference, report, score, template)
+for _command in _commands:
     amopo.add_command(_command)
 for _name in NAMES:
     amopo.add_command(passed_on_command(_name))

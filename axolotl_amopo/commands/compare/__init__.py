@@ -1,0 +1,1 @@
+"""`axolotl amopo compare`: train variants of a config, score them alike, and say what differs."""
