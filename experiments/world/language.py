@@ -170,7 +170,7 @@ def repetition(answer: str) -> float:
 def possible() -> list[dict[str, float]]:
     """Return the attributes of every kind of answer that is right, each kind once.
 
-    The best that any model can do is among them, or a mixture of them.
+    What the best possible model writes is among them.
     """
     found = []
     for opening, closing in itertools.product(OPENINGS, CLOSINGS):
@@ -181,16 +181,3 @@ def possible() -> list[dict[str, float]]:
                 answer = Answer("", ("",) * facts, hedges, courtesies, words)
                 found.append(_attributes(answer, right=facts))
     return found
-
-
-def best_for(weights: dict[str, float]) -> dict[str, float]:
-    """Return the attributes of the answer with the highest weighted sum.
-
-    Among equal ones, that with the highest plain sum.
-    """
-
-    def worth(one: dict[str, float]) -> tuple[float, float]:
-        weighted = sum(weight * one[name] for name, weight in weights.items())
-        return round(weighted, 9), sum(one[name] for name in weights)
-
-    return max(possible(), key=worth)

@@ -24,10 +24,10 @@ A run's measures are flat: names to numbers.
     steer/DIM/rank, /monotone, /span, /error    see `steer.py`; `steer` is the mean rank correlation
     pull/DIM                mean attribute when DIM alone is asked for, minus when another one is
     front                   hypervolume of the means of `best` and the sweep, as a share of all
-    front_ideal             that of the best possible answers at the same weights
+    *_ideal                 what the best possible answers of the language have: the volume below all
+                            of them, the highest mean over the dimensions, the highest minimum
 
-`means` has the mean attributes of every ask, from which all but the last two lines' can be made
-again.
+`means` has the mean attributes of every ask.
 """
 
 from collections.abc import Mapping, Sequence
@@ -198,13 +198,12 @@ def _front(config: AMoPOConfig, means: Mapping[str, dict[str, float]]) -> dict[s
     low, high = ([bound] * len(names) for bound in SCALE)
     asked = [ask for ask in means if ask == "best" or ask in names or ask.startswith("front")]
     points = [[means[ask][name] for name in names] for ask in asked]
-    ideal = [
-        language.best_for(dict(zip(names, weights, strict=True)))
-        for weights in simplex(len(names))
-    ]  # fmt: skip
+    possible = [[one[name] for name in names] for one in language.possible()]
     return {
         "front": hypervolume(points, low, high),
-        "front_ideal": hypervolume([[one[n] for n in names] for one in ideal], low, high),
+        "front_ideal": hypervolume(possible, low, high),
+        "score_ideal": max(float(np.mean(one)) for one in possible),
+        "worst_ideal": max(map(min, possible)),
     }
 
 

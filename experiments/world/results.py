@@ -6,7 +6,7 @@ A plan is a YAML file:
     baseline: amopo                                      a variant that others are compared with
     measures: [score, worst]                             of `measures.py`; those that are compared
     seeds: [1, 2, 3, 4, 5]
-    tuned: tuned.yml                                     learning_rate and rl_beta per objective
+    tuned: ../tuned.yml                                  learning_rate and rl_beta per objective
     common: {amopo: {dimensions: [detail, terse]}}       settings of all variants
     variants:
       amopo: {}                                          what each changes

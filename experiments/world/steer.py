@@ -23,7 +23,7 @@ def steered(asked: Sequence[float], obtained: Sequence[float]) -> Steered:
     """Return how what was obtained follows what was asked.
 
     >>> steered([1, 1, 3, 3, 5, 5], [2, 2, 2, 3, 4, 5])[:5]
-    ([1.0, 3.0, 5.0], [2.0, 2.5, 4.5], [2, 2, 2], 0.9128709291752769, True)
+    ([1.0, 3.0, 5.0], [2.0, 2.5, 4.5], [2, 2, 2], 0.8890008890013336, True)
 
     Args:
         asked: [n] the rating or the weight that each answer was asked for.

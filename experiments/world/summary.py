@@ -1,15 +1,15 @@
 """Say what the results say: tables with intervals, paired differences, plots.
 
     python experiments/world/summary.py experiments/world/plans/*.yml > experiments/world/summary.md
-    python experiments/world/summary.py --choose experiments/world/plans/tune.yml
+    python experiments/world/summary.py --choose experiments/world/plans/tune.yml > tuned.yml
 
 Every number comes from `results.jsonl`. A value is a mean over seeds with its 95 % interval (of
 Student's t). A difference is that of runs with the same seed, hence with the same questions and the
 same rated answers; its p-value is that of a paired t-test, corrected by Holm's method over all the
 differences of the plan's compared measures. Plots go to `plots/` beside the results.
 
-`--choose` writes the learning rate and the beta with the highest mean `score` of each objective to
-`tuned.yml` beside the plan.
+`--choose` prints the learning rate and the beta with the highest mean `score` of each objective:
+what `tuned.yml` holds.
 """
 
 import argparse
@@ -278,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("plans", nargs="+", type=Path, metavar="PLAN.yml")
-    parser.add_argument("--choose", action="store_true", help="write tuned.yml of a tuning plan")
+    parser.add_argument("--choose", action="store_true", help="print tuned.yml of a tuning plan")
     parser.add_argument("--results", type=Path, default=results.RESULTS)
     options = parser.parse_args(arguments)
     rows = results.read_results(options.results)
@@ -286,10 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = results.read_plan(path)
         mine = results.rows_of(plan, run.keys_of(plan), rows)
         if options.choose:
-            target = path.parent / "tuned.yml"
-            text = yaml.safe_dump(choose(plan, mine), sort_keys=False)
-            target.write_text(f"# summary.py --choose {path.name}\n{text}", encoding="utf-8")
-            print(text, end="")
+            print(yaml.safe_dump(choose(plan, mine), sort_keys=False), end="")
             continue
         print(section(plan, mine), end="\n\n")
         for plot in draw(plan, mine, options.results.parent / "plots"):
