@@ -39,6 +39,7 @@ CHAT_TEMPLATE = (
     "{% else %}{{ '<q> ' + message.content + ' ' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<a> ' }}{% endif %}"
 )
+RIGHT_AT_FIRST = 0.5  # share of the steps
 LONGEST_ANSWER = 20  # words, where generation is cut off; an answer of the grammar has at most 12
 
 
@@ -50,8 +51,8 @@ class BaseSettings:
     intermediate_size: int = 352
     layers: int = 4
     heads: int = 4
-    steps: int = 600
-    batch: int = 64
+    steps: int = 1000
+    batch: int = 32
     learning_rate: float = 3e-3
     seed: int = 0
 
@@ -65,7 +66,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         pad_token=PAD,
         unk_token=UNKNOWN,
         eos_token=END,
-        additional_special_tokens=[QUESTION, ANSWER],
+        extra_special_tokens=[QUESTION, ANSWER],
         chat_template=CHAT_TEMPLATE,
     )
 
@@ -95,15 +96,20 @@ def draw_instruction(numbers: random.Random) -> list[str]:
     return words
 
 
-def draw_text(numbers: random.Random) -> tuple[list[int], list[int]]:
-    """Return the token ids of a prompt and of an answer to it."""
+def draw_text(numbers: random.Random, right: float = language.RIGHT) -> tuple[list[int], list[int]]:
+    """Return the token ids of a prompt and of an answer to it.
+
+    Args:
+        numbers: what is drawn from.
+        right: share of right facts.
+    """
     question = language.draw_question(numbers)
     instruction = draw_instruction(numbers)
     words = [instruction, question.split()]
     if numbers.random() < 0.5:
         words.reverse()
     prompt = [QUESTION, *words[0], *words[1], ANSWER]
-    answer = [*language.draw_answer(question, numbers).split(), END]
+    answer = [*language.draw_answer(question, numbers, right).split(), END]
     return [IDS[word] for word in prompt], [IDS[word] for word in answer]
 
 
@@ -145,13 +151,16 @@ def new_model(settings: BaseSettings) -> LlamaForCausalLM:
             bos_token_id=None,
             eos_token_id=IDS[END],
             pad_token_id=IDS[PAD],
-            tie_word_embeddings=False,
+            tie_word_embeddings=True,
         )
     )
 
 
 def pretrain(settings: BaseSettings) -> LlamaForCausalLM:
-    """Return a model that was trained on texts of the language, on the answers alone."""
+    """Return a model that was trained on texts of the language, on the answers alone.
+
+    It begins with right answers, from which it learns faster where facts come from.
+    """
     model, numbers = new_model(settings), random.Random(f"texts {settings.seed}")
     steps = settings.steps
     optimizer = torch.optim.AdamW(
@@ -160,8 +169,9 @@ def pretrain(settings: BaseSettings) -> LlamaForCausalLM:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, steps + 1, pct_start=0.1, cycle_momentum=False
     )
-    for _ in range(steps):
-        texts = [draw_text(numbers) for _ in range(settings.batch)]
+    for step in range(steps):
+        right = language.RIGHT if step >= RIGHT_AT_FIRST * steps else 1.0
+        texts = [draw_text(numbers, right) for _ in range(settings.batch)]
         longest = max(len(prompt) + len(answer) for prompt, answer in texts)
         ids = torch.full((len(texts), longest), IDS[PAD])
         labels = torch.full_like(ids, -100)
@@ -208,26 +218,25 @@ def generate(model: Any, prompts: Sequence[list[int]], seed: int) -> list[Genera
 
 def _generate(model: Any, ids: Tensor, numbers: torch.Generator) -> list[Generated]:
     answers: list[list[int]] = [[] for _ in ids]
-    logps = torch.zeros(len(ids), dtype=torch.float64)
-    open_ = torch.ones(len(ids), dtype=torch.bool)
-    cache = None
+    logps = [0.0] * len(ids)
+    cache, left = None, list(range(len(ids)))  # which rows still run
     for _ in range(LONGEST_ANSWER + 1):
         output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, logits = output.past_key_values, output.logits[:, -1].float()
-        chosen = torch.multinomial(logits.softmax(-1), 1, generator=numbers)
-        logps += logits.log_softmax(-1).gather(-1, chosen).squeeze(-1).double() * open_
-        for answer, token, goes_on in zip(
-            answers, chosen[:, 0].tolist(), open_.tolist(), strict=True
-        ):
-            if goes_on:
-                answer.append(token)
-        open_ &= chosen[:, 0] != IDS[END]
-        if not open_.any():
+        ids = torch.multinomial(logits.softmax(-1), 1, generator=numbers)
+        found = logits.log_softmax(-1).gather(-1, ids)[:, 0].tolist()
+        for row, token, logp in zip(left, ids[:, 0].tolist(), found, strict=True):
+            answers[row].append(token)
+            logps[row] += logp
+        stay = [i for i, row in enumerate(left) if answers[row][-1] != IDS[END]]
+        if not stay:
             break
-        ids = chosen
+        if len(stay) < len(left):
+            left, ids = [left[i] for i in stay], ids[stay]
+            cache.batch_select_indices(torch.tensor(stay))
     return [
         Generated(text_of(answer), answer, logp)
-        for answer, logp in zip(answers, logps.tolist(), strict=True)
+        for answer, logp in zip(answers, logps, strict=True)
     ]
 
 

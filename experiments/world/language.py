@@ -4,11 +4,11 @@ A question names somebody and five facts, one of each kind, in this order:
 
     ann blue vast shy river smith
 
-An answer names her again and tells some of the facts, in any order, perhaps with hedges in front of
-them, perhaps with courtesies around all:
+An answer names her again and tells some of the facts, in the same order, perhaps with hedges in
+front of them, perhaps with courtesies around all:
 
     ann is blue
-    hello dear ann looks perhaps shy smith maybe vast many thanks
+    hello dear ann looks perhaps vast shy maybe smith many thanks
     ann is green shy smith                                         (green is wrong)
 
     answer    = [opening] name verb item {item} [closing]
@@ -18,8 +18,8 @@ them, perhaps with courtesies around all:
     item      = [hedge] fact
     hedge     = "perhaps" | "maybe" | "possibly"
 
-No kind of fact comes twice, and facts and hedges together are at most six words. Five attributes of
-an answer are exact, each on a scale of 1 to 5:
+The kinds of facts keep their order, and facts and hedges together are at most six words. Five
+attributes of an answer are exact, each on a scale of 1 to 5:
 
     detail      how many facts it tells, 1 to 5
     terse       5 for the shortest answer (3 words), 1 for the longest (12)
@@ -36,7 +36,7 @@ rules.
 >>> question = "ann blue vast shy river smith"
 >>> attributes(question, "ann is blue")
 {'detail': 1.0, 'terse': 5.0, 'caution': 1.0, 'courtesy': 1.0, 'correct': 5.0}
->>> attributes(question, "hello dear ann looks perhaps shy green maybe vast many thanks")
+>>> attributes(question, "hello dear ann looks perhaps green shy maybe smith many thanks")
 {'detail': 3.0, 'terse': 1.4444444444444446, 'caution': 3.6666666666666665, 'courtesy': 5.0, \
 'correct': 3.6666666666666665}
 >>> attributes(question, "ann is blue red")["detail"]
@@ -98,10 +98,10 @@ def draw_question(numbers: random.Random) -> str:
     return " ".join([numbers.choice(NAMES), *map(numbers.choice, KINDS)])
 
 
-def draw_answer(question: str, numbers: random.Random) -> str:
-    """Return an answer as the base model shall give them."""
+def draw_answer(question: str, numbers: random.Random, right: float = RIGHT) -> str:
+    """Return an answer as the base model shall give them, with this share of right facts."""
     name, *truth = question.split()
-    kinds = numbers.sample(range(len(KINDS)), numbers.randint(1, len(KINDS)))
+    kinds = sorted(numbers.sample(range(len(KINDS)), numbers.randint(1, len(KINDS))))
     most = min(len(kinds), MOST_HEDGES, MOST_FACTS_AND_HEDGES - len(kinds))
     hedges = numbers.randint(1, most) if numbers.random() < 0.5 else 0
     hedged = set(numbers.sample(kinds, hedges))
@@ -109,9 +109,8 @@ def draw_answer(question: str, numbers: random.Random) -> str:
     for kind in kinds:
         if kind in hedged:
             words.append(numbers.choice(HEDGES))
-        right = numbers.random() < RIGHT
         others = [fact for fact in KINDS[kind] if fact != truth[kind]]
-        words.append(truth[kind] if right else numbers.choice(others))
+        words.append(truth[kind] if numbers.random() < right else numbers.choice(others))
     return " ".join([*words, *_courtesy(CLOSINGS, numbers)])
 
 
@@ -133,8 +132,8 @@ def parse(answer: str) -> Answer | None:
     if any(one in HEDGES and other in HEDGES for one, other in itertools.pairwise(items)):
         return None
     facts = tuple(word for word in items if word not in HEDGES)
-    kinds = {KIND_OF.get(fact) for fact in facts}
-    if None in kinds or len(kinds) < len(facts):
+    kinds = [KIND_OF.get(fact, -1) for fact in facts]
+    if -1 in kinds or any(one >= other for one, other in itertools.pairwise(kinds)):
         return None
     hedges = len(items) - len(facts)
     return Answer(rest[0], facts, hedges, len(opening) + len(closing), len(words))

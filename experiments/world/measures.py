@@ -24,8 +24,8 @@ A run's measures are flat: names to numbers.
     steer/DIM/rank, /monotone, /span, /error    see `steer.py`; `steer` is the mean rank correlation
     pull/DIM                mean attribute when DIM alone is asked for, minus when another one is
     front                   hypervolume of the means of `best` and the sweep, as a share of all
-    *_ideal                 what the best possible answers of the language have: the volume below all
-                            of them, the highest mean over the dimensions, the highest minimum
+    *_ideal                 what the best possible answers of the language have: the volume below
+                            all, the highest mean over the dimensions, the highest minimum
 
 `means` has the mean attributes of every ask.
 """
