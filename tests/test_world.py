@@ -123,7 +123,7 @@ def test_texts_outside_of_the_grammar_are_worth_nothing(text: str) -> None:
 
 def test_attributes_by_hand() -> None:
     assert language.attributes(QUESTION, "ben is blue vast")["correct"] == 1.0  # it is about ann
-    found = language.attributes(QUESTION, "ann looks maybe smith river many thanks")
+    found = language.attributes(QUESTION, "ann looks maybe river smith many thanks")
     assert found["detail"] == 2 and found["courtesy"] == 3 and found["correct"] == 5
     assert found["caution"] == pytest.approx(1 + 4 / 3)
     assert found["terse"] == pytest.approx(5 - 4 * 4 / 9)
@@ -206,12 +206,11 @@ def test_signs_of_the_examples_are_those_of_the_attributes() -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_trains(objective: str) -> None:
-    before, seen = trained(settings(objective), steps=0) if objective == "dpo" else (None, {})
+    base = base_model.load_base(experiment.read_settings(TINY).base)
+    before = torch.cat([p.detach().flatten() for p in base.parameters()])
     after, seen = trained(settings(objective), steps=2)
     assert math.isfinite(seen["loss"]) and seen["tokens"] > 0
-    assert after.isfinite().all()
-    if before is not None:
-        assert (after != before).any()
+    assert after.isfinite().all() and (after != before).any()
 
 
 def test_the_first_loss_is_that_of_a_policy_that_is_its_reference() -> None:
@@ -332,7 +331,11 @@ def test_tables_by_hand(tmp_path: Path) -> None:
 
 
 def test_the_plans_can_be_run_and_the_rows_are_theirs() -> None:
-    plans = [results.read_plan(path) for path in sorted(WORLD.glob("plans/*.yml"))]
+    plans = [
+        results.read_plan(path)
+        for path in sorted(WORLD.glob("plans/*.yml"))
+        if path.name == "tune.yml" or (WORLD / "tuned.yml").is_file()
+    ]
     keys = {key for key, *_ in run.planned(plans)}
     rows = results.read_results()
     for key, row in rows.items():

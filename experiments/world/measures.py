@@ -49,7 +49,7 @@ from axolotl_amopo.model import make_batch, responses
 from axolotl_amopo.objectives.ric import targets
 from axolotl_amopo.steering.steering import OVERALL, Settings, Steering
 
-ANSWERS = {"plain": 3, "best": 4}  # per question; of every other ask one
+ANSWERS = {"plain": 2, "best": 4}  # per question; of every other ask one
 WEIGHTS = (0.0, 0.2, 0.5, 0.8, 1.0)
 
 

@@ -52,7 +52,7 @@ class RunSettings:
     pairs_per_step: int = 16
     data: DataSettings = field(default_factory=DataSettings)
     base: BaseSettings = field(default_factory=BaseSettings)
-    heldout_prompts: int = 128
+    heldout_prompts: int = 64
 
     @cached_property
     def config(self) -> AMoPOConfig:

@@ -31,7 +31,7 @@ SEQUENCE_LEN = 64  # more than the longest instruction, question and answer toge
 class DataSettings:
     """What preference data there is."""
 
-    prompts: int = 512
+    prompts: int = 256
     responses: int = 4
     noise: float = 0.0  # share of ratings that say nothing
 

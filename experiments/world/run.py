@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if bool(options.plans) == bool(options.row):
         parser.error("name plans, or a row")
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    transformers.utils.logging.disable_progress_bar()
     try:
         if options.row:
             return 0 if repeat(options.row, options.results) else 1
