@@ -107,6 +107,7 @@ def test_what_is_drawn_is_of_the_grammar_and_spread_over_the_scales() -> None:
         "ann is",
         "is blue",
         "ann is blue red",  # two of a kind
+        "ann is vast blue",  # not in the order of the kinds
         "ann is blue perhaps",
         "ann is perhaps maybe blue",
         "ann is perhaps blue maybe vast perhaps shy river",  # seven words of facts and hedges
@@ -164,11 +165,13 @@ def test_hypervolume_is_what_counting_says(count: int) -> None:
 
 def test_generated_answers_have_the_probabilities_of_the_package_s_forward() -> None:
     base = base_model.load_base(experiment.read_settings(TINY).base)
-    prompts = [base_model.chat().prompt_ids(rated.messages(q)) for q in (QUESTION, QUESTION)]
-    prompts.append(base_model.chat().prompt_ids(rated.messages("detail 4 " + QUESTION)))
+    questions = rated.draw_questions(12, 1, held_out=True)
+    asked = [*questions, f"detail 4 {QUESTION}"]
+    prompts = [base_model.chat().prompt_ids(rated.messages(text)) for text in asked]
     drawn = base_model.generate(base, prompts, seed=3)
     assert drawn == base_model.generate(base, prompts, seed=3)
     assert drawn != base_model.generate(base, prompts, seed=4)
+    assert len({len(one.ids) for one in drawn[:12]}) > 2  # some end while others run
     found = measures.answer_logps(base, prompts, [one.ids for one in drawn])
     assert found == pytest.approx([one.logp for one in drawn], abs=1e-3)
 
