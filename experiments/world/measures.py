@@ -20,7 +20,8 @@ A run's measures are flat: names to numbers.
     kl                      mean log(pi / base) of the same answers in nats
     ordering, ordering/DIM  share of pairs of held-out answers of the base model whose implicit
                             rewards are in the order of the exact attribute, under the prompt that
-                            asks for DIM at its best; equal ones left out
+                            asks for DIM at its best; equal attributes left out,
+                            equal rewards count half
     steer/DIM/rank, /monotone, /span, /error    see `steer.py`; `steer` is the mean rank correlation
     pull/DIM                mean attribute when DIM alone is asked for, minus when another one is
     front                   hypervolume of the means of `best` and the sweep, as a share of all
@@ -296,7 +297,8 @@ def ordering(
         rewards = objective(given, None).rewards
         chosen, rejected = given.winner_first(rewards).unbind(-1)
         said = given.signs != 0
-        right += ((chosen > rejected) & said).sum(0)
+        share = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+        right += (share * said).sum(0)
         count += said.sum(0)
     shares = (right / count.clamp(min=1)).tolist()
     made = {f"ordering/{name}": share for name, share in zip(names, shares, strict=True)}
