@@ -612,7 +612,7 @@ def test_gradients_that_conflict(tmp_path):
     assert "gradients: cagrad" in found.advice and "amopo.weights" in found.advice
     found = finding([-0.6], objective="mgda")
     assert "gradients: mgda" in found.advice and "amopo.weights" not in found.advice
-    assert finding([-0.6, 0.2, 0.3], objective="raco") is None
+    assert finding([-0.9, 0.2, 0.3], objective="raco") is None
     assert finding([-0.01], objective="raco") is None
 
 
@@ -711,6 +711,9 @@ def test_advice_names_keys_that_the_objective_has(tmp_path):
     assert "weight" not in advice("sacrificed", pays, objective="mgda")
 
     assert "lower gamma" in advice("length-grows", longer, objective="simpo")
+    # Its gamma is that of another form.
+    text = advice("length-grows", longer, objective="mappo", every=0)
+    assert "gamma" not in text and "length_normalised: true" in text
     nearest = {"objective": "amopo", "winner": "nearest"}
     assert "ask for" in advice("below-chance", below_chance, **nearest)
     text = advice("below-chance", below_chance, objective="simpo", winner="per_dimension")
@@ -729,7 +732,7 @@ def test_small_rewards_are_measured_by_themselves(tmp_path):
 
         return codes(read(tmp_path / "run", edited(run_of(objective="lambda_dpo"), change)))
 
-    assert scaled(0.1) == set()
+    assert scaled(0.05) == set()
     assert scaled(1e-3) == {"nothing-moved"}
 
 

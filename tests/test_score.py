@@ -375,7 +375,6 @@ def test_every_objective_by_its_own_reward(objective, tmp_path, trained, tiny_mo
         return pytest.approx(report["beta"] * (better - worse), rel=1e-3, abs=1e-5)
 
     found = pair["margins"]["tuned"]
-    assert found["plain"] == margin("First?", "First?") and abs(found["plain"]) > 1e-4
     asked = "Your answer will be rated on helpfulness, from 1 to 5. Write an answer whose "
     rated = (
         "Your answer will be rated on several dimensions. helpfulness, from 1 to 5: aim for {}. "
@@ -391,7 +390,12 @@ def test_every_objective_by_its_own_reward(objective, tmp_path, trained, tiny_mo
         "ric": [rated.format(5, 2), rated.format(1, 3)],  # each response's own ratings
     }  # fmt: skip
     assert found["helpfulness"] == margin(*texts.get(objective, ["First?", "First?"]))
-    assert len(report["rows"]) == (4 if "overall" not in found else 6)
+    assert abs(found["helpfulness"]) > 1e-4
+    kinds = ["own"]
+    if objective in texts:
+        assert found["plain"] == margin("First?", "First?")
+        kinds.append("plain")
+    assert list(dict.fromkeys(row["prompting"] for row in report["rows"])) == kinds
     assert all(row["models"]["tuned"]["n"] for row in report["rows"])
     # Prompts are compared where there are several.
     assert bool(report["agreement"]["models"]) == (objective in ("amopo", "cos_dpo"))

@@ -155,7 +155,8 @@ def score(
             against the model as training found it where that has a reference; `average`: the mean
             log-probability per token; `sum`: its sum; `reference`: the sum less the base's. By
             default `objective`, but `average` for several models, which every model has.
-        prompts: `own` with the instructions of training, `plain` without any, or `both`.
+        prompts: `own` with the instructions of training, `plain` without any, or `both`, which is
+            `own` where training had no instructions.
         batch_pairs: pairs per forward pass.
         progress: called with a model's name and the number of pairs; what it returns is called
             with the number of pairs that were just scored.
@@ -217,6 +218,9 @@ def score(
                 "with a config that has winner: per_dimension."
             )
         prompts = "own"
+    elif prompts == "both" and not config.has_instructions:
+        prompts = "own"  # the same twice would count as twice as many comparisons
+        notes.append("Training's prompts have no instruction, so there is one kind of prompt.")
 
     tokenizer = load_tokenizer(cfg)
     # Groups hold all pairs of a prompt, so that a split of groups parts prompts too.
@@ -489,5 +493,3 @@ def observations(
             "As trained, each response stands under a prompt that states its own ratings, so the "
             "rewards of a pair are of two prompts."
         )
-    if not config.has_instructions and len(report.titles) > 1:
-        yield "Training's prompts have no instruction, so both kinds of prompt give one result."
