@@ -38,7 +38,7 @@ from axolotl_amopo.commands.plan.step import (
 )
 from axolotl_amopo.commands.plan.text import print_plan
 from axolotl_amopo.config.axolotl_keys import check_parts
-from axolotl_amopo.config.block import SUPPLIED, AMoPOConfig, read_block
+from axolotl_amopo.config.block import AMoPOConfig, read_block
 from axolotl_amopo.example import Example, pair
 from axolotl_amopo.model.attention import PACKED_SDPA
 from axolotl_amopo.model.forward import causal_model, response_logps, teach
@@ -507,7 +507,7 @@ def test_what_has_no_room_is_said_to_be_the_gradients(small, changes, capsys):
 
 # Those that tests above and below have already.
 PLANNED = {"amopo", "simpo", "dpo", "ipo", "raco", "mgda"}
-OTHERS = [n for n in OBJECTIVES if OBJECTIVES[n]().needs <= SUPPLIED and n not in PLANNED]
+OTHERS = [name for name in OBJECTIVES if name not in {*PLANNED, "mrpo"}]
 
 
 @pytest.mark.parametrize("name", OTHERS)

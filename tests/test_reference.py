@@ -79,7 +79,7 @@ def test_two_equal_references_are_dpo(tmp_path, tiny_model, data):
     mrpo = logs(runs.train(path))
     dpo = logs(runs.train(config(tmp_path / "dpo", tiny_model, data, {"objective": "dpo"})))
     assert mrpo[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert mrpo[0]["amopo/from_reference"] < 1e-3
+    assert mrpo[0]["reference/difference"] < 1e-3
     assert abs(mrpo[-1]["rewards/margins"]) > 1e-4
     for one, same in zip(mrpo, dpo, strict=True):
         assert one["loss"] == pytest.approx(same["loss"], abs=2e-5)
@@ -111,7 +111,7 @@ def test_a_model_with_another_tokenizer(tmp_path, tiny_model, other, data):
             assert sums[row["example_id"]][0, place] == pytest.approx(wanted, rel=1e-5)
     # Neither is the other one, so nothing begins at log 2.
     assert abs(logs(trainer)[0]["loss"] - math.log(2)) > 1e-2
-    assert "amopo/from_reference" not in logs(trainer)[0]
+    assert "reference/difference" not in logs(trainer)[0]
 
 
 def test_a_run_knows_what_it_compares_with(tmp_path, tiny_model, data):

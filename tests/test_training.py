@@ -192,7 +192,7 @@ def test_every_objective_trains(objective, tmp_path, tiny_model, groups):
     paper = trainer.objective.paper
     if "reference" in trainer.objective.needs:
         assert abs(first["rewards/margins"]) < 1e-5
-        assert first["amopo/from_reference"] < 1e-3
+        assert first["reference/difference"] < 1e-3
     found = {finding.code for finding in findings(read_run(out))}
     assert not found & {"another-start", "nothing-moved", "loss-rose", "length-grows"}
     card = (out / "README.md").read_text(encoding="utf-8")

@@ -498,5 +498,5 @@ class AMoPOTrainer(AxolotlTrainer):
                 combined.metrics = {}  # the cosines of a step are logged once
             if self._from_reference is not None:
                 worst = self.accelerator.gather(self._from_reference).max().item()
-                logs["amopo/from_reference"], self._from_reference = worst, None
+                logs["reference/difference"], self._from_reference = worst, None
         super().log(logs, start_time)
