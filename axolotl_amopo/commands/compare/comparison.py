@@ -240,7 +240,7 @@ class Comparison:
         """Return the config by which a run is scored.
 
         The pairs are the same for all runs; the prompts "own" are those that the run was trained
-        with. SimPO takes any of them, and its reward is the plain mean log-probability.
+        with, which AMoPO takes whatever they are; the reward is the plain mean log-probability.
         """
         of_run = run.variant.values if run.variant else self.base
         values = without_evaluation(self.base)
@@ -256,7 +256,8 @@ class Comparison:
                 own = {"overall": False, "rating_in_prompt": "none", "prompts": "one"}
                 block = plain(of_run["amopo"]) | block | own
             else:
-                block |= pick(trained, PROMPTING) | {"objective": "simpo"}
+                # Not SimPO, whose default is to have no instruction.
+                block |= pick(trained, PROMPTING) | {"objective": "amopo"}
                 if block["rating_in_prompt"] == "target":
                     block["rating_in_prompt"] = "chosen"
         values |= self._places(run, folder / "scoring") | {"seed": self.base.get("seed", 42)}

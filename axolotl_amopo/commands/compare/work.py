@@ -148,7 +148,7 @@ def _score(work: Work) -> Json:
         call(amopo_here, arguments)
     else:
         _command("amopo", *arguments)
-    return _scored(folder) | {"wall_seconds": time.monotonic() - started}
+    return _scored(folder, work.scoring) | {"wall_seconds": time.monotonic() - started}
 
 
 def score_arguments(path: Path, model: str, measure: Measure, folder: Path) -> list[str]:
@@ -185,11 +185,20 @@ def amopo_here(arguments: list[str]) -> None:
         raise AMoPOError(error.format_message()) from None
 
 
-def _scored(folder: Path) -> Json:
+def _scored(folder: Path, scoring: Json) -> Json:
+    """Return what `score` found by a config, pair by pair.
+
+    Where the config's prompts have no instruction, `score` has one kind of prompt, which is both.
+    """
+    block = scoring["amopo"]
+    unsteered = block.get("instruction") == block.get("overall_instruction") == ""
     with open(folder / "pairs.jsonl", encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
     names = list(lines[0]["labels"])
     margins = [line["margins"]["tuned"] for line in lines]
+    for one in margins:
+        if unsteered and one["plain"] is None:
+            one["plain"] = next((one[name] for name in names if one[name] is not None), None)
     return {
         "names": names,
         "where": [line["where"] for line in lines],
@@ -217,7 +226,7 @@ def _check(work: Work) -> Json:
     _command("train", str(path))
     scoring = write_yaml(folder / "score.yml", work.scoring)
     _command("amopo", *score_arguments(scoring, str(folder / "model"), work.measure, folder))
-    return {"losses": _record(folder / "model")["losses"]} | _scored(folder)
+    return {"losses": _record(folder / "model")["losses"]} | _scored(folder, work.scoring)
 
 
 def differences(trained: Json, scored: Json, checked: Json) -> list[str]:
