@@ -28,8 +28,6 @@ ALLOWED = {
 FOR_ALL = {"errors", "example", ""}
 # A command imports none of the others, only what they share.
 SHARED_BY_COMMANDS = "kit"
-# Both commands' statistics; the exception goes when they stand in kit.
-BORROWED = {"compare": "commands.score.measure"}
 
 
 def imports(path: Path) -> set[str]:
@@ -73,8 +71,6 @@ def test_nothing_imports_upward(layer: str) -> None:
             assert other in allowed or version, f"{path}: {layer} must not import {name}"
             if layer == "commands" and other == "commands" and len(rest) > 1:
                 command = name.split(".")[1]
-                if name.startswith(BORROWED.get(rest[0], "-")):
-                    continue
                 assert command in (rest[0], SHARED_BY_COMMANDS), f"{path}: imports {name}"
 
 

@@ -12,7 +12,7 @@ from runs import LORA, config, write_config, write_jsonl
 from scipy import stats
 
 from axolotl_amopo.commands import amopo
-from axolotl_amopo.commands.score.measure import (
+from axolotl_amopo.commands.kit.margins import (
     agreement,
     change,
     correct,

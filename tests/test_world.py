@@ -19,17 +19,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments" / "world"))
 
 import base_model
 import experiment
-import front
 import language
 import measures
 import preference
 import rated
 import results
 import run
-import steer
 import summary
 
 from axolotl_amopo.objectives import OBJECTIVES
+from axolotl_amopo.steering import effect, front
 
 WORLD = results.HERE
 QUESTION = "ann blue vast shy river smith"
@@ -79,7 +78,7 @@ def trained(given: dict[str, Any], steps: int = 1) -> tuple[torch.Tensor, dict[s
     return torch.cat([p.detach().flatten() for p in base.parameters()]), seen
 
 
-@pytest.mark.parametrize("module", [language, steer, front, summary], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [language, effect, front, summary], ids=lambda m: m.__name__)
 def test_examples_in_docstrings_hold(module) -> None:
     done = doctest.testmod(module)
     assert done.attempted and not done.failed
@@ -143,14 +142,14 @@ def test_what_conflicts_and_what_does_not() -> None:
 
 
 def test_steering_of_arrays() -> None:
-    flat = steer.steered([1, 5, 1, 5], [2, 2, 2, 2])
+    flat = effect.steered([1, 5, 1, 5], [2, 2, 2, 2])
     assert flat.rank_correlation == 0 and flat.monotone and flat.span == 0
-    against = steer.steered([1, 2, 3], [3, 2, 1])
+    against = effect.steered([1, 2, 3], [3, 2, 1])
     assert against.rank_correlation == -1 and not against.monotone and against.span == -2
-    assert steer.steered([1, 5], [2, 3]).error == 1.5
+    assert effect.steered([1, 5], [2, 3]).error == 1.5
     for asked, obtained in (([1], [1]), ([1, 2], [1]), ([1, 2], [1, math.nan])):
         with pytest.raises(ValueError):
-            steer.steered(asked, obtained)
+            effect.steered(asked, obtained)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])

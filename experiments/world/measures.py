@@ -22,7 +22,8 @@ A run's measures are flat: names to numbers.
                             rewards are in the order of the exact attribute, under the prompt that
                             asks for DIM at its best; equal attributes left out,
                             equal rewards count half
-    steer/DIM/rank, /monotone, /span, /error    see `steer.py`; `steer` is the mean rank correlation
+    steer/DIM/rank, /monotone, /span, /error    see `effect.py` in axolotl_amopo/steering;
+                            `steer` is the mean rank correlation
     pull/DIM                mean attribute when DIM alone is asked for, minus when another one is
     front                   hypervolume of the means of `best` and the sweep, as a share of all
     *_ideal                 what the best possible answers of the language have: the volume below
@@ -39,15 +40,15 @@ import base_model
 import language
 import numpy as np
 import torch
-from front import hypervolume, simplex
 from preference import Engine, RunSettings, stacked
 from rated import SCALE, Answered, drawn_seed, messages
-from steer import steered
 
 from axolotl_amopo.config.block import AMoPOConfig
 from axolotl_amopo.example import Example, flat
 from axolotl_amopo.model import make_batch, responses
 from axolotl_amopo.objectives.ric import targets
+from axolotl_amopo.steering.effect import steered
+from axolotl_amopo.steering.front import hypervolume, simplex
 from axolotl_amopo.steering.steering import OVERALL, Settings, Steering
 
 ANSWERS = {"plain": 2, "best": 4}  # per question; of every other ask one

@@ -16,9 +16,7 @@ import numpy as np
 from scipy import stats
 
 from axolotl_amopo.commands.compare.comparison import CONFLICT, LENGTH, MEAN, OVERALL, WORST
-
-# These belong to both commands, and move to commands/kit once score's part has settled.
-from axolotl_amopo.commands.score.measure import (
+from axolotl_amopo.commands.kit.margins import (
     LEVEL,
     RESAMPLES,
     correct,

@@ -16,8 +16,7 @@ from axolotl.cli.config import load_cfg
 from axolotl.loaders import load_tokenizer
 
 from axolotl_amopo.commands.kit import text
-from axolotl_amopo.commands.score.data import RatedPairs, Split, rated_pairs
-from axolotl_amopo.commands.score.measure import (
+from axolotl_amopo.commands.kit.margins import (
     FEW_PROMPTS,
     AccuracyChange,
     Measures,
@@ -28,6 +27,7 @@ from axolotl_amopo.commands.score.measure import (
     intervals,
     measure,
 )
+from axolotl_amopo.commands.score.data import RatedPairs, Split, rated_pairs
 from axolotl_amopo.commands.score.rewards import ModelPath, Reward, default_models, model_rewards
 from axolotl_amopo.config.block import AMoPOConfig, read_block
 from axolotl_amopo.config.references import INITIAL

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from rich.markup import escape
 from rich.padding import Padding
 
+from axolotl_amopo.commands.kit.margins import SIMILAR_RATIO
 from axolotl_amopo.commands.kit.text import plain_table, terminal
-from axolotl_amopo.commands.score.measure import SIMILAR_RATIO
 from axolotl_amopo.commands.score.report import (
     ScoreReport,
     ScoreRow,
