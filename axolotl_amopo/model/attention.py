@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.flash_attention import get_target_dtype
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask, sdpa_mask
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.utils.generic import is_flash_attention_requested
@@ -227,11 +227,9 @@ def packed_sdpa(
         if dropout:
             raise NotImplementedError("packed attention does not know attention_dropout on a GPU")
         return packed_varlen(module, query, key, value, amopo_forest, window, scaling), None
-    groups = query.shape[1] // key.shape[1]
     # One split instead of slices: its backward is one concatenation, not a zero-filled [N] each.
     queries, keys, values = (
-        states.split(amopo_forest.lengths, dim=2)
-        for states in (query, repeat_kv(key, groups), repeat_kv(value, groups))
+        states.split(amopo_forest.lengths, dim=2) for states in (query, key, value)
     )
     outputs = []
     for segment, path in enumerate(amopo_forest.paths):
@@ -241,7 +239,15 @@ def packed_sdpa(
         mask = amopo_forest.mask(q.shape[2], k.shape[2], window, q)
         outputs.append(
             F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scaling,
+                # Key heads that several query heads share are not written out, nor kept, for each.
+                enable_gqa=True,
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
