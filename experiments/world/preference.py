@@ -46,7 +46,7 @@ class RunSettings:
     amopo: dict[str, Any] = field(default_factory=dict)
     rl_beta: float | None = None  # default: the objective's own
     learning_rate: float = 1e-3
-    max_steps: int = 200  # 0: the base model as it is
+    max_steps: int = 100  # 0: the base model as it is
     max_grad_norm: float = 1.0
     # A group of N responses counts as N / 2 pairs, so all objectives see as many responses.
     pairs_per_step: int = 16
