@@ -15,9 +15,11 @@ import pytest
 import torch
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments" / "world"))
 
 import base_model
+import evidence
 import experiment
 import language
 import measures
@@ -330,6 +332,11 @@ def test_tables_by_hand(tmp_path: Path) -> None:
     assert "8 of 9 runs" in text and "| b | a | score | 1.000 ± 0.248 | 3 |" in text
     assert len(summary.draw(plan, rows, tmp_path / "plots")) == 1
     assert summary.choose(plan, rows)["simpo"] == {}
+    lines = evidence.table(plan, rows, ["score"]).splitlines()
+    p = f"p {one.corrected:.3g}"
+    assert lines[3].startswith("| b | 3 | 3.000 ± ")
+    assert lines[3].endswith(f" | 1.000 ± 0.248, {p} |")
+    assert lines[-1] == "(Differences: from `a`. 8 of 9 runs, `plans/p.yml`.)"
 
 
 def test_the_plans_can_be_run_and_the_rows_are_theirs() -> None:

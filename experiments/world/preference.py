@@ -49,7 +49,7 @@ class RunSettings:
     max_steps: int = 100  # 0: the base model as it is
     max_grad_norm: float = 1.0
     # A group of N responses counts as N / 2 pairs, so all objectives see as many responses.
-    pairs_per_step: int = 16
+    pairs_per_step: int = 8
     data: DataSettings = field(default_factory=DataSettings)
     base: BaseSettings = field(default_factory=BaseSettings)
     heldout_prompts: int = 64

@@ -171,8 +171,8 @@ def section(plan: Plan, rows: Rows) -> str:
                         one.measure,
                         str(one.mean),
                         str(one.mean.count),
-                        _p(one.p),
-                        _p(one.corrected),
+                        p_text(one.p),
+                        p_text(one.corrected),
                     ]
                     for one in found
                 ],
@@ -189,7 +189,8 @@ def _place(name: str) -> int:
     return language.ATTRIBUTES.index(name)
 
 
-def _p(value: float) -> str:
+def p_text(value: float) -> str:
+    """Return a p-value as text."""
     return "-" if value != value else f"{value:.3g}"
 
 
@@ -259,16 +260,23 @@ def choose(plan: Plan, rows: Rows) -> dict[str, dict[str, float]]:
     return {objective: chosen for objective, (_, chosen) in best.items()}
 
 
+def figure(plan: Plan, rows: Rows, kind: str) -> str | None:
+    """Return a plot as an SVG file's text, None where the results have nothing to draw."""
+    plot = {"differences": plot_differences, "steering": plot_steering}[kind]
+    with rc_context({**STYLE, "svg.hashsalt": "the world"}):
+        made = plot(plan, rows)
+        return None if made is None else svg_element(made) + "\n"
+
+
 def draw(plan: Plan, rows: Rows, folder: Path) -> list[Path]:
     """Write a plan's plots; return their files."""
     made = []
-    with rc_context({**STYLE, "svg.hashsalt": "the world"}):
-        for name, plot in (("differences", plot_differences), ("steering", plot_steering)):
-            if (figure := plot(plan, rows)) is not None:
-                folder.mkdir(exist_ok=True)
-                path = folder / f"{plan.path.stem}-{name}.svg"
-                path.write_text(svg_element(figure) + "\n", encoding="utf-8")
-                made.append(path)
+    for kind in ("differences", "steering"):
+        if (text := figure(plan, rows, kind)) is not None:
+            folder.mkdir(exist_ok=True)
+            path = folder / f"{plan.path.stem}-{kind}.svg"
+            path.write_text(text, encoding="utf-8")
+            made.append(path)
     return made
 
 
