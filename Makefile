@@ -18,7 +18,7 @@ quickstart: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python quickstart/run.py
 
 test: lint
-	@echo "All tests: about 15 minutes on two quiet cores, twice that where others use them too."
+	@echo "All tests: 20 to 25 minutes on two cores."
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 check: lint
