@@ -27,10 +27,7 @@ def mean_rating(response: Row) -> float:
 
 
 def choose(row: Row, seed: int) -> Row | None:
-    """Return a prompt with four of its responses, or None where it has too few.
-
-    The draw depends on the seed and the prompt alone.
-    """
+    """Return a prompt with four of its responses, or None where it has too few."""
     drawn = list(row["responses"])
     random.Random(f"{seed} {row['prompt']}").shuffle(drawn)
     kept = {mean_rating(response): response for response in reversed(drawn)}

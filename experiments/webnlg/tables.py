@@ -36,7 +36,7 @@ def choose(comparison: Comparison, lines: list[Json]) -> dict[str, dict[str, flo
     cells = report_on(comparison, lines).table(MEAN, "own").cells
     best: dict[str, tuple[float, dict[str, float]]] = {}
     for variant in comparison.variants:
-        family, value = variant.name.partition("_")[0], cells[variant.name].value
+        family, value = variant.name.rsplit("_", 2)[0], cells[variant.name].value
         if family not in best or value > best[family][0]:
             keys = {key: variant.values[key] for key in ("learning_rate", "rl_beta")}
             best[family] = value, keys

@@ -26,7 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # what is computed is the same everywhere
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import tables
 import texts
@@ -40,7 +41,6 @@ from axolotl_amopo.errors import AMoPOError
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-ARMS = HERE / "arms.yml"
 COMPARISONS = ("tune", "plain", "prompted")
 STAGES = (*COMPARISONS, "texts", "summary")
 # What two runs of the same config may differ by, on machines that add up in another order.
@@ -82,7 +82,7 @@ def compare_values(name: str, arms: Json, tuned: Json, work: Path) -> Json:
     return {"base": base, "variants": variants} | values
 
 
-def read(name: str, work: Path, tuned_file: Path) -> Comparison:
+def read(name: str, arms: Json, work: Path, tuned_file: Path) -> Comparison:
     """Write the compare file of a comparison into the work folder, and read it.
 
     Raises:
@@ -91,7 +91,7 @@ def read(name: str, work: Path, tuned_file: Path) -> Comparison:
     tuned = read_yaml(tuned_file) if tuned_file.is_file() else {}
     if name != "tune" and not tuned:
         raise AMoPOError(f"{tuned_file} is not there; run the stage tune first.")
-    values = compare_values(name, read_yaml(ARMS), tuned, work)
+    values = compare_values(name, arms, tuned, work)
     path = work / f"{name}.yml"
     path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     return read_comparison(path)
@@ -115,12 +115,16 @@ def prepare(model: Path | None, data: Path, work: Path) -> None:
 
 
 def collect(lines: list[Json], path: Path) -> None:
-    """Add lines to a file of results; one that is there stays, and differences are printed."""
+    """Add lines to a file of results; one that is there stays, and is compared with the new one."""
     there = {key_of(line): line for line in read_lines(path)}
+    before, agree = len(there), 0
     for line in lines:
         old = there.setdefault(key_of(line), line)
         if old is not line and (what := difference(old, line)):
             print(f"{path.name}: {line['run']}: {what}; the line that was there stays", flush=True)
+        elif old is not line:
+            agree += 1
+    print(f"{path.name}: {len(there) - before} lines added, {agree} as they were", flush=True)
     path.parent.mkdir(exist_ok=True)
     new = path.with_name(f"_{path.name}")
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in there.values())
@@ -172,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M-Instruct")
     data = ROOT.parent / "shared" / "data" / "webnlg2020" / "rated.jsonl"
     parser.add_argument("--data", type=Path, default=data, help="rated.jsonl of webnlg2020")
+    parser.add_argument("--arms", type=Path, default=HERE / "arms.yml", help="what is compared")
     parser.add_argument("--work", type=Path, default=(HERE / "work").relative_to(ROOT))
     parser.add_argument("--results", type=Path, default=(HERE / "results").relative_to(ROOT))
     options, others = parser.parse_known_args(arguments)
@@ -187,23 +192,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(stages: Sequence[str], options: argparse.Namespace, others: Sequence[str]) -> int:
     """Run stages in their order; one that fails ends it."""
-    work, results = options.work, options.results
+    arms, work, results = read_yaml(options.arms), options.work, options.results
     tuned_file = results / "tuned.yml"
     if set(stages) != {"summary"}:
         prepare(options.model, options.data, work)
     for name in COMPARISONS:
         if name not in stages:
             continue
-        comparison = read(name, work, tuned_file)
+        comparison = read(name, arms, work, tuned_file)
         code = compare(comparison, others, results / f"{name}.jsonl")
         if code or "--dry-run" in others:
             return code
         if name == "tune" and not tuned_file.is_file():
             chosen = tables.choose(comparison, read_lines(results / "tune.jsonl"))
             tuned_file.write_text(yaml.safe_dump(chosen, sort_keys=False), encoding="utf-8")
-    arms = read_yaml(ARMS)
     for name in COMPARISONS[1:] if "texts" in stages else ():
-        comparison = read(name, work, tuned_file)
+        comparison = read(name, arms, work, tuned_file)
         todo = list(texts.tasks(name, comparison, list(map(str, arms["asks"]))))
         texts.write_texts(todo, comparison, arms["sampling"], say=lambda t: print(t, flush=True))
         lines = [json.loads(p.read_text("utf-8")) for p in comparison.output.glob(texts.FILES)]
@@ -212,7 +216,7 @@ def run(stages: Sequence[str], options: argparse.Namespace, others: Sequence[str
         work.mkdir(parents=True, exist_ok=True)
         written = read_lines(results / "texts.jsonl")
         parts = [
-            tables.section(read(name, work, tuned_file), lines, written)
+            tables.section(read(name, arms, work, tuned_file), lines, written)
             for name in COMPARISONS
             if (lines := read_lines(results / f"{name}.jsonl"))
         ]
