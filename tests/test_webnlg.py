@@ -218,7 +218,7 @@ def test_models_are_asked_for_what_they_were_trained_on(tmp_path) -> None:
     assert asked(rated) == [{}, best, {"x": 50.0, "y": 50.0}]
     assert rated.steering.instruction(best) == "100 100 of 100."
     assert asked(steering(tmp_path, rating_in_prompt="none")) == [{}, best, None]
-    without = steering(tmp_path, instruction="", overall_instruction="")
+    without = steering(tmp_path, prompts=["x", "y"], instruction="", overall_instruction="")
     assert asked(without) == [{}, None, None]
     weighted = steering(
         tmp_path, prompts=["x", "y"], weighted=True, one_prompt=True, rating_in_prompt="none",
@@ -293,7 +293,9 @@ def test_the_best_trial_of_each_family_is_chosen(tmp_path) -> None:
     assert chosen == {family: {"learning_rate": 1e-4, "rl_beta": beta}
                       for family, beta in second.items()}  # fmt: skip
     section = tables.section(made, lines, [])
-    assert "| simpo_0.0001_10 | 75.0 |" in section and "**Cost**" in section
+    assert "| simpo_0.0001_10 | 75.0 |" in section and "At a glance" in section
+    with pytest.raises(AMoPOError, match=r"1 trials are missing: amopo_0\.001_2\.5"):
+        tables.choose(made, lines[:-1])
 
 
 def test_lines_that_are_there_stay(tmp_path, capsys) -> None:

@@ -15,6 +15,7 @@ from axolotl_amopo.commands.compare.comparison import MEAN, Comparison
 from axolotl_amopo.commands.compare.statistics import RESAMPLES, percentiles
 from axolotl_amopo.commands.compare.text import ABOUT, TextTable, headlines
 from axolotl_amopo.commands.compare.text import tables as compare_tables
+from axolotl_amopo.errors import AMoPOError
 
 Json = dict[str, Any]
 Values = dict[str, np.ndarray]  # by prompt: [len(PROXIES)]
@@ -32,8 +33,13 @@ def choose(comparison: Comparison, lines: list[Json]) -> dict[str, dict[str, flo
     """Return learning rate and beta of each family: those of the highest mean accuracy.
 
     Under the prompts that each was trained with; of equal ones the first in arms.yml.
+
+    Raises:
+        AMoPOError: where trials are missing.
     """
     cells = report_on(comparison, lines).table(MEAN, "own").cells
+    if missing := [one.name for one in comparison.variants if one.name not in cells]:
+        raise AMoPOError(f"tune: {len(missing)} trials are missing: {', '.join(missing)}.")
     best: dict[str, tuple[float, dict[str, float]]] = {}
     for variant in comparison.variants:
         family, value = variant.name.rsplit("_", 2)[0], cells[variant.name].value
@@ -46,7 +52,10 @@ def choose(comparison: Comparison, lines: list[Json]) -> dict[str, dict[str, flo
 def section(comparison: Comparison, lines: list[Json], texts: list[Json]) -> str:
     """Return all that there is to say of a comparison."""
     name, report = comparison.output.name, report_on(comparison, lines)
-    parts = [f"## {name}", *headlines(report), ABOUT, *map(markdown, compare_tables(report))]
+    shown = list(compare_tables(report))
+    if not comparison.folds:  # of the many trials of tuning only what they are chosen by
+        shown = [table for table in shown if table.title.startswith("At a glance")]
+    parts = [f"## {name}", *headlines(report), ABOUT, *map(markdown, shown)]
     if own := [line for line in texts if line["comparison"] == name]:
         parts += [markdown(table) for table in text_tables(own, report.names, report.baseline)]
     return "\n\n".join([*parts, *(f"- {note}" for note in report.notes)])

@@ -16,7 +16,7 @@ asking and one seed, and a number per text of each proxy:
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,9 +116,9 @@ def settings_for(model: TrainedModel, ask: str) -> Settings | None:
     if not (model.folder / FILE).is_file():
         return None
     steering = model.steering
-    names = [dimension.name for dimension in steering.dimensions]
-    if not steering.instruction(dict.fromkeys(names)):
+    if not (steering.template or steering.overall_template):
         return None
+    names = [dimension.name for dimension in steering.dimensions]
     if ask == "best":
         return dict.fromkeys(names)
     rated = steering.takes_numbers and not steering.weighted
@@ -139,9 +139,7 @@ def tasks(name: str, comparison: Comparison, asks: list[str]) -> Iterator[Task]:
                 yield Task(name, run, model, ask, settings)
 
 
-def write_texts(
-    todo: list[Task], comparison: Comparison, sampling: Json, say: Callable[[str], None]
-) -> None:
+def write_texts(todo: list[Task], comparison: Comparison, sampling: Json) -> None:
     """Write the lines that are missing, each into a file of its run's folder."""
     judges = None
     for number, task in enumerate(todo, start=1):
@@ -177,7 +175,8 @@ def write_texts(
             new = path.with_name(f"_{path.name}")
             new.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
             new.replace(path)
-        say(f"[{number}/{len(todo)}] {task.comparison}: {task.run.label} asked {task.ask}")
+        about = f"{task.comparison}: {task.run.label} asked {task.ask}"
+        print(f"[{number}/{len(todo)}] {about}", flush=True)
 
 
 def file_of(comparison: Comparison, task: Task, seed: int) -> Path:

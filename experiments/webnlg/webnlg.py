@@ -1,19 +1,18 @@
 """Run the experiments on WebNLG's ratings by people: one command, which can be killed and repeated.
 
     python experiments/webnlg/webnlg.py --model quickstart-run/SmolLM2-135M-Instruct
-    python experiments/webnlg/webnlg.py --model FOLDER plain --only simpo/fold-1-seed-1
+    python experiments/webnlg/webnlg.py plain texts --only simpo/fold-1-seed-1
 
 Stages, all of them by default and in this order; each does what is missing:
 
-    tune      half-length runs, six per family; the best learning rate and beta go to tuned.yml
+    tune      half-length runs, six per family; the best learning rate and beta: results/tuned.yml
     plain     axolotl amopo compare work/plain.yml
     prompted  axolotl amopo compare work/prompted.yml
     texts     what the trained models write, and what proxies say of it
     summary   summary.md from results/*.jsonl, no model needed
 
 Runs and models are in `work/`, which git ignores; their lines are copied to `results/`. A line that
-is there already stays as it is, and whether the new run agrees with it is printed. Options that are
-not of this command go to `axolotl amopo compare`: --jobs 2, --shard 1/2, --only NAME, --dry-run.
+is there already stays as it is, and whether the new run agrees with it is printed.
 """
 
 import argparse
@@ -23,6 +22,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +157,16 @@ def difference(old: Json, new: Json) -> str:
     return f"margins differ by up to {furthest:.3g}" if furthest > MARGIN_TOLERANCE else ""
 
 
-def compare(comparison: Comparison, options: Sequence[str], results: Path) -> int:
+def compare(comparison: Comparison, options: argparse.Namespace, results: Path) -> int:
     """Run `axolotl amopo compare`, keep the lines of complete runs, and return its exit code."""
     command = [str(Path(sys.executable).parent / "axolotl-amopo"), "compare", comparison.path]
-    done = subprocess.run([*command, "--no-check", *options], check=False)
+    if options.dry_run:
+        return subprocess.run([*command, "--dry-run"], check=False).returncode
+    command += ["--no-check", "--jobs", options.jobs, "--shard", options.shard]
+    done = subprocess.run([*command, "--only", options.only], check=False)
     lines = [line for run in comparison.runs() if (line := finished(comparison.folder(run)))]
+    for scored in (line["scored"] for line in lines):  # without the folder, a quarter of the file
+        scored["where"] = [where.rpartition("/")[2] for where in scored["where"]]
     if lines:
         collect(lines, results)
     return done.returncode
@@ -179,18 +184,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", type=Path, default=HERE / "arms.yml", help="what is compared")
     parser.add_argument("--work", type=Path, default=(HERE / "work").relative_to(ROOT))
     parser.add_argument("--results", type=Path, default=(HERE / "results").relative_to(ROOT))
-    options, others = parser.parse_known_args(arguments)
+    parser.add_argument("--jobs", default="1", help="of `axolotl amopo compare`: runs at once")
+    parser.add_argument("--shard", default="1/1", help="of the same: a part of the runs, 1/2")
+    parser.add_argument("--only", default="*", help="of the same: runs of this name")
+    parser.add_argument("--dry-run", action="store_true", help="of the same: train nothing")
+    options = parser.parse_args(arguments)
     if unknown := set(options.stages) - set(STAGES):
         parser.error(f"{min(unknown)!r} is none of the stages {', '.join(STAGES)}")
     stages = options.stages or STAGES
     try:
-        return run(stages, options, others)
+        return run(stages, options)
     except AMoPOError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
 
 
-def run(stages: Sequence[str], options: argparse.Namespace, others: Sequence[str]) -> int:
+def run(stages: Sequence[str], options: argparse.Namespace) -> int:
     """Run stages in their order; one that fails ends it."""
     arms, work, results = read_yaml(options.arms), options.work, options.results
     tuned_file = results / "tuned.yml"
@@ -200,16 +209,18 @@ def run(stages: Sequence[str], options: argparse.Namespace, others: Sequence[str
         if name not in stages:
             continue
         comparison = read(name, arms, work, tuned_file)
-        code = compare(comparison, others, results / f"{name}.jsonl")
-        if code or "--dry-run" in others:
+        code = compare(comparison, options, results / f"{name}.jsonl")
+        if code:
             return code
-        if name == "tune" and not tuned_file.is_file():
+        if name == "tune" and not (tuned_file.is_file() or options.dry_run):
             chosen = tables.choose(comparison, read_lines(results / "tune.jsonl"))
             tuned_file.write_text(yaml.safe_dump(chosen, sort_keys=False), encoding="utf-8")
     for name in COMPARISONS[1:] if "texts" in stages else ():
         comparison = read(name, arms, work, tuned_file)
-        todo = list(texts.tasks(name, comparison, list(map(str, arms["asks"]))))
-        texts.write_texts(todo, comparison, arms["sampling"], say=lambda t: print(t, flush=True))
+        asked = texts.tasks(name, comparison, list(map(str, arms["asks"])))
+        number, count = map(int, options.shard.split("/"))
+        todo = [task for task in asked if fnmatchcase(task.run.label, options.only)]
+        texts.write_texts(todo[number - 1 :: count], comparison, arms["sampling"])
         lines = [json.loads(p.read_text("utf-8")) for p in comparison.output.glob(texts.FILES)]
         collect(sorted(lines, key=lambda line: line["run"]), results / "texts.jsonl")
     if "summary" in stages:
