@@ -266,13 +266,12 @@ def test_an_interval_is_over_prompts() -> None:
     assert high - mean == pytest.approx(1.96 * error, rel=0.1) == mean - low
 
 
-def run_line(name: str, right: list[bool], fold: int | None = None) -> dict:
+def run_line(name: str, right: list[bool]) -> dict:
     margins = [1.0 if one else -1.0 for one in right]
     count = len(right)
     names = ["overall", *facts.DIMENSIONS]
-    part = "all" if fold is None and name == "untuned" else "seed-1"
     return {
-        "name": name, "fold": fold, "seed": 1, "run": f"{name}/{part}", "keys": {}, "config": "c",
+        "name": name, "fold": None, "seed": 1, "run": f"{name}/seed-1", "keys": {}, "config": "c",
         "cost": {"steps": 1, "pairs": 1, "tokens": 1, "seconds": 1, "peak_bytes": 1},
         "scored": {
             "names": names, "where": [f"row {n}" for n in range(count)],
@@ -285,7 +284,7 @@ def run_line(name: str, right: list[bool], fold: int | None = None) -> dict:
 def test_the_best_trial_of_each_family_is_chosen(tmp_path) -> None:
     made = read_comparison(compare_file("tune", tmp_path))
     accuracy = itertools.cycle([1, 3, 2, 3, 0, 2])  # of four pairs; the second is the first best
-    lines = [run_line("untuned", [True] * 4)]
+    lines = []
     for variant, right in zip(made.variants, accuracy, strict=False):
         lines.append(run_line(variant.name, [n < right for n in range(4)]))
     chosen = tables.choose(made, lines)

@@ -71,7 +71,8 @@ def compare_values(name: str, arms: Json, tuned: Json, work: Path) -> Json:
             for family, keys in of["families"].items()
             for rate, beta in itertools.product(of["learning_rate"], keys["rl_beta"])
         }
-        values |= {"baseline": "untuned"}
+        values["measure"] = arms["measure"] | {"untuned": False}
+        values["baseline"] = next(iter(variants))
     else:
         base["datasets"] = [{"path": str(work / "prompts.jsonl")} | data]
         variants = {
