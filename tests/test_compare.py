@@ -4,12 +4,14 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import runs
 import yaml
 from click.testing import CliRunner
+from datasets import Dataset
 from scipy import stats
 
 from axolotl_amopo.commands import amopo
@@ -19,6 +21,7 @@ from axolotl_amopo.commands.compare.comparison import (
     fold_entry,
     read_comparison,
 )
+from axolotl_amopo.commands.compare.recorder import Recorder
 from axolotl_amopo.commands.compare.statistics import Study, columns_of, correct_p, measures
 from axolotl_amopo.errors import AMoPOError, ConfigError
 
@@ -70,6 +73,7 @@ def small(**changes) -> dict:
              "base": small(amopo={"dimensions": ["a"], "gamma": 1})},
             "amopo.gamma: belongs to objectives amopo, simpo",
         ),
+        ({"base": small(learning_rate=None)}, "base: has no learning_rate"),
         ({"existing": {"amopo": "x"}}, "the name 'amopo' is there twice"),
         ({"existing": {"other": "./nowhere"}}, "there is no folder './nowhere'"),
         ({"comparisons": ["men"]}, "Did you mean 'mean'?"),
@@ -172,7 +176,7 @@ def scored(margins: list, labels: list, prompts=None, tokens=None) -> dict:
 
 
 def line(name, found, fold=None, seed=1, **cost) -> dict:
-    cost = {"steps": 4, "examples": 8, "tokens": 100, "seconds": 1, "peak_bytes": 1} | cost
+    cost = {"steps": 4, "pairs": 8, "tokens": 100, "seconds": 1, "peak_bytes": 1} | cost
     return {"name": name, "fold": fold, "seed": seed, "run": f"{name}/{fold}-{seed}",
             "scored": found, "cost": cost, "keys": {}}  # fmt: skip
 
@@ -284,9 +288,23 @@ def test_named_comparisons_are_corrected_together():
 
 def test_other_budgets_are_marked():
     found = many(np.ones(4), np.arange(4))
-    lines = [line("a", found), line("b", found, tokens=104), line("c", found, tokens=106, steps=5)]
+    lines = [
+        line("a", found),
+        line("b", found, tokens=104),
+        line("c", found, tokens=106, steps=5),
+        line("d", found, pairs=9),
+    ]
     costs = Study(lines, "a").costs()
     assert costs["b"].differs == [] and costs["c"].differs == ["steps", "tokens"]
+    assert costs["d"].differs == ["pairs"]
+
+
+def test_pairs_are_counted_where_an_example_has_several():
+    rows = {"comparisons": [[0, 1, 0, 2, 1, 2], [0, 1, 0, 0, 1, 1]]}
+    trainer = SimpleNamespace(model=None, train_dataset=Dataset.from_dict(rows))
+    assert Recorder(trainer)._pairs_per_example() == 2.0  # three, and one beside two alone
+    trainer.train_dataset = Dataset.from_dict({"chosen": ["a", "b"]})  # axolotl's own
+    assert Recorder(trainer)._pairs_per_example() == 1.0
 
 
 # --- runs
@@ -464,6 +482,11 @@ def test_it_goes_on_and_repeats_nothing(compared, first, forks):
     values = yaml.safe_load(path.read_text("utf-8"))
     del values["existing"]["broken"]
     runs.write_config(folder, values, "compare.yml")
+    printed = invoke(forks, folder / "process", str(path), "--only", "amopo/fold-2*", "--no-check")
+    assert "1 of 1 runs are complete already" in printed
+    assert not (made / "amopo" / "fold-1-seed-7" / "run.json").exists()
+    done = CliRunner().invoke(amopo, ["compare", str(path), "--only", "ampo/*"])
+    assert done.exit_code == 1 and "no run has that name; write one such as model/" in done.output
     options = ("--no-check", "--shard", "2/2", "--jobs", "2")
     printed = invoke(forks, folder / "process", str(path), *options)
     assert "1 of 3 runs are complete already" in printed and "6 of 6 runs;" in printed

@@ -41,6 +41,7 @@ class Shard(click.ParamType):
 @click.option(
     "--shard", type=Shard(), default="1/1", metavar="I/N", help="Make a part of the runs."
 )
+@click.option("--only", metavar="RUN", help="Make runs of this name: simpo/fold-1-seed-1, simpo/*.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at once.")
 @click.option(
     "--launch",
@@ -65,6 +66,7 @@ def compare(
     dry_run: bool,
     gpu: str | None,
     shard: tuple[int, int],
+    only: str | None,
     jobs: int,
     launch: str,
     no_check: bool,
@@ -91,6 +93,8 @@ def compare(
     check_free(html, force)
     if dry_run and report_only:
         raise click.UsageError("--dry-run and --report-only can't go together.")
+    if only and (dry_run or report_only):
+        raise click.UsageError("--only is for making runs; leave it out here.")
     say = partial(click.echo, err=True) if not quiet else (lambda text: None)
     # Imports and forked processes log for themselves; stdout is for results.
     with library_output(quiet=False, as_json=True):
@@ -105,7 +109,13 @@ def compare(
             report = comparing.report_on(comparison)
         else:
             report = comparing.compare(
-                comparison, shard=shard, jobs=jobs, check=not no_check, launch=launch, say=say
+                comparison,
+                shard=shard,
+                only=only,
+                jobs=jobs,
+                check=not no_check,
+                launch=launch,
+                say=say,
             )
     from axolotl_amopo.commands.compare.text import print_comparison, print_plan
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal
@@ -103,6 +104,7 @@ def compare(
     comparison: Comparison,
     *,
     shard: tuple[int, int] = (1, 1),
+    only: str | None = None,
     jobs: int = 1,
     check: bool = True,
     launch: Literal["auto", "fork", "command"] = "auto",
@@ -113,6 +115,7 @@ def compare(
     Args:
         comparison: from `read_comparison`.
         shard: which of how many parts of the runs to make here.
+        only: the name of the runs to make here, in which * stands for anything.
         jobs: runs at once.
         check: let the first run of each variant go through the real commands too.
         launch: `fork` runs from this process; `command`, for several GPUs, runs `axolotl train`.
@@ -122,6 +125,9 @@ def compare(
         AMoPOError: for a variant or data that can't be used, a folder of something else, or runs
             that were made with another config. Nothing is trained then.
     """
+    if only and not any(fnmatchcase(run.label, only) for run in comparison.runs()):
+        first = comparison.runs()[0].label
+        raise ConfigError(f"--only {only}: no run has that name; write one such as {first}.")
     import_once()
     check_variants(comparison)
     claim(comparison)
@@ -132,7 +138,11 @@ def compare(
     in_fork = launch == "fork" or (launch == "auto" and not needs_launcher(comparison))
     check_digests(comparison, runs)
     works = list(works_of(comparison, runs, in_fork=in_fork, check=check))
-    mine = [work for number, work in enumerate(works) if number % shard[1] == shard[0] - 1]
+    mine = [
+        work
+        for number, work in enumerate(works)
+        if number % shard[1] == shard[0] - 1 and fnmatchcase(work.about["run"], only or "*")
+    ]
     make(mine, jobs, say)
     return report_on(comparison, after_runs=True)
 

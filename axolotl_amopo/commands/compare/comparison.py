@@ -429,7 +429,7 @@ def read_comparison(path: str | Path) -> Comparison:
 
 
 def _check_base(path: Path, file: CompareFile, base: dict[str, Any]) -> None:
-    for key in ("base_model", "datasets"):
+    for key in ("base_model", "datasets", "learning_rate"):  # without which axolotl loads none
         if not base.get(key):
             raise ConfigError(f"{path}: base: has no {key}.")
     ratings = read(base.get("amopo"), f"{path}: base").dimension_names

@@ -7,6 +7,7 @@ same record whoever starts it. The file is `_amopo_record.json` in the run's `ou
 import json
 import resource
 import time
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Recorder(TrainerCallback):
 
     Tokens are those that reach the input embeddings, padding and passes of a reference included,
     but for those by which the plugin's trainer proves its layout once. On several processes the
-    numbers are of the first one, but for examples, which are of all.
+    numbers are of the first one, but for pairs, which are of all.
     """
 
     def __init__(self, trainer: Any):
@@ -57,7 +58,7 @@ class Recorder(TrainerCallback):
             ],
             "seconds": time.monotonic() - self.begun,
             "steps": state.global_step,
-            "examples": state.global_step * per_step * args.world_size,
+            "pairs": state.global_step * per_step * args.world_size * self._pairs_per_example(),
             "tokens": self.tokens,
             "peak_bytes": peak_bytes(),
             "device": self.trainer.model.device.type,
@@ -65,6 +66,15 @@ class Recorder(TrainerCallback):
         }
         path = Path(args.output_dir) / RECORD
         path.write_text(json.dumps(record, default=float) + "\n", encoding="utf-8")
+
+    def _pairs_per_example(self) -> float:
+        """Return the mean over the training data: a group of the plugin's has several pairs."""
+        rows = self.trainer.train_dataset
+        if "comparisons" not in rows.column_names:
+            return 1.0
+        flat = rows["comparisons"]  # first and second of each; a response alone is no pair
+        counts = [sum(a != b for a, b in batched(example, 2)) for example in flat]
+        return sum(counts) / len(counts)
 
     def _begin(self) -> None:
         if self.begun is None:

@@ -28,8 +28,8 @@ from axolotl_amopo.errors import AMoPOError
 
 # Swaps of the randomisation test, drawn in so many parts to save memory.
 SWAPS, PARTS = 9999, 9
-# Budgets differ where the tokens of an average run do by more than this share.
-TOKENS_APART = 0.05
+# Budgets differ where the pairs or the tokens of an average run do by more than this share.
+APART = 0.05
 
 Prompting = Literal["own", "plain"]
 Json = dict[str, Any]
@@ -84,7 +84,7 @@ class Cost:
     runs: int
     seconds: float
     steps: float
-    examples: float
+    pairs: float
     tokens: float
     peak_bytes: float
     differs: list[str] = field(default_factory=list)
@@ -303,18 +303,17 @@ class Study:
             if records:
                 mean = {
                     key: float(np.mean([record[key] for record in records]))
-                    for key in ("seconds", "steps", "examples", "tokens", "peak_bytes")
+                    for key in ("seconds", "steps", "pairs", "tokens", "peak_bytes")
                 }
                 made[name] = Cost(runs=len(records), **mean)
         standard = made.get(self.baseline)
         for name, cost in made.items():
             if standard is None or name == self.baseline:
                 continue
-            for key in ("steps", "examples"):
-                if getattr(cost, key) != getattr(standard, key):
+            for key, apart in (("steps", 0.0), ("pairs", APART), ("tokens", APART)):
+                usual = getattr(standard, key)
+                if abs(getattr(cost, key) - usual) > apart * usual:
                     cost.differs.append(key)
-            if abs(cost.tokens - standard.tokens) > TOKENS_APART * standard.tokens:
-                cost.differs.append("tokens")
         return made
 
 

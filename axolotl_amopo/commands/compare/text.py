@@ -89,14 +89,14 @@ def cost_table(report: ComparisonReport) -> TextTable:
             str(cost.runs),
             duration(cost.seconds),
             f"{cost.steps:g}",
-            f"{cost.examples:g}",
+            f"{cost.pairs:g}",
             f"{cost.tokens:,.0f}",
             f"{cost.peak_bytes / GIB:.2f} GiB",
         ]
         for name in report.names
         if (cost := report.costs.get(name))
     ]
-    headings = ["a run's mean", "runs", "training", "steps", "examples", "tokens", "peak memory"]
+    headings = ["a run's mean", "runs", "training", "steps", "pairs", "tokens", "peak memory"]
     return TextTable("Cost", headings, rows)
 
 
