@@ -223,7 +223,7 @@ def run(stages: Sequence[str], options: argparse.Namespace) -> int:
         todo = [task for task in asked if fnmatchcase(task.run.label, options.only)]
         texts.write_texts(todo[number - 1 :: count], comparison, arms["sampling"])
         lines = [json.loads(p.read_text("utf-8")) for p in comparison.output.glob(texts.FILES)]
-        collect(sorted(lines, key=lambda line: line["run"]), results / "texts.jsonl")
+        collect(sorted(lines, key=key_of), results / "texts.jsonl")
     if "summary" in stages:
         work.mkdir(parents=True, exist_ok=True)
         written = read_lines(results / "texts.jsonl")
