@@ -204,7 +204,7 @@ def describe(rows: list[dict[str, Any]], path: str) -> Fit:
     options = prompt | options | ({"fields": fields} if fields else {})
     if not used:
         fill_in.append("responses: the path of each response's text, and of its ratings")
-        options["responses"] = [{"text": FILL_IN, "rating": FILL_IN}] * 2
+        options["responses"] = [{"text": FILL_IN, "rating": FILL_IN} for _ in "ab"]
     elif fit := try_format(USER_DEFINED, rows, path, options):
         return fit
     else:

@@ -17,6 +17,11 @@ from axolotl_amopo.commands.kit.options import (
 )
 
 
+def on_terminal() -> bool:
+    """Return whether somebody can be asked."""
+    return sys.stdin.isatty()
+
+
 @command(epilog=f"{EXITS}, {EXIT_FOUND} where something is to be filled in.")
 @click.argument("data")
 @click.option("--model", metavar="NAME", help="A hub name or folder; by default what fits.")
@@ -51,7 +56,7 @@ def init(
     out, and says in comments why it wrote what. A terminal is asked for what
     no option says; a file that is there is never overwritten.
     """
-    asks = sys.stdin.isatty() and not (quiet or as_json)
+    asks = on_terminal() and not (quiet or as_json)
     output = output or Path(click.prompt("Write to", "config.yml") if asks else "config.yml")
     if output.exists() or not output.parent.is_dir():
         why = "is there already" if output.exists() else "is in a folder that is not there"

@@ -114,7 +114,7 @@ def look(
         raise DataError(f"{data}: is empty: no rows to train on.")
     rows = list(train.select(range(min(SAMPLE, len(train)))))
     fit, *others = detect(rows, data, kind)
-    shown = [f"{p}: {str(v)[:60]!r}" for p, v in islice(leaves(rows[0]), 20)]
+    shown = [f"{p}: {repr(v)[:60]}" for p, v in islice(leaves(rows[0]), 20)]
     found = Look(data, name, fit, list(map(str, others)), split, held_out, len(train), shown)
     if fit.fill_in:
         return found
