@@ -264,10 +264,8 @@ def test_a_terminal_is_asked(tmp_path, tiny_model, monkeypatch):
     assert done.exit_code == 0, done.output
     values = yaml.safe_load((tmp_path / "asked.yml").read_text(encoding="utf-8"))
     assert values["datasets"][0]["type"] == "amopo.helpsteer"
-    assert values["amopo"] == {
-        "objective": "simpo",
-        "dimensions": [{"name": "is_safe", "scale": [0, 4]}],
-    } or values["amopo"]["dimensions"] == [{"name": "is_safe", "scale": [0, 1]}]
+    dimensions = [{"name": "is_safe", "scale": [0, 1]}]  # yes and no are no 0 to 4
+    assert values["amopo"] == {"objective": "simpo", "dimensions": dimensions}
     assert values["base_model"] == str(tiny_model)
 
 

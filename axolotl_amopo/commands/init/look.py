@@ -130,7 +130,8 @@ def look(
     if held_out:
         with contextlib.suppress(DataError):  # it need not have every dimension
             spans.append(_survey(found, loaded[held_out], dimensions)[1].spans)
-    _describe_dimensions(found, format, spans, keep=bool(dimensions))
+    example = next(i for i in range(len(train)) if i not in survey.bad)
+    _describe_dimensions(found, format, spans, train[example], keep=bool(dimensions))
     if survey.bad:
         found.bad, first = len(survey.bad), min(survey.bad)
         found.bad_row = _problem(format, train[first], first + 1)
@@ -188,7 +189,9 @@ def _survey(found: Look, dataset: Dataset, dimensions: Collection[str]) -> tuple
     return format, survey_rows(format, dataset, Counter())
 
 
-def _describe_dimensions(found: Look, format: Any, spans: list[dict], *, keep: bool) -> None:
+def _describe_dimensions(
+    found: Look, format: Any, spans: list[dict], example: dict[str, Any], *, keep: bool
+) -> None:
     """Set the dimensions that vary; all of them where the user named them, or none does."""
     lower = format.lower()
     for name in format.source.dimensions:
@@ -196,6 +199,10 @@ def _describe_dimensions(found: Look, format: Any, spans: list[dict], *, keep: b
         low, high = min(ends), max(ends)
         scale = format.published[name]
         known = scale is not None and scale[0] <= low and high <= scale[1]
+        if known:  # but yes and no are on a scale of 0 to 1
+            format.source.scales[name] = scale
+            known = not _problem(format, example, 1)
+            format.source.scales[name] = None
         if not known:
             scale = (low // 1, max(-(-high // 1), low // 1 + 1))
         guess = name not in lower and bool(LOWER & set(re.findall("[a-z]+", name.lower())))
