@@ -209,7 +209,7 @@ def test_what_fits_nothing_is_to_be_filled_in(tmp_path):
     data = write_jsonl(tmp_path / "d.jsonl", [{"number": 3, "other": [1.5]}])
     output = tmp_path / "made.yml"
     done = run(data, "--gpu", "cpu", "--output", output)
-    assert done.exit_code == 3 and "to fill in: responses: the path" in done.output
+    assert done.exit_code == 3 and "To fill in: responses: the path" in done.output
     text = output.read_text(encoding="utf-8")
     (entry,) = yaml.safe_load(text)["datasets"]
     assert entry["type"] == "amopo.user_defined" and entry["responses"][0]["text"] == "FILL_IN"

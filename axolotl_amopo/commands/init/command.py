@@ -65,26 +65,25 @@ def init(
         from axolotl_amopo.commands.plan.cards import find_card
 
         find_card(gpu)
-    named = [part.strip() for part in (dimensions or "").split(",") if part.strip()]
+    named = split_names(dimensions)
+    options = {"kind": kind, "split": split, "name": name, "dimensions": named, "model": model}
     with library_output(quiet=quiet, as_json=as_json):
         from axolotl_amopo.commands.init.look import look
-        from axolotl_amopo.commands.init.text import summary
         from axolotl_amopo.commands.init.write import choose_training, config_text
 
-        found = look(data, kind=kind, split=split, name=name, dimensions=named, model=model)
+        found = look(data, **options)
+        shown = [f"{found.fit}.", *(f"  Or: {fit}." for fit in found.runners_up)]
         if asks:
-            click.echo(summary(found))
-            if found.runners_up and kind is None:
-                others = [found.fit.type, *(fit.split()[0] for fit in found.runners_up)]
-                kind = click.prompt("Read rows as", others[0], type=click.Choice(others))
+            click.echo("\n".join(shown))
+            kinds = [found.fit.type, *(fit.split()[0] for fit in found.runners_up)]
+            if len(kinds) > 1:
+                options["kind"] = click.prompt("Type", kinds[0], type=click.Choice(kinds))
             if found.dimensions and not named:
-                names = ",".join(d.name for d in found.dimensions)
-                named = click.prompt("Dimensions", names).split(",")
-            gpu = gpu or click.prompt("GPU, e.g. h100-80gb, or cpu", "what is here")
-            gpu = None if gpu == "what is here" else gpu
-            model = model or click.prompt("Model", "what fits")
-            model = None if model == "what fits" else model
-            found = look(data, kind=kind, split=split, name=name, dimensions=named, model=model)
+                names = ",".join(dimension.name for dimension in found.dimensions)
+                options["dimensions"] = split_names(click.prompt("Dimensions", names))
+            gpu = gpu or click.prompt("GPU, cpu, or nothing for what is here", "") or None
+            model = model or click.prompt("Model, or nothing for what fits", "") or None
+            found = look(data, **options | {"model": model})
         training = choose_training(found, model, gpu)
         text = config_text(found, training)
     with output.open("x", encoding="utf-8") as file:
@@ -92,8 +91,13 @@ def init(
     facts = asdict(found) | {"training": asdict(training), "written": str(output)}
     write_json(facts, as_json=as_json)
     if not as_json and not quiet:
-        if not asks:
-            click.echo(summary(found))
-        click.echo(f"Written: {output}\nNext: axolotl amopo inspect {output}")
+        shown += [f"To fill in: {item}." for item in found.fit.fill_in]
+        shown += [f"Written: {output}", f"Next: axolotl amopo inspect {output}"]
+        click.echo("\n".join(shown))
     if found.fit.fill_in:
         sys.exit(EXIT_FOUND)
+
+
+def split_names(text: str | None) -> list[str]:
+    """Return names that commas separate."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
