@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from axolotl_amopo.commands.init.look import Look
-from axolotl_amopo.commands.plan.cards import GIB
+from axolotl_amopo.commands.plan.cards import GIB, find_card
 from axolotl_amopo.data.detect import FILL_IN
 from axolotl_amopo.errors import AMoPOError
 
@@ -74,6 +74,8 @@ def choose_training(found: Look, model: str | None, gpu: str | None) -> Training
     import torch
 
     options: dict[str, Any] = {"gpu": gpu}
+    if gpu not in (None, "cpu"):
+        find_card(gpu)  # what is wrong with it is not the model's fault
     if gpu is None and torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
         gpu, options = card.name, {"gpu_memory": card.total_memory / GIB, "gpu_tflops": ANY_SPEED}
