@@ -65,11 +65,13 @@ def objective(found: Look) -> tuple[str, str]:
 def choose_training(found: Look, model: str | None, gpu: str | None) -> Training:
     """Return the model, and LoRA or else QLoRA, by what `axolotl amopo plan` says fits.
 
+    A model whose config can't be read is not planned, and `why` says so.
+
     Args:
         gpu: a card's name, or cpu; by default what this machine has.
 
     Raises:
-        AMoPOError: for a model whose config can't be read, where `model` names it.
+        AMoPOError: for a card that is unknown.
     """
     import torch
 
@@ -87,7 +89,8 @@ def choose_training(found: Look, model: str | None, gpu: str | None) -> Training
         for adapter in ("lora", "qlora"):
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "config.yml"
-                path.write_text(config_text(found, Training(name, adapter, True, "")))
+                text = config_text(found, Training(name, adapter, True, ""))
+                path.write_text(text, encoding="utf-8")
                 try:
                     plan, _ = plan_config(str(path), with_advice=False, **options)
                 except AMoPOError as error:
