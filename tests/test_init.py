@@ -41,7 +41,7 @@ def page_rows():
             yield entry["type"], json.loads(row)
 
 
-def more(kind, row, count=20):
+def more(kind, row, count=10):
     """Rows like this one, each prompt another."""
     others = [row, *([row | SECOND[kind]] if kind in SECOND else [])]
     for i in range(count):
@@ -86,9 +86,12 @@ SHARED = [
 
 @pytest.mark.parametrize(("name", "dimensions", "winner"), SHARED)
 def test_real_data(name, dimensions, winner, shared, tmp_path, tiny_model):
-    lines = (shared / "data" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(lines[:30]) + "\n", encoding="utf-8")
+    lines = (shared / "data" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")[:30]
+    rows = [json.loads(line) for line in lines]
+    rows = [
+        row | ({"responses": row["responses"][:3]} if "responses" in row else {}) for row in rows
+    ]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
     output = tmp_path / "made.yml"
     done = run(data, "--model", tiny_model, "--gpu", "cpu", "--output", output)
     assert done.exit_code == 0, done.output
@@ -147,7 +150,7 @@ def test_a_cut_between_rows_keeps_prompts_apart(tmp_path, tiny_model):
     """Prompts of three rows: the cut that is nearest to a tenth and between two of them."""
     found = look(str(write_jsonl(tmp_path / "d.jsonl", one_response(i // 3 for i in range(40)))))
     assert (found.split, found.held_out, found.scattered) == ("train[:36]", "train[36:]", False)
-    scattered = write_jsonl(tmp_path / "s.jsonl", one_response(i % 20 for i in range(60)))
+    scattered = write_jsonl(tmp_path / "s.jsonl", one_response(i % 15 for i in range(60)))
     found = look(str(scattered))
     assert (found.split, found.held_out, found.scattered) == ("train", None, True)
     output = tmp_path / "made.yml"

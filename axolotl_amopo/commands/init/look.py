@@ -299,14 +299,13 @@ def _cut(found: Look, ranges: list[tuple[int, int, bool]], one_response_per_row:
     crossing = steps.cumsum()  # by where rows are cut: how many prompts are on both sides
     places = range(found.rows - 2 * wanted, found.rows - wanted // 2)
     cut = min(places, key=lambda row: (crossing[row], abs(row - found.rows + wanted)))
-    if not any(last < cut for _, last, has in ranges if has):
-        return
-    if not any(first >= cut for first, _, has in ranges if has):
-        return
-    found.shared_prompts = int(crossing[cut])
-    if found.shared_prompts and one_response_per_row:
+    if crossing[cut] and one_response_per_row:
         found.scattered = True
         return
+    decided = [(first, last) for first, last, has in ranges if has]
+    if not any(last < cut for _, last in decided) or not any(first >= cut for first, _ in decided):
+        return
+    found.shared_prompts = int(crossing[cut])
     whole = found.split or "train"
     found.split, found.held_out = f"{whole}[:{cut}]", f"{whole}[{cut}:]"
 
