@@ -10,12 +10,15 @@ import yaml
 from click.testing import CliRunner
 from datasets import Dataset, DatasetDict
 from runs import ROOT, write_jsonl
+from transformers import LlamaConfig
 
 from axolotl_amopo.commands import amopo
-from axolotl_amopo.commands.init import command
+from axolotl_amopo.commands.init import command, write
 from axolotl_amopo.commands.init.look import look
-from axolotl_amopo.commands.init.write import choose_training, objective
+from axolotl_amopo.commands.init.write import choose_training, config_text, objective
 from axolotl_amopo.commands.inspect.gather import gather
+from axolotl_amopo.commands.plan.cards import CARDS, Card
+from axolotl_amopo.commands.plan.load import plan_config
 from axolotl_amopo.config.datasets import formats
 from axolotl_amopo.data.detect import detect
 
@@ -219,15 +222,23 @@ def test_what_fits_nothing_is_to_be_filled_in(tmp_path):
     assert "#   other.0: 1.5" in text and "&" not in text
 
 
-def test_what_fits_the_gpu(tmp_path):
-    """By the plan: bf16 weights of 7B alone are 14.2 GiB."""
+def test_what_fits_the_gpu(tmp_path, monkeypatch):
+    """LoRA where it fits, QLoRA where a byte is missing for it, and the truth where neither does."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 1}
+    LlamaConfig(vocab_size=512, **sizes).save_pretrained(tmp_path / "wide")
     found = look(str(write_jsonl(tmp_path / "d.jsonl", one_response(i // 2 for i in range(8)))))
-    training = choose_training(found, None, "h100-80gb")
-    assert (training.model, training.adapter) == ("Qwen/Qwen2.5-7B-Instruct", "lora")
-    assert re.fullmatch(r"\d\d\.\d of 79.1 GiB on h100-80gb, by axolotl amopo plan", training.why)
-    training = choose_training(found, "Qwen/Qwen2.5-14B-Instruct", "rtx-4090-24gb")
-    assert (training.adapter, training.gpu) == ("qlora", True)
-    assert "of 23.5 GiB" in training.why and "not fit" not in training.why
+    training = choose_training(found, str(tmp_path / "wide"), "h100-80gb")
+    assert (training.adapter, training.gpu) == ("lora", True)
+    assert re.fullmatch(r"\d\.\d of 79.1 GiB on h100-80gb, by axolotl amopo plan", training.why)
+
+    path = tmp_path / "made.yml"
+    path.write_text(config_text(found, training), encoding="utf-8")
+    needed = plan_config(str(path), gpu="h100-80gb", with_advice=False)[0].total
+    monkeypatch.setitem(CARDS, "short", Card("short", needed - 1, 100))
+    monkeypatch.setattr(write, "MODELS", (training.model,))
+    assert choose_training(found, None, "short").adapter == "qlora"
+    monkeypatch.setitem(CARDS, "none", Card("none", 1, 100))
+    assert choose_training(found, None, "none").why.startswith("does not fit")
 
 
 @pytest.mark.parametrize(
