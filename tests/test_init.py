@@ -35,6 +35,12 @@ SECOND = {
 PREFERRED = {"prompt": "What is C#?", "chosen": "A language.", "rejected": "A note."}
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Let paths that a config names, such as its output_dir, lie in a folder of the test."""
+    monkeypatch.chdir(tmp_path)
+
+
 def page_rows():
     """The type and a row of every format of docs/data.md."""
     found = re.findall(r"```yaml\n(.*?)```\n\n```json\n(.*?)```", PAGE, re.DOTALL)
@@ -163,7 +169,7 @@ def test_a_cut_between_rows_keeps_prompts_apart(tmp_path, tiny_model):
     assert report.eval_rows and not report.shared_prompts
     rows = [rated(f"p{i % 28}", (1, 0, 1, 1), (2, 0, 3, 3)) for i in range(30)]
     found = look(str(write_jsonl(tmp_path / "r.jsonl", rows)))
-    assert (found.split, found.shared_prompts) == ("train[:28]", 2)
+    assert (found.split, found.shared_prompts) == ("train[:27]", 2)
 
 
 def test_splits_of_a_folder_are_used(tmp_path):
@@ -223,8 +229,8 @@ def test_what_fits_nothing_is_to_be_filled_in(tmp_path):
 
 
 def test_what_fits_the_gpu(tmp_path, monkeypatch):
-    """LoRA where it fits, QLoRA where a byte is missing for it, and the truth where neither does."""
-    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 1}
+    """LoRA where it fits, QLoRA where a byte is missing for it, and a word where neither does."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 1}
     LlamaConfig(vocab_size=512, **sizes).save_pretrained(tmp_path / "wide")
     found = look(str(write_jsonl(tmp_path / "d.jsonl", one_response(i // 2 for i in range(8)))))
     training = choose_training(found, str(tmp_path / "wide"), "h100-80gb")
