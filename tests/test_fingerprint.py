@@ -69,7 +69,7 @@ def test_a_format_of_ours_may_move_to_another_file(fingerprint_of, monkeypatch):
     from axolotl_amopo.config import datasets
 
     before = fingerprint_of()
-    monkeypatch.setattr(datasets, "_module_of", lambda kind, where: f"elsewhere.{kind}")
+    monkeypatch.setattr(datasets, "module_of", lambda kind, where: f"elsewhere.{kind}")
     assert fingerprint_of() == before
 
 

@@ -11,6 +11,7 @@ from axolotl_amopo.commands.chat.command import chat
 from axolotl_amopo.commands.compare.command import compare
 from axolotl_amopo.commands.configs.command import configs
 from axolotl_amopo.commands.generate.command import generate
+from axolotl_amopo.commands.init.command import init
 from axolotl_amopo.commands.inspect.command import inspect
 from axolotl_amopo.commands.passed_on import NAMES, passed_on_command
 from axolotl_amopo.commands.plan.command import plan
@@ -45,7 +46,8 @@ def main() -> None:
     amopo(prog_name="axolotl-amopo")
 
 
-_commands = (chat, compare, configs, generate, inspect, plan, reference, report, score, template)
+_commands = (chat, compare, configs, generate, init, inspect, plan, reference, report)
+_commands += (score, template)
 for _command in _commands:
     amopo.add_command(_command)
 for _name in NAMES:

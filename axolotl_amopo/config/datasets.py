@@ -146,7 +146,7 @@ def read_entries(cfg: dict, *, supervised: bool = False) -> Iterator[Entry]:
                 )
             options = _read_options(values, where)
             key = ROWS if supervised else "type"
-            module = _module_of(values.get("type"), f"{where}.{key}")
+            module = module_of(values.get("type"), f"{where}.{key}")
             if not values.get("path"):
                 raise ConfigError(f"{where}.path: is missing; name a file, folder or hub dataset.")
             yield Entry(where, section, values, options, module)
@@ -218,7 +218,7 @@ def _read_options(entry: dict, where: str) -> DatasetOptions:
     return parse_block(DatasetOptions, plain(given), where)
 
 
-def _module_of(kind: Any, where: str) -> str:
+def module_of(kind: Any, where: str) -> str:
     """Return the module that a `type:` names: one of ours, or any package's with a `load`."""
     if isinstance(kind, str) and "." in kind:
         module = kind

@@ -18,7 +18,7 @@ Pairing, prompts, token ids, length handling and the counts come from `pipeline`
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from typing import Any, ClassVar
 
 from axolotl.prompt_tokenizers import DatasetWrappingStrategy
@@ -51,6 +51,8 @@ class DatasetFormat(DatasetWrappingStrategy, ABC):
     scales: ClassVar[Mapping[str, tuple[float, float]]] = {}
     #: Dimensions in which lower ratings are better.
     lower_is_better: ClassVar[Set[str]] = frozenset()
+    #: Dimensions that no field of a row is named after, for `axolotl amopo init` to find.
+    makes: ClassVar[Collection[str]] = ()
     #: The `datasets:` keys beyond `scale` and `fields` that the format takes.
     takes: ClassVar[Set[str]] = frozenset()
     #: True where a row is one response, and rows with equal prompts belong together.

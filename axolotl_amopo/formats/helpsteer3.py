@@ -8,6 +8,8 @@ of this format, `preference`: a pair's two responses have it with opposite signs
 (https://huggingface.co/datasets/nvidia/HelpSteer3).
 """
 
+from typing import ClassVar
+
 from axolotl_amopo.data.format import DatasetFormat
 from axolotl_amopo.data.rows import RatedPrompt, Response, Row
 
@@ -16,6 +18,7 @@ MOST = 3
 
 class HelpSteer3(DatasetFormat):
     scale = (-MOST, MOST)
+    makes: ClassVar = ("preference",)
 
     def read(self, row: Row) -> RatedPrompt:
         preference = row.number_in("overall_preference", -MOST, MOST)

@@ -9,18 +9,26 @@ or text (or messages) with the ratings beside it:
     {"prompt": "...", "chosen": "...", "rejected": "...",
      "chosen_ratings": {"helpfulness": 4, ...}, "rejected_ratings": {...}}
 
+Without any ratings, the one dimension is `preference`: 1 for the chosen response, 0 for the other.
+
 `messages` may stand in place of `prompt`. Without either, `chosen` and `rejected` are whole
 conversations that share all but their last turn.
 """
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from axolotl_amopo.data.format import DatasetFormat
 from axolotl_amopo.data.rows import Message, RatedPrompt, Response, Row
 from axolotl_amopo.formats.helpsteer import with_turns
 
+PREFERENCE = "preference"
+
 
 class Pairs(DatasetFormat):
+    scales: ClassVar = {PREFERENCE: (0, 1)}
+    makes: ClassVar = (PREFERENCE,)
+
     def read(self, row: Row) -> RatedPrompt:
         responses = [self.response(row, side) for side in ("chosen", "rejected")]
         if responses[0].turn == responses[1].turn:
@@ -40,6 +48,8 @@ class Pairs(DatasetFormat):
         else:
             turn = row.response(value, key)
         name = f"{side}_ratings"
+        if row.source.dimensions == [PREFERENCE] and not row.has(name):
+            return Response(turn, row.ratings({row.key(PREFERENCE): float(side == "chosen")}))
         return Response(turn, row.ratings(row.get(name), row.key(name)))
 
     @staticmethod

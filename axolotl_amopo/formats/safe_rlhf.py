@@ -19,6 +19,7 @@ class SafeRLHF(DatasetFormat):
     scale = (0, 1)
     scales: ClassVar = {"severity": (0, 3)}
     lower_is_better = frozenset({"severity"})
+    makes: ClassVar = ("helpfulness", "safety", "is_safe", "severity")
 
     def read(self, row: Row) -> RatedPrompt:
         ids = {

@@ -8,12 +8,16 @@ names go under `fields:`, such as `score_chosen: chosen-rating`
 (https://huggingface.co/datasets/HuggingFaceH4/ultrafeedback_binarized).
 """
 
+from typing import ClassVar
+
 from axolotl_amopo.data.rows import RatedPrompt, Response, Row
 from axolotl_amopo.formats.pairs import Pairs
 
 
 class Binarized(Pairs):
     scale = (1, 10)
+    scales: ClassVar = {}
+    makes: ClassVar = ("score",)
 
     def read(self, row: Row) -> RatedPrompt:
         responses = []

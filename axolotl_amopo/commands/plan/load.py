@@ -39,8 +39,12 @@ def plan_config(
     pairs: int = 10_000,
     held_out: int | None = None,
     utilisation: float = 0.4,
+    with_advice: bool = True,
 ) -> tuple[Plan, list[tuple[str, Plan]]]:
     """Return the plan of a config file, and changes that would make it fit, see `estimate`.
+
+    Args:
+        with_advice: look for such changes, which takes a plan for each.
 
     Raises:
         AMoPOError: for a config that training would refuse too, an unknown card, or a model whose
@@ -87,7 +91,7 @@ def plan_config(
         )
 
     first = plan(cfg, gpus)
-    return first, advise(cfg, first, plan)
+    return first, advise(cfg, first, plan) if with_advice else []
 
 
 def load(path: str, device: str, gpus: int) -> tuple[DictDefault, AMoPOConfig]:

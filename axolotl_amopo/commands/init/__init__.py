@@ -1,0 +1,1 @@
+"""`axolotl amopo init`: a first config, written from the data."""
