@@ -2,7 +2,9 @@
 
 import functools
 import json
+import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,8 @@ from axolotl_amopo.commands.kit.margins import (
     sign_test,
     without_length,
 )
+from axolotl_amopo.commands.score.groups import batches
+from axolotl_amopo.example import pair
 
 # --- statistics
 
@@ -137,6 +141,36 @@ def test_agreement_by_hand():
 
 
 # --- models
+
+
+def test_a_response_that_several_pairs_have_runs_once():
+    texts, a, b, c = [[7, 1], [7, 2]], [3], [4, 4], [5]
+    examples = [pair(texts, [a, b]), pair([[6]], [c, b]), pair(texts[:1] * 2, [a, c])]
+    examples[2].reads, examples[2].follows = [[0, 1]], [[0, 0], [1, 1]]
+    pairs = SimpleNamespace(examples=examples, prompts=np.array([0, 1, 0]))
+    ((group, other),) = batches(pairs, 2)
+    assert (group.pairs, other.pairs) == ([0, 2], [1])
+    assert len(group.places) == 5, "a and b behind two texts, c behind one"
+    example = group.example()
+    assert (example.prompts, example.responses) == (texts, [a, b, c])
+    for number, place in enumerate(group.pairs):
+        for k, text in enumerate(examples[place].prompts):
+            first, second = example.winner_first(number, k)
+            assert [example.prompts[t] for t, _ in (first, second)] == [text] * 2
+            assert [example.responses[n] for _, n in (first, second)] == examples[place].responses
+    alone = batches(pairs, 1)
+    assert [[group.pairs for group in batch] for batch in alone] == [[[0]], [[2], [1]]]
+
+
+def test_a_text_per_response_is_kept_apart():
+    own = [pair([[7, 1], [7, 2]], [[3], [n]]) for n in (4, 5)]
+    for example, texts in zip(own, ([0, 1], [1, 0]), strict=True):
+        example.follows, example.reads, example.signs = [texts], [[0]], [[1]]
+        example.points = [math.nan]
+    pairs = SimpleNamespace(examples=own, prompts=np.array([0, 0]))
+    ((group,),) = batches(pairs, 9)
+    assert group.example().places() == [(0, 0), (1, 1), (1, 0), (0, 2)]
+
 
 GOOD, BAD = "Yes, of course it is.", "No."
 
@@ -605,11 +639,11 @@ def test_scores_are_those_of_the_trainers_evaluation(tmp_path, tiny_model, amopo
     assert set(pairs[0]["labels"]) == set(trainer.amopo.criteria)
     for name in trainer.amopo.criteria:
         margins = {}
-        for number, pair in enumerate(pairs):
-            if label := pair["labels"][name]:
+        for number, line in enumerate(pairs):
+            if label := line["labels"][name]:
                 # What training counts as one example.
-                example = pair["prompt"] if trainer.amopo.group_by_prompt else number
-                margins.setdefault(example, []).append(label * pair["margins"]["tuned"][name])
+                example = line["prompt"] if trainer.amopo.group_by_prompt else number
+                margins.setdefault(example, []).append(label * line["margins"]["tuned"][name])
         of_examples = [np.mean(values) for values in margins.values()]
         right = [np.mean(np.array(values) > 0) for values in margins.values()]
         assert logged[f"eval_amopo/{name}/margin"] == pytest.approx(np.mean(of_examples), abs=1e-4)

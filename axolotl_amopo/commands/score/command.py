@@ -57,7 +57,14 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     show_default=True,
     help="own: with the instructions, as trained; plain: without any.",
 )
-@click.option("--batch-pairs", type=click.IntRange(1), default=2, show_default=True, metavar="N")
+@click.option(
+    "--batch-pairs",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    metavar="N",
+    help="Per forward pass, as many sequences as so many pairs have.",
+)
 @click.option("--html", type=FILE, metavar="FILE", help="Write a page with plots.")
 @click.option("--markdown", type=FILE, metavar="FILE", help="Write the tables as Markdown.")
 @click.option("--pairs", type=FILE, metavar="FILE", help="Write every pair's margins (JSON lines).")

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from axolotl_amopo.commands.kit.policy import is_adapter, load_policy, unloadable
 from axolotl_amopo.commands.score.data import RatedPairs
+from axolotl_amopo.commands.score.groups import Group, batches
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.model.batch import make_batch, responses
 from axolotl_amopo.model.choose import choose_layout
@@ -66,7 +67,7 @@ def model_rewards(
         models: yielded in any order.
         reward: of responses.
         reference: the model whose log-probabilities the reward takes as those of the reference.
-        batch_pairs: pairs per forward pass.
+        batch_pairs: of a forward pass, see `batches`.
         progress: told of each model's name; what it returns is told of pairs done.
 
     Yields:
@@ -82,7 +83,7 @@ def model_rewards(
     below = [one for one in every if carrier and one.path == cfg.base_model]
     loaded = [one for one in every if one not in below]
     loaded.sort(key=lambda one: (one is not reference, one is not carrier))
-    sums: np.ndarray | None = None  # of the reference, which comes first
+    sums: list[Tensor] | None = None  # of the reference, which comes first
     for one in loaded:
         model = load_policy(cfg, tokenizer, one.path)
         scorer = _Scorer(model, pairs, cfg.amopo.share_prompt, batch_pairs)
@@ -136,36 +137,35 @@ class _Scorer:
     def __init__(
         self, model: nn.Module, pairs: RatedPairs, share_prompt: bool | str, batch_pairs: int
     ):
-        self.model, self.examples = model, pairs.examples
+        self.model, self.pairs = model, pairs
         self.device = model.get_input_embeddings().weight.device
-        # The longest first: what doesn't fit into memory fails at once.
-        lengths = [sum(map(len, example.longest())) for example in self.examples]
-        longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        self.batches = [longest[i : i + batch_pairs] for i in range(0, len(longest), batch_pairs)]
+        self.batches = batches(pairs, batch_pairs)
         first = self._on_device(self._batch(self.batches[0]))
         self.choice = choose_layout(model, first, share_prompt)
         log_choice(self.choice)
 
-    def _batch(self, indices: list[int]) -> dict[str, Any]:
-        return make_batch([self.examples[i] for i in indices], pad_to_multiple_of=8)
+    def _batch(self, groups: list[Group]) -> dict[str, Any]:
+        return make_batch([group.example() for group in groups], pad_to_multiple_of=8)
 
     def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def values(
-        self, reward: Reward, advance: Callable[[int], None], reference: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Return [N, K, 2] of the pairs' responses under each prompt.
+        self,
+        reward: Reward,
+        advance: Callable[[int], None],
+        reference: list[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Return [B, K, N] per batch, of the groups' responses under each prompt.
 
         Args:
             reward: what is computed.
             advance: told of the pairs that are done.
-            reference: [N, K, 2] its summed log-probabilities.
+            reference: the same of the reference's summed log-probabilities.
         """
-        prompts = max(len(example.follows) for example in self.examples)
-        made = np.zeros((len(self.examples), prompts, 2))
-        for indices in self.batches:
-            batch = self._batch(indices)
+        made = []
+        for number, groups in enumerate(self.batches):
+            batch = self._batch(groups)
             with torch.no_grad():
                 found = response_logps(
                     self.model,
@@ -174,27 +174,27 @@ class _Scorer:
                     own_logits=self.choice.own_logits,
                 )
             logps = found.logps.cpu().double()
-            here = slice(logps.shape[1])
-            others: dict[str, Tensor] = {}
-            if reference is not None:
-                others["reference"] = torch.from_numpy(reference[indices, here]).unsqueeze(0)
             # How much a criterion weighs is nothing to the rewards, but objectives ask for it.
-            weights = torch.ones(len(indices), batch["signs"].shape[1])
-            given = responses(batch, logps, found.mask.cpu(), weights=weights, **others)
-            made[indices, here] = reward(given).numpy()
-            advance(len(indices))
+            others = {"weights": torch.ones(len(groups), batch["signs"].shape[1])}
+            if reference is not None:
+                others["reference"] = reference[number].unsqueeze(0)
+            made.append(reward(responses(batch, logps, found.mask.cpu(), **others)))
+            advance(sum(len(group.pairs) for group in groups))
         return made
 
-    def by_criterion(self, values: np.ndarray) -> np.ndarray:
+    def by_criterion(self, values: list[Tensor]) -> np.ndarray:
         """Return [N, P, 2], see `model_rewards`.
 
         Args:
-            values: [N, K, 2].
+            values: [B, K, N] per batch.
         """
-        reads = np.array([example.reads[0] for example in self.examples])  # [N, P]
-        said = np.array([example.signs[0] for example in self.examples]) != 0  # [N, P]
-        made = np.take_along_axis(values, reads[..., None], axis=1)
-        made[~said] = np.nan
+        signs = np.array([example.signs[0] for example in self.pairs.examples])
+        made = np.full((*signs.shape, 2), np.nan)
+        for groups, found in zip(self.batches, values, strict=True):
+            for group, rewards in zip(groups, found.numpy(), strict=True):
+                for pair, reads, sides in zip(group.pairs, group.reads, group.sides, strict=True):
+                    made[pair] = rewards[np.array(reads)[:, None], np.array(sides)]
+        made[signs == 0] = np.nan
         return made
 
 
