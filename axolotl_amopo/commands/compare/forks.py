@@ -8,6 +8,7 @@ compute: OpenMP's threads and a GPU's context do not survive a fork.
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib
 import logging
 import multiprocessing
@@ -115,6 +116,7 @@ def _settle(log: Path | None) -> None:
     """Make a forked process one of its own: it ends with its parent, and prints to its log."""
     end_with_parent()
     save_in_this_process()
+    gc.freeze()  # axolotl collects garbage eight times a run, each time among all that was imported
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.disable(logging.NOTSET)
     if log:
