@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -10,9 +11,30 @@ from types import TracebackType
 # Set in the environment, this variable brings the traceback of an error of ours back.
 TRACEBACK = "AXOLOTL_AMOPO_TRACEBACK"
 
+# All of C0 and C1 but tab and the ends of lines.
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
+
+
+def visible(text: str) -> str:
+    """Return text with its control characters written out: a terminal would obey them.
+
+    >>> visible("\x1b[2Jgone")
+    '\\\\x1b[2Jgone'
+    """
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def is_line(text: str) -> bool:
+    """Return whether a text is one line without control characters."""
+    return text.splitlines() == [text] and visible(text) == text
+
 
 class AMoPOError(ValueError):
     """Anything the user can mend; the text is one sentence that says how."""
+
+    def __str__(self) -> str:
+        """Return the sentence; what it quotes of a row can't command a terminal."""
+        return visible(super().__str__())
 
 
 class ConfigError(AMoPOError):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -479,6 +480,31 @@ def test_a_damaged_one_named_in_the_config(tmp_path, written, uninterrupted):
         AMoPOError, match=r"optimizer.pt doesn't .* Write .*checkpoint-2, the newest"
     ):
         runs.train(written(tmp_path, resume_from_checkpoint=str(path)))
+
+
+class Code:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_hostile_one_runs_no_code(name, tmp_path, written, uninterrupted):
+    """Without sharding, torch unpickles weights alone."""
+    copy_until(uninterrupted[0], tmp_path, 3)
+    path, trap = tmp_path / "out" / "checkpoint-3", tmp_path / "trap"
+    torch.save({"state": Code(trap)}, path / name)
+    torch.load(path / name, weights_only=False)
+    assert trap.exists()  # it does work
+    trap.unlink()
+    (path / MANIFEST).unlink()
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        runs.train(written(tmp_path, resume_from_checkpoint=str(path)))
+    assert not trap.exists()
 
 
 def contents(folder):

@@ -1,5 +1,6 @@
 """`axolotl amopo inspect`: its numbers by hand, its page, and the rows that training gets."""
 
+import copy
 import json
 import re
 from html.parser import HTMLParser
@@ -13,7 +14,9 @@ from test_data import data_format
 from axolotl_amopo.commands import amopo
 from axolotl_amopo.commands.inspect.gather import gather
 from axolotl_amopo.commands.inspect.page import inspection_page
+from axolotl_amopo.commands.inspect.text import print_inspection
 from axolotl_amopo.data.pipeline import watch_preparations
+from axolotl_amopo.errors import CONTROL
 
 
 def row(question, *answers):
@@ -130,6 +133,16 @@ def test_the_page_has_the_numbers_and_runs_nothing(report):
     )
 
 
+def test_the_data_commands_no_terminal(report, capsys):
+    hostile = copy.deepcopy(report)
+    (example, *_) = hostile.entries[0].examples
+    for piece in (*example.responses[0], *example.seen[0].pieces):
+        piece.text = "\x1b[2J\x9b31m"
+    print_inspection(hostile)
+    printed = capsys.readouterr().out
+    assert "\\x1b[2J" in printed and not CONTROL.search(printed)
+
+
 def test_who_watches_sees_what_is_prepared_meanwhile(tokenizer):
     """In order, each watcher its own, and nobody once the block is left, also by an error."""
 
@@ -166,7 +179,9 @@ def test_the_command(path, tmp_path):
     assert max(map(len, done.output.splitlines()[-20:])) <= 80
     html = tmp_path / "data.html"
     done = run(path, "--html", html, "--json")
-    assert json.loads(done.stdout)["train_rows"] == 3
+    made = json.loads(done.stdout)
+    assert made["train_rows"] == 3
+    assert {"axolotl-amopo", "axolotl", "python", "torch"} <= made["versions"].keys()
     assert html.read_text(encoding="utf-8").startswith("<!doctype html>")
     again = run(path, "--html", html)
     assert again.exit_code == 1 and "--force" in again.output

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -830,14 +831,13 @@ def test_the_template_command(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def served(adapter):
-    from axolotl_amopo.commands.chat.app import CSS, ComparedModels, chat_page
+    from axolotl_amopo.commands.chat.app import ComparedModels, chat_page, free_port, serve
 
     models = ComparedModels(find_model(str(adapter)), with_base=True)
     blocks = chat_page(models)
-    _, url, _ = blocks.launch(
-        server_name="127.0.0.1", quiet=True, prevent_thread_lock=True, css=CSS, footer_links=[]
-    )
-    yield models, url
+    blocks.block_thread = lambda: None  # so that `serve` returns
+    serve(blocks, host="127.0.0.1", port=free_port("127.0.0.1", 0), share=False)
+    yield models, blocks.local_url
     blocks.close()
 
 
@@ -938,6 +938,16 @@ def test_the_page_in_a_browser(served):
             "return performance.getEntriesByType('resource').map(entry => entry.name)"
         )
         assert all(name.startswith((served[1], "data:", "blob:")) for name in fetched)
+
+
+def test_the_page_fetches_nothing_from_elsewhere(served):
+    """An answer's Markdown could send the conversation away in the address of an image."""
+    with urllib.request.urlopen(f"{served[1]}config") as answer:
+        head = json.load(answer)["head"]
+    (policy,) = re.findall('<meta http-equiv="Content-Security-Policy" content="(.*?)">', head)
+    allowed = {name: sources for name, *sources in map(str.split, policy.split(";"))}
+    for kind in ("img-src", "media-src", "style-src", "font-src"):
+        assert set(allowed[kind]) <= {"'self'", "'unsafe-inline'", "data:", "blob:"}
 
 
 @pytest.mark.parametrize(("rank", "allowed"), [(1, 8), (8, 8), (12, 16), (16, 16), (33, 64)])

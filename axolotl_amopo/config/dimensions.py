@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from axolotl_amopo.errors import is_line
+
 Scale = Annotated[
     tuple[float, float],
     Field(description="Lowest and highest rating, e.g. [0, 4]"),
@@ -47,6 +49,6 @@ class Dimension(BaseModel):
     @classmethod
     def check_name(cls, name: str) -> str:
         # A name becomes part of a metric's name, where a slash separates.
-        if "/" in name or name != name.strip():
-            raise ValueError("must not contain a slash, or spaces at its ends")
+        if "/" in name or name != name.strip() or not is_line(name):
+            raise ValueError("must be one line, without a slash, or spaces at its ends")
         return name

@@ -18,7 +18,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl_amopo.config.datasets import PREFIX, formats, module_of
 from axolotl_amopo.config.through_axolotl import mark
 from axolotl_amopo.data.rows import Row
-from axolotl_amopo.errors import DataError
+from axolotl_amopo.errors import DataError, is_line
 
 if TYPE_CHECKING:
     from axolotl_amopo.data.format import DatasetFormat
@@ -132,7 +132,7 @@ def try_format(
     names = [*made, *named, *options.get("fields", ()), *_keys(rows[:5])]
     dimensions, read, values, used = [], 0, 0, set()
     for name in dict.fromkeys(names):
-        if "/" in name or name != name.strip() or name in ("", "overall", "text"):
+        if "/" in name or name != name.strip() or name in ("overall", "text") or not is_line(name):
             continue
         format = make_format(kind, path, [name], options)
         format.source.scales = {name: None}  # the published one is not everybody's

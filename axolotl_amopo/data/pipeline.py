@@ -29,7 +29,7 @@ from axolotl_amopo.data.examples import (
 from axolotl_amopo.data.pairing import Pair, PairRule, Scales
 from axolotl_amopo.data.rows import RatedPrompt, Ratings, Row
 from axolotl_amopo.data.tokenizer import ChatTokenizer
-from axolotl_amopo.errors import AMoPOError, DataError, did_you_mean
+from axolotl_amopo.errors import AMoPOError, DataError, did_you_mean, visible
 
 if TYPE_CHECKING:
     from axolotl_amopo.data.format import DatasetFormat
@@ -124,7 +124,7 @@ def prepare(format: "DatasetFormat", dataset: Dataset, process_count: int | None
             "%s: responses end with %s, as the chat template ends a turn, but the model's "
             "generation config does not stop there; write special_tokens: {eos_token: %s}, and "
             "the trained model's will.",
-            format.source.name, missed, missed,
+            format.source.name, visible(missed), visible(missed),
         )  # fmt: skip
     dropped: Counter = Counter()
     survey = survey_rows(format, dataset, dropped)

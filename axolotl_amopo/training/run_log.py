@@ -110,13 +110,15 @@ def describe_run(
         "train_examples": len(train),
         "eval_examples": len(test) if test is not None else 0,
         "data": list(unique.values()),
-        "versions": {
-            "axolotl-amopo": axolotl_amopo.__version__,
-            "python": platform.python_version(),
-        }
-        | {name: version(name) for name in VERSIONS_OF},
+        "versions": versions(),
         "config": path.read_text(encoding="utf-8") if path.is_file() else None,
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the package, of Python, and of what a run's numbers hang on."""
+    own = {"axolotl-amopo": axolotl_amopo.__version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in VERSIONS_OF}
 
 
 def describe_objective(config: AMoPOConfig) -> dict[str, Any]:

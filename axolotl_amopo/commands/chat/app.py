@@ -19,6 +19,12 @@ from axolotl_amopo.steering.steering import OVERALL, Settings, Weights
 NOTHING = "Nothing is asked for: the question goes to the model as it is."
 # The header's name of a long folder must not widen a phone's page.
 CSS = "h1 {overflow-wrap: anywhere} footer {display: none !important}"
+# Answers are Markdown, in which an image's address could carry the conversation away.
+HEAD = (
+    '<meta http-equiv="Content-Security-Policy" content="'
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; "
+    "style-src 'self' 'unsafe-inline'; font-src 'self' data:\">"
+)
 
 
 class ComparedModels:
@@ -269,6 +275,7 @@ def serve(blocks: gr.Blocks, *, host: str, port: int, share: bool) -> None:
             server_port=port,
             share=share,
             css=CSS,
+            head=HEAD,
             footer_links=[],
             quiet=True,
             prevent_thread_lock=True,

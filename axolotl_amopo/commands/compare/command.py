@@ -2,7 +2,6 @@
 
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from axolotl_amopo.commands.kit.options import (
     library_output,
     write_json,
 )
+from axolotl_amopo.errors import visible
 
 
 class Shard(click.ParamType):
@@ -95,7 +95,11 @@ def compare(
         raise click.UsageError("--dry-run and --report-only can't go together.")
     if only and (dry_run or report_only):
         raise click.UsageError("--only is for making runs; leave it out here.")
-    say = partial(click.echo, err=True) if not quiet else (lambda text: None)
+
+    def say(text: str) -> None:
+        if not quiet:
+            click.echo(visible(text), err=True)  # it may quote what a run printed
+
     # Imports and forked processes log for themselves; stdout is for results.
     with library_output(quiet=False, as_json=True):
         from axolotl_amopo.commands.compare.comparison import read_comparison

@@ -15,6 +15,7 @@ from axolotl_amopo.commands.kit.options import (
     library_output,
     write_json,
 )
+from axolotl_amopo.errors import visible
 
 
 def on_terminal() -> bool:
@@ -72,7 +73,7 @@ def init(
         from axolotl_amopo.commands.init.write import choose_training, config_text
 
         found = look(data, **options)
-        shown = [f"{found.fit}.", *(f"  Or: {fit}." for fit in found.runners_up)]
+        shown = [visible(f"{found.fit}."), *(visible(f"  Or: {fit}.") for fit in found.runners_up)]
         if asks:
             click.echo("\n".join(shown))
             kinds = [found.fit.type, *(fit.split()[0] for fit in found.runners_up)]
@@ -91,7 +92,7 @@ def init(
     facts = asdict(found) | {"training": asdict(training), "written": str(output)}
     write_json(facts, as_json=as_json)
     if not as_json and not quiet:
-        shown += [f"To fill in: {item}." for item in found.fit.fill_in]
+        shown += [f"To fill in: {visible(item)}." for item in found.fit.fill_in]
         shown += [f"Written: {output}", f"Next: axolotl amopo inspect {output}"]
         click.echo("\n".join(shown))
     if found.fit.fill_in:

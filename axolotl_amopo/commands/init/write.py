@@ -12,7 +12,7 @@ import yaml
 from axolotl_amopo.commands.init.look import Look
 from axolotl_amopo.commands.plan.cards import GIB, find_card
 from axolotl_amopo.data.detect import FILL_IN
-from axolotl_amopo.errors import AMoPOError
+from axolotl_amopo.errors import AMoPOError, visible
 
 # The first that fits the GPU, with LoRA or else QLoRA; and one that trains on a CPU.
 MODELS = ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct")
@@ -113,14 +113,16 @@ def config_text(found: Look, training: Training) -> str:
         *(line for item in found.fit.fill_in for line in _comment(f"{FILL_IN} {item}.")),
     ]
     if found.fit.fill_in:
-        lines += ["# Fields of the first row:", *(f"#   {item}" for item in found.sample)]
+        lines += ["# Fields of the first row:"]
+        lines += [line for item in found.sample for line in _comment(item)]
     lines += ["", f"base_model: {flow(training.model)}", "", "rl: amopo"]
     lines += [*_comment(why), "amopo:", f"  objective: {kind}"] if why else ["amopo:"]
     if found.winner == "per_dimension":
         text = f"In {found.disagree:.0%} of the pairs, dimensions name different winners:"
         lines += _comment(text, "  ")
         shown = [item for item in found.conflicts if item[2] > 0][:3]
-        lines += [f"  #   {a} and {b} in {share:.0%}" for a, b, share in shown]
+        for a, b, share in shown:
+            lines += _comment(f"{a} and {b} in {share:.0%}", "  ")
         lines += ["  winner: per_dimension  # or overall: by the mean of the ratings"]
     if found.scattered:
         lines += ["  group_by_prompt: true  # so that val_set_size splits prompts, not pairs"]
@@ -228,4 +230,6 @@ def _number(value: float) -> float:
 
 
 def _comment(text: str, indent: str = "") -> list[str]:
+    # YAML has more ends of lines than textwrap knows: what follows one would be a key.
+    text = visible(" ".join(text.split()))
     return textwrap.wrap(text, 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")

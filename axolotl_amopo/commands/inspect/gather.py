@@ -21,6 +21,7 @@ from axolotl_amopo.data.pipeline import Preparation, watch_preparations
 from axolotl_amopo.data.prompts import instruction_of
 from axolotl_amopo.errors import ConfigError
 from axolotl_amopo.example import Example
+from axolotl_amopo.training.run_log import versions
 from axolotl_amopo.training.sampler import pairs_in, row_items
 
 # More different ratings than this are counted in so many steps of the scale.
@@ -102,6 +103,7 @@ class Report:
     train_rows: int
     eval_rows: int
     shared_prompts: int  # of the evaluation's pairs, those whose prompt is trained on too
+    versions: dict[str, str]
     warnings: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -144,6 +146,7 @@ def gather(path: str, rows: int = 3, find: str | None = None) -> Report:
         train_rows=len(train_ids),
         eval_rows=len(test_ids),
         shared_prompts=sum(prompt_of.get(example) in trained for example in test_ids),
+        versions=versions(),
     )
     pairs_split = bool(cfg.val_set_size) and not cfg.amopo.group_by_prompt
     report.warnings = list(warnings(report, pairs_split))

@@ -3,9 +3,11 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.progress import Progress
 from rich.table import Table
+
+from axolotl_amopo.errors import visible
 
 
 def percent(share: float | None, decimals: int = 0, sign: str = "%") -> str:
@@ -19,7 +21,26 @@ def terminal(*, colours: bool | None = None) -> Console:
     Args:
         colours: whether to use them; None leaves that to rich.
     """
-    return Console(width=80, highlight=False, force_terminal=colours)
+    console = Console(width=80, highlight=False, force_terminal=colours)
+    console.push_render_hook(_Harmless())
+    return console
+
+
+class _Harmless(RenderHook):
+    """Write control characters out in all that is printed: data and models may hold them."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Visible(one) for one in renderables]
+
+
+class _Visible:
+    def __init__(self, inner: ConsoleRenderable):
+        self.inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.inner, options):
+            # Those with a control are rich's own commands to the terminal.
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
 def bars_console() -> Console:
