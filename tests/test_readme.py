@@ -15,6 +15,7 @@ from axolotl.utils.dict import DictDefault
 from test_data import data_format, read_all
 
 from axolotl_amopo.commands import amopo
+from axolotl_amopo.commands.inspect.gather import gather
 from axolotl_amopo.config.block import INTERNAL, AMoPOConfig
 from axolotl_amopo.config.datasets import DatasetOptions, formats, prepare_entries
 from axolotl_amopo.config.dimensions import Dimension
@@ -25,7 +26,7 @@ from axolotl_amopo.objectives.settings import SETTINGS, admitted
 from axolotl_amopo.training.metrics import PER_CRITERION, SPREAD
 
 ROOT = runs.ROOT
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def page(name: str) -> str:
@@ -238,6 +239,26 @@ def test_the_example_rows_load():
             assert set(prompt.responses[0].ratings) == set(values["amopo"]["dimensions"])
             assert any(rating is not None for rating in prompt.responses[0].ratings.values())
     assert seen == set(formats())
+
+
+# docs/coming-from
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs" / "coming-from").glob("*.md")), ids=lambda path: path.stem
+)
+def test_a_page_ends_with_a_config_that_takes_its_rows(path, tmp_path, monkeypatch, tiny_model):
+    monkeypatch.chdir(tmp_path)
+    text = path.read_text(encoding="utf-8")
+    (config,) = blocks(text, "yaml")
+    assert text.endswith(f"{config}```\n")
+    values = yaml.safe_load(config) | {"base_model": str(tiny_model)}
+    for entry, rows in zip(values["datasets"], blocks(text, "json"), strict=True):
+        assert f"`{entry['path']}`" in text
+        (tmp_path / entry["path"]).write_text(rows, encoding="utf-8")
+    report = gather(str(runs.write_config(tmp_path, values)), rows=0)
+    assert not report.warnings
+    assert all(entry.pairs_kept == entry.pairs_made > 0 for entry in report.entries)
 
 
 # docs/api.md
