@@ -261,6 +261,44 @@ def test_a_page_ends_with_a_config_that_takes_its_rows(path, tmp_path, monkeypat
     assert all(entry.pairs_kept == entry.pairs_made > 0 for entry in report.entries)
 
 
+# docs/export.md
+
+
+def test_the_commands_have_the_options_that_the_pages_give_them():
+    from axolotl.cli.main import cli
+
+    seen = set()
+    for name in ("docs/export.md", "docs/coming-from/scores.md"):
+        for line in "".join(blocks(page(name), "bash")).splitlines():
+            if not line.startswith("axolotl "):
+                continue
+            known, words = cli, line.split()[1:]
+            while words and words[0] in getattr(known, "commands", ()):
+                known = known.commands[words.pop(0)]
+            options = {option for param in known.params for option in param.opts}
+            assert not hasattr(known, "commands"), line
+            assert {word for word in words if word.startswith("--")} <= options, line
+            seen.add(known.name)
+    assert seen == {"merge-lora", "export", "template", "lm-eval", "init", "inspect", "train"}
+
+
+def test_the_task_of_lm_eval_knows_the_answers(monkeypatch, tmp_path, tiny_model):
+    from lm_eval.api.task import ConfigurableTask
+
+    monkeypatch.chdir(ROOT)
+    task, keys, _ = blocks(page("docs/export.md"), "yaml")
+    task = ConfigurableTask(config=yaml.safe_load(task))
+    docs = list(task.test_docs())
+    assert len(docs) == 24
+    for doc in docs:
+        best = task.doc_to_choice(doc)[task.doc_to_target(doc)]
+        honesty = {response["text"]: response["scores"]["honesty"] for response in doc["responses"]}
+        assert task.doc_to_text(doc) == doc["prompt"] and honesty[best] == max(honesty.values())
+
+    values = runs.config(tmp_path, tiny_model, ROOT / "quickstart" / "train.jsonl")
+    assert runs.load(runs.write_config(tmp_path, values | yaml.safe_load(keys))).amopo.enabled
+
+
 # docs/api.md
 
 
