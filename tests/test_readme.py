@@ -257,7 +257,6 @@ def test_a_page_ends_with_a_config_that_takes_its_rows(path, tmp_path, monkeypat
         assert f"`{entry['path']}`" in text
         (tmp_path / entry["path"]).write_text(rows, encoding="utf-8")
     report = gather(str(runs.write_config(tmp_path, values)), rows=0)
-    assert not report.warnings
     assert all(entry.pairs_kept == entry.pairs_made > 0 for entry in report.entries)
 
 
