@@ -548,7 +548,11 @@ def test_dimension_the_data_does_not_have(dimension, tmp_path, tiny_model):
         assert "Did you mean 'helpfulness'?" in str(error.value)
 
     values["amopo"]["missing_ratings"] = "mask"
-    with pytest.raises(DataError, match=f"no row has a rating on the dimension '{dimension}'"):
+    unrated = f"no row has a rating on the dimension '{dimension}'"
+    with pytest.raises(DataError, match=unrated):
+        runs.prepare(runs.write_config(tmp_path, values))
+    values["datasets"] = [entry | {"scale": None} for entry in values["datasets"] * 2]
+    with pytest.raises(DataError, match=f"{unrated} .*write {{name: {dimension}, scale: "):
         runs.prepare(runs.write_config(tmp_path, values))
 
 

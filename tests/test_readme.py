@@ -15,6 +15,7 @@ from axolotl.utils.dict import DictDefault
 from test_data import data_format, read_all
 
 from axolotl_amopo.commands import amopo
+from axolotl_amopo.commands.inspect.gather import gather
 from axolotl_amopo.config.block import INTERNAL, AMoPOConfig
 from axolotl_amopo.config.datasets import DatasetOptions, formats, prepare_entries
 from axolotl_amopo.config.dimensions import Dimension
@@ -25,7 +26,7 @@ from axolotl_amopo.objectives.settings import SETTINGS, admitted
 from axolotl_amopo.training.metrics import PER_CRITERION, SPREAD
 
 ROOT = runs.ROOT
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def page(name: str) -> str:
@@ -238,6 +239,63 @@ def test_the_example_rows_load():
             assert set(prompt.responses[0].ratings) == set(values["amopo"]["dimensions"])
             assert any(rating is not None for rating in prompt.responses[0].ratings.values())
     assert seen == set(formats())
+
+
+# docs/coming-from
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs" / "coming-from").glob("*.md")), ids=lambda path: path.stem
+)
+def test_a_page_ends_with_a_config_that_takes_its_rows(path, tmp_path, monkeypatch, tiny_model):
+    monkeypatch.chdir(tmp_path)
+    text = path.read_text(encoding="utf-8")
+    (config,) = blocks(text, "yaml")
+    assert text.endswith(f"{config}```\n")
+    values = yaml.safe_load(config) | {"base_model": str(tiny_model)}
+    for entry, rows in zip(values["datasets"], blocks(text, "json"), strict=True):
+        assert f"`{entry['path']}`" in text
+        (tmp_path / entry["path"]).write_text(rows, encoding="utf-8")
+    report = gather(str(runs.write_config(tmp_path, values)), rows=0)
+    assert all(entry.pairs_kept == entry.pairs_made > 0 for entry in report.entries)
+
+
+# docs/export.md
+
+
+def test_the_commands_have_the_options_that_the_pages_give_them():
+    from axolotl.cli.main import cli
+
+    seen = set()
+    for name in ("docs/export.md", "docs/coming-from/scores.md"):
+        for line in "".join(blocks(page(name), "bash")).splitlines():
+            if not line.startswith("axolotl "):
+                continue
+            known, words = cli, line.split()[1:]
+            while words and words[0] in getattr(known, "commands", ()):
+                known = known.commands[words.pop(0)]
+            options = {option for param in known.params for option in param.opts}
+            assert not hasattr(known, "commands"), line
+            assert {word for word in words if word.startswith("--")} <= options, line
+            seen.add(known.name)
+    assert seen == {"merge-lora", "export", "template", "lm-eval", "init", "inspect", "train"}
+
+
+def test_the_task_of_lm_eval_knows_the_answers(monkeypatch, tmp_path, tiny_model):
+    from lm_eval.api.task import ConfigurableTask
+
+    monkeypatch.chdir(ROOT)
+    task, keys, _ = blocks(page("docs/export.md"), "yaml")
+    task = ConfigurableTask(config=yaml.safe_load(task))
+    docs = list(task.test_docs())
+    assert len(docs) == 24
+    for doc in docs:
+        best = task.doc_to_choice(doc)[task.doc_to_target(doc)]
+        honesty = {response["text"]: response["scores"]["honesty"] for response in doc["responses"]}
+        assert task.doc_to_text(doc) == doc["prompt"] and honesty[best] == max(honesty.values())
+
+    values = runs.config(tmp_path, tiny_model, ROOT / "quickstart" / "train.jsonl")
+    assert runs.load(runs.write_config(tmp_path, values | yaml.safe_load(keys))).amopo.enabled
 
 
 # docs/api.md

@@ -1,11 +1,14 @@
 """What a run leaves in its output folder beside the model (its log, its card, how to steer it), and
 what of that is uploaded."""
 
+import base64
 import json
 import logging
 import os
 import re
+import threading
 from concurrent.futures import Future
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -38,6 +41,8 @@ ROWS = [
     for i in range(4)
 ]
 
+
+UPLOAD_FOLDER = HfApi.upload_folder
 
 # In the config below, each under a key or in an address that says so; and in a comment.
 SECRET = "5ecret"
@@ -296,6 +301,65 @@ def test_an_evaluation_alone_writes_nothing(run):
     before = (folder / "out" / FILE).read_text()
     trainer.evaluate()
     assert (folder / "out" / FILE).read_text() == before
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The calls that huggingface_hub makes to commit a folder; keeps what it is sent."""
+
+    token, cards, commits = "", [], []
+
+    def do_POST(self):
+        type(self).token = self.headers["Authorization"]
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/api/validate-yaml":
+            self.cards.append(json.loads(body)["content"])
+            self.answer({"errors": [], "warnings": []})
+        elif self.path == "/api/models/someone/tiny/preupload/main":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            plain = {"uploadMode": "regular", "shouldIgnore": False}
+            self.answer({"files": [{"path": name, **plain} for name in names]})
+        elif self.path == "/api/models/someone/tiny/commit/main":
+            lines = [json.loads(line)["value"] for line in body.splitlines()]
+            self.commits.append(lines[1:])
+            url = f"http://{self.headers['Host']}/someone/tiny/commit/1"
+            self.answer({"commitUrl": url, "commitOid": "1", "success": True})
+        else:
+            self.send_error(404)
+
+    def answer(self, values):
+        text = json.dumps(values).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_hub_gets_the_model_with_its_card(run):
+    """huggingface_hub itself sends it, to a stand-in of the hub's API."""
+    folder, _, _, trainer = run
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server,
+        mock.patch.object(HfApi, "upload_folder", UPLOAD_FOLDER),
+        mock.patch.object(
+            transformers.utils.hub.hf_api(), "endpoint", f"http://127.0.0.1:{server.server_port}"
+        ),
+        mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", False),
+    ):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        trainer.push_to_hub(token="hf_of-someone")
+        server.shutdown()
+    (files,) = Hub.commits
+    sent = {file["path"]: base64.b64decode(file["content"]) for file in files}
+    assert {"model.safetensors", "tokenizer.json", "amopo_steering.json"} < sent.keys()
+    assert not [name for name in sent if name.startswith(("_", "checkpoint-"))]
+    assert sent["README.md"] == (folder / "out" / "README.md").read_bytes()
+    assert Hub.cards == [sent["README.md"].decode()]
+    assert "amopo" in ModelCard(Hub.cards[0]).data.tags
+    assert Hub.token == "Bearer hf_of-someone"
 
 
 def test_what_is_uploaded(run, uploads, logged):

@@ -185,11 +185,31 @@ def survey_rows(format: "DatasetFormat", dataset: Dataset, dropped: Counter) -> 
         survey.prompts = len(groups)
     for name in format.config.dimension_names if survey.prompts else ():
         if name not in survey.spans:
-            raise DataError(
-                f"{format.source.name}: no row has a rating on the dimension '{name}' of "
-                f"amopo.dimensions.{did_you_mean(name, dataset.column_names)}"
-            )
+            check_rated_elsewhere(format, name, dataset.column_names)
     return survey
+
+
+def check_rated_elsewhere(format: "DatasetFormat", name: str, columns: list[str]) -> None:
+    """Let a dimension that no row rates be one of another dataset, with a warning.
+
+    Its scale must be known: the one that a saved model is asked on is the first dataset's.
+
+    Raises:
+        DataError: where nothing says that it is.
+    """
+    problem = f"{format.source.name}: no row has a rating on the dimension '{name}'"
+    several = len(format.cfg.datasets or []) > 1
+    masked = format.config.missing_ratings == "mask"
+    if several and masked and format.source.scales[name]:
+        LOG.warning("%s; it says nothing there (amopo.missing_ratings: mask).", problem)
+        return
+    hint = (
+        f" If another dataset has it, write {{name: {name}, scale: [LOWEST, HIGHEST]}} there and "
+        "amopo.missing_ratings: mask."
+    )
+    raise DataError(
+        f"{problem} of amopo.dimensions.{did_you_mean(name, columns)}{hint if several else ''}"
+    )
 
 
 def read_prompts(

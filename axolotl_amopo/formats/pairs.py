@@ -9,7 +9,8 @@ or text (or messages) with the ratings beside it:
     {"prompt": "...", "chosen": "...", "rejected": "...",
      "chosen_ratings": {"helpfulness": 4, ...}, "rejected_ratings": {...}}
 
-Without any ratings, the one dimension is `preference`: 1 for the chosen response, 0 for the other.
+Where a row has no ratings, it says one thing, `preference`: 1 for the chosen response, 0 for the
+other. Beside it, dimensions of other datasets are missing ratings.
 
 `messages` may stand in place of `prompt`. Without either, `chosen` and `rejected` are whole
 conversations that share all but their last turn.
@@ -48,7 +49,7 @@ class Pairs(DatasetFormat):
         else:
             turn = row.response(value, key)
         name = f"{side}_ratings"
-        if row.source.dimensions == [PREFERENCE] and not row.has(name):
+        if PREFERENCE in row.source.dimensions and not row.has(name):
             return Response(turn, row.ratings({row.key(PREFERENCE): float(side == "chosen")}))
         return Response(turn, row.ratings(row.get(name), row.key(name)))
 
