@@ -28,7 +28,6 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from axolotl_amopo.config import instructions
@@ -154,7 +153,7 @@ class Steering(BaseModel):
         try:
             self.instruction({names[0]: None})
             self.instruction({OVERALL: None} if self.overall else {names[0]: None})
-        except TemplateError as error:
+        except Exception as error:  # a filter may raise whatever Python does
             raise ValueError(
                 f"an instruction is not a Jinja template that works: {error}"
             ) from None

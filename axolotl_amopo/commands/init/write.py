@@ -1,6 +1,5 @@
 """What was found in a dataset -> the text of its YAML, for the memory that is there."""
 
-import json
 import tempfile
 import textwrap
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import yaml
 from axolotl_amopo.commands.init.look import Look
 from axolotl_amopo.commands.plan.cards import GIB, find_card
 from axolotl_amopo.data.detect import FILL_IN
-from axolotl_amopo.errors import AMoPOError, visible
+from axolotl_amopo.errors import AMoPOError, is_line, visible
 
 # The first that fits the GPU, with LoRA or else QLoRA; and one that trains on a CPU.
 MODELS = ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct")
@@ -217,12 +216,20 @@ def _entries(section: str, entry: dict[str, Any]) -> list[str]:
 
 def flow(value: Any) -> str:
     """Return a value as YAML on one line."""
-    if isinstance(value, str) and "\n" in value:
-        return json.dumps(value, ensure_ascii=False)
-    text = yaml.safe_dump(
-        value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6
-    )
-    return text.removesuffix("...\n").strip()
+
+    def dump(style: str | None) -> str:
+        text = yaml.safe_dump(
+            value,
+            default_style=style,
+            default_flow_style=True,
+            sort_keys=False,
+            allow_unicode=True,
+            width=10**6,
+        )
+        return text.removesuffix("...\n").strip()
+
+    text = dump(None)
+    return text if is_line(text) else dump('"')  # which escapes the ends of lines
 
 
 def _number(value: float) -> float:
