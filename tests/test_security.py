@@ -131,10 +131,10 @@ def test_names_in_the_data_write_no_keys(tmp_path):
 
 def test_fields_of_the_data_write_no_keys(tmp_path):
     """Of rows that fit nothing: what they hold is shown in comments."""
-    rows = [{f"{key}{i}": "some text" for i, key in enumerate([*KEYS, COMMANDS])}] * 3
-    found = look(str(runs.write_jsonl(tmp_path / "odd.jsonl", rows)))
-    assert found.fit.fill_in and len(found.sample) == len(rows[0])
-    assert "plugins" not in keys_of(found)[0]
+    found = look(str(runs.write_jsonl(tmp_path / "odd.jsonl", [{"one": "some text"}] * 3)))
+    assert found.fit.fill_in and found.sample
+    hostile = replace(found, sample=[f"{key}: some text" for key in (*KEYS, COMMANDS)])
+    assert keys_of(hostile)[0] == keys_of(found)[0]
 
 
 # Pages. That whole pages escape texts is in test_inspect.py, test_report.py and test_score.py.
@@ -161,9 +161,8 @@ def test_data_runs_no_code(kind, tmp_path, trap):
     if kind == "script":
         (folder / "data.py").write_text(f"open({str(trap)!r}, 'w')\n")
         runs.write_jsonl(folder / "rows.jsonl", [rated("Why?", "good")])
-        look(str(folder))
-        return
-    (folder / "rows.pkl").write_bytes(pickle.dumps(Code(trap)))
+    else:
+        (folder / "rows.pkl").write_bytes(pickle.dumps(Code(trap)))
     with pytest.raises(AMoPOError):
         look(str(folder / "rows.pkl" if kind == "file" else folder))
 
@@ -209,7 +208,7 @@ def test_a_chat_template_runs_no_code(tokenizer, trap):
     """It comes with a model, and transformers renders it in its sandbox."""
     template = f"{{{{ cycler.__init__.__globals__.os.system('touch {trap}') }}}}"
     with pytest.raises(SecurityError):
-        ChatTokenizer(tokenizer, template).prompt_ids([{"role": "user", "content": "Why?"}])
+        ChatTokenizer(tokenizer, template, {}).prompt_ids([{"role": "user", "content": "Why?"}])
 
 
 # Steering files, and those of `compare`.
@@ -254,6 +253,8 @@ def test_the_package_unpickles_nothing_and_runs_no_text():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in getattr(node, "names", ()) if hasattr(alias, "name")]
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if ast.unparse(node) == "from pickle import UnpicklingError":
+                continue  # to catch it
             if isinstance(node, ast.Import | ast.ImportFrom):
                 assert not modules & {name.partition(".")[0] for name in names}, path
             elif isinstance(node, ast.Call):

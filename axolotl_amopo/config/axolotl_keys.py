@@ -111,6 +111,9 @@ NO_EFFECT: tuple[str, ...] = (
 # axolotl's default. Its schema takes too long to import for the check before a launch.
 SEQUENCE_LEN = 512
 
+# What `axolotl lm-eval` reads of the YAML (integrations/lm_eval/cli.py), its plugin or no.
+LM_EVAL_KEYS = {"lm_eval_tasks", "lm_eval_batch_size", "lm_eval_post_train", "lm_eval_model"}
+
 # What axolotl's commands put into the raw config beside the YAML's keys.
 COMMAND_LINE_KEYS = {
     *(field.name for arguments in COMMAND_ARGUMENTS for field in fields(arguments)),
@@ -262,7 +265,7 @@ def _check_spelling(cfg: dict, known: Set[str]) -> None:
 
     A key that resembles none stays: people keep YAML anchors and notes there.
     """
-    known = {*known, "plugins", "amopo"}
+    known = {*known, *LM_EVAL_KEYS, "plugins", "amopo"}
     for key in cfg:
         close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.85)
         if key not in known and key not in COMMAND_LINE_KEYS and close:

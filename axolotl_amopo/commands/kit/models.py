@@ -10,12 +10,16 @@ import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from axolotl_amopo.data.tokenizer import ChatTokenizer, generation_stops
 from axolotl_amopo.errors import AMoPOError, ConfigError
 from axolotl_amopo.steering.steering import FILE, Steering
 from axolotl_amopo.steering.template import unsteered
+
+# Of a file that torch does not load.
+NO_WEIGHTS = "its weights' file holds more than weights, which could be code"
 
 
 @dataclass(frozen=True)
@@ -214,6 +218,8 @@ def load_model(trained: TrainedModel, *, base: bool = False) -> Any:
         )
         if trained.is_adapter and not base:
             model = _with_adapter(model, trained)
+    except UnpicklingError:  # torch says how to load it nevertheless
+        raise AMoPOError(f"{trained.folder}: the model can't be loaded: {NO_WEIGHTS}.") from None
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         line = str(error).strip().partition("\n")[0]
         raise AMoPOError(f"{trained.folder}: the model can't be loaded: {line}") from None

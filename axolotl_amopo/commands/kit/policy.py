@@ -1,5 +1,6 @@
 """Models whose log-probabilities are wanted, loaded as training loads them."""
 
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from axolotl_amopo.commands.kit.models import NO_WEIGHTS
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.model.forward import teach
 
@@ -60,6 +62,8 @@ def load_policy(cfg: Any, tokenizer: Any, path: str) -> nn.Module:
             model = PeftModel.from_pretrained(model, path)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise unloadable(path, error) from None
+    except UnpicklingError:  # torch says how to load it nevertheless
+        raise unloadable(path, ValueError(NO_WEIGHTS)) from None
     model.eval()
     try:
         teach(model)
