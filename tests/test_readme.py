@@ -267,8 +267,6 @@ def test_a_page_ends_with_a_config_that_takes_its_rows(path, tmp_path, monkeypat
 def test_the_commands_have_the_options_that_the_pages_give_them():
     from axolotl.cli.main import cli
 
-    from axolotl_amopo.commands import amopo
-
     seen = set()
     for name in ("docs/export.md", "docs/coming-from/scores.md"):
         for line in "".join(blocks(page(name), "bash")).splitlines():
