@@ -119,6 +119,20 @@ def test_a_group_costs_the_mean_of_its_pairs(forks, tmp_path, tiny_model):
     assert tokens("chosen, 5 levels") < tokens("chosen")
 
 
+def test_tools_are_measured_beyond_their_bare_start(tmp_path):
+    script = str(BENCHMARKS / "tools.py")
+    options = ["--model", "none", "--only", "configs", "--rounds", "1", "--output", str(tmp_path)]
+    done = runs.command(sys.executable, script, *options, cwd=tmp_path)
+    rows = json.loads((tmp_path / "tools.json").read_text(encoding="utf-8"))["rows"]
+    assert list(rows) == ["nothing", "configs"] and rows["nothing"]["cpu_beyond"] is None
+    for kind in ("wall", "cpu"):
+        assert 0 < rows["nothing"][kind] < rows["configs"][kind]
+        beyond = rows["configs"][kind] - rows["nothing"][kind]
+        assert rows["configs"][f"{kind}_beyond"] == pytest.approx(beyond)
+    assert "| configs " in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["tools.json"]
+
+
 def test_a_dry_run_through_axolotl_plans_every_case_and_trains_one(forks, tmp_path):
     arguments = ["--dry-run", "--cases", "lora", "fsdp2", "--steps", "2", "--sequence-len", "128"]
     run = partial(forks, 1, tmp_path, "runs", "script", str(BENCHMARKS / "gpu.py"), *arguments)

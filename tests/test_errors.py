@@ -1,6 +1,8 @@
 """Errors of ours: one sentence, exit code 1, no traceback; and what is found before a launch."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import runs
 import yaml
 from click.testing import CliRunner
 from test_bad_input import CONFIGS, ENTRIES, FILES, GOOD, ROWS
+from test_report import healthy, written
 
 from axolotl_amopo.commands import amopo
 from axolotl_amopo.config.axolotl_keys import schema_keys
@@ -19,9 +22,11 @@ from axolotl_amopo.config.before_launch import (
     option_keys,
     with_options,
 )
+from axolotl_amopo.config.block import AMoPOConfig
 from axolotl_amopo.config.overrides import passed_on
 from axolotl_amopo.errors import TRACEBACK, AMoPOError, ConfigError
 from axolotl_amopo.plugin import AMoPOPlugin
+from axolotl_amopo.steering.steering import Steering
 
 # The hook.
 
@@ -213,21 +218,48 @@ def test_every_config_of_a_sweep_is_checked(raw, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-HEAVY = """
+IMPORTED = """
+import json
 import sys
-from axolotl_amopo.config.before_launch import check_before_launch
-from axolotl_amopo.config.files import read_yaml
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
-check_before_launch(read_yaml(Path(sys.argv[1])))
-heavy = ("axolotl.integrations.base", "axolotl.utils.schemas.config", "datasets", "peft")
-print([name for name in heavy if name in sys.modules])
+from axolotl_amopo.commands import amopo
+from axolotl_amopo.config.files import read_yaml
+
+config, run_dir, model = sys.argv[1:]
+heavy = ["axolotl", "torch", "transformers", "datasets", "peft", "trl", "scipy", "pandas"]
+heavy += ["matplotlib", "gradio", "axolotl.integrations.base", "axolotl.utils.schemas.config"]
+helped = [name for name, command in amopo.commands.items() if command.add_help_option]
+commands = [["--help"], *([name, "--help"] for name in helped), ["configs"], ["report", run_dir]]
+commands += [["template", model, "--output", f"{run_dir}/made.jinja"]]
+found = {}
+for arguments in commands:
+    with redirect_stdout(StringIO()):
+        amopo.main(arguments, standalone_mode=False)
+    found[" ".join(arguments[:2])] = [module for module in heavy if module in sys.modules]
+from axolotl_amopo.config.before_launch import check_before_launch
+check_before_launch(read_yaml(Path(config)))
+found["before a launch"] = [module for module in heavy if module in sys.modules]
+print(json.dumps(found))
 """
 
 
-def test_it_imports_nothing_that_takes_long(raw, tmp_path):
-    path = str(runs.write_config(tmp_path, raw))
-    done = runs.command(sys.executable, "-c", HEAVY, path, cwd=tmp_path)
-    assert done.stdout.splitlines()[-1] == "[]"
+def test_it_imports_nothing_that_takes_long(raw, tmp_path, tiny_model):
+    """One command after the other in one process, as `axolotl-amopo` runs each."""
+    path = runs.write_config(tmp_path, raw)
+    run_dir, model = written(tmp_path / "run", healthy(steps=4)), tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    Steering.from_config(AMoPOConfig(dimensions=["a"]), {"a": (0.0, 4.0)}).save(model)
+    arguments = [str(one) for one in (path, run_dir, model)]
+    done = runs.command(sys.executable, "-c", IMPORTED, *arguments, cwd=tmp_path)
+    found = json.loads(done.stdout.splitlines()[-1])
+    last, template, report = (found.popitem()[1] for _ in range(3))
+    assert {"--help", "plan --help", "score --help", "configs"} < found.keys()
+    assert not any(found.values()), found
+    assert report == ["matplotlib"]
+    assert template == ["torch", "transformers", "matplotlib"]  # a tokenizer's
+    assert last == ["axolotl", *template]
 
 
 # Whole commands; few, because each takes half a minute.

@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import json
 import os
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,6 +30,7 @@ from axolotl_amopo.commands.plan.step import (
     shaped,
     shortened,
 )
+from axolotl_amopo.config.block import AMoPOConfig
 from axolotl_amopo.errors import AMoPOError, ConfigError
 from axolotl_amopo.model import forward
 from axolotl_amopo.model.attention import PACKED_SDPA
@@ -269,6 +270,11 @@ def test_a_misspelt_key_is_noticed(block, key, misspelt, local):
 GPU_CONFIGS = [path for path in CONFIGS if not path.stem.startswith("quickstart")]
 
 
+@cache  # for both devices
+def loaded(path: str, gpus: int) -> tuple[DictDefault, AMoPOConfig]:
+    return load_for(path, "cuda", gpus)
+
+
 @pytest.mark.parametrize("device", ["cuda", "meta"])
 @pytest.mark.parametrize("path", GPU_CONFIGS, ids=lambda path: path.stem)
 def test_a_step_on_fake_tensors(path, device, monkeypatch):
@@ -284,7 +290,7 @@ def test_a_step_on_fake_tensors(path, device, monkeypatch):
     optimizer, or an objective's draws, which read the examples' ids.
     """
     sharded = read(path).keys() & {"fsdp_config", "deepspeed"}
-    cfg, amopo = load_for(str(path), "cuda", gpus=8 if sharded else 1)
+    cfg, amopo = loaded(str(path), gpus=8 if sharded else 1)
     model = build_model(cfg, shortened(model_config(cfg), 2), device)
     example = shaped(made_up_example(amopo, 2), PairShape(48, 11, 5))
     batch = micro_batch(example, cfg.micro_batch_size)

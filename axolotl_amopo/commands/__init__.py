@@ -37,12 +37,7 @@ def amopo() -> None:
 
 def main() -> None:
     """Run `axolotl-amopo`."""
-    from axolotl.utils import set_misc_env, set_pytorch_cuda_alloc_conf
-
-    # What axolotl's own start does beside its banner.
-    load_dotenv()
-    set_pytorch_cuda_alloc_conf()
-    set_misc_env()
+    load_dotenv()  # as axolotl's own start does, see `kit.options.Command` too
     amopo(prog_name="axolotl-amopo")
 
 

@@ -8,7 +8,7 @@ from axolotl_amopo.commands.configs.examples import FOLDER, copy_configs, list_c
 from axolotl_amopo.commands.kit.options import JSON, QUIET, command, write_json
 
 
-@command()
+@command(needs_axolotl=False)
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option(
     "--output",

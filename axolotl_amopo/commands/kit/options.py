@@ -21,10 +21,24 @@ EXITS = "Exits with 0 when done, 1 on an error, 2 on wrong use"
 
 
 class Command(click.Command):
-    """A command that says an error of ours in one sentence, as click does its own, and exits 1."""
+    """A command that says an error of ours in one sentence, as click does its own, and exits 1.
+
+    Args:
+        needs_axolotl: false for a command that reads and writes files alone.
+    """
+
+    def __init__(self, *args: Any, needs_axolotl: bool = True, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.needs_axolotl = needs_axolotl
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
+        if self.needs_axolotl:
+            from axolotl.utils import set_misc_env, set_pytorch_cuda_alloc_conf
+
+            # As axolotl's own start does, which `axolotl-amopo` goes without.
+            set_pytorch_cuda_alloc_conf()
+            set_misc_env()
         try:
             return super().invoke(ctx)
         except AMoPOError as error:

@@ -39,6 +39,8 @@ FRAGMENTATION = 0.05
 SHORTEST_PROMPT = 64
 # Of a made-up group: as many as UltraFeedback has.
 RESPONSES = 4
+# Keys that change what is made of a simulated step, and not the step.
+NOT_IN_A_STEP = ("optimizer", "gradient_accumulation_steps")
 # DeepSpeed's own default, in numbers; what ZeRO-3 keeps gathered at most.
 MAX_LIVE_PARAMETERS = 10**9
 
@@ -313,6 +315,7 @@ def estimate(
     utilisation: float = 0.4,
     epoch_pairs: int = 10_000,
     held_out_pairs: int | None = None,
+    steps: dict[str, Step] | None = None,
 ) -> Plan:
     """Simulate a step at the usual length for its cost, and at the largest for its memory.
 
@@ -326,6 +329,8 @@ def estimate(
         utilisation: share of the card's speed that training reaches.
         epoch_pairs: of the data, whatever is made of them.
         held_out_pairs: by default those that `val_set_size` takes away.
+        steps: those of other configs that differ in nothing else, by what a step reads of them;
+            another one is added.
     """
     shards = sharding(cfg, devices)
     kind = "pairs"
@@ -346,7 +351,11 @@ def estimate(
         what = f"{kind} that fill sequence_len ({cfg.sequence_len})"
     example = shaped(example, usual)
     batches = [micro_batch(one, cfg.micro_batch_size) for one in (example, largest)]
-    step = run_step(cfg, config, amopo, *batches, device)
+    steps = {} if steps is None else steps
+    read = repr({name: value for name, value in cfg.items() if name not in NOT_IN_A_STEP})
+    if read not in steps:
+        steps[read] = run_step(cfg, config, amopo, *batches, device)
+    step = steps[read]
     accumulation = cfg.gradient_accumulation_steps or 1
     micro_batches = accumulation * devices
     training = "qlora" if cfg.load_in_4bit else cfg.adapter or "full"

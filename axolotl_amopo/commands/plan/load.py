@@ -15,7 +15,7 @@ from axolotl_amopo.commands.plan.cards import find_card
 from axolotl_amopo.commands.plan.estimate import Plan, advise, estimate
 from axolotl_amopo.commands.plan.groups import prepared_rows
 from axolotl_amopo.commands.plan.models import model_config
-from axolotl_amopo.commands.plan.step import PairShape
+from axolotl_amopo.commands.plan.step import PairShape, Step
 from axolotl_amopo.config.axolotl_keys import check_gradients, check_parts, check_router
 from axolotl_amopo.config.block import AMoPOConfig, read_block
 from axolotl_amopo.config.files import read_yaml
@@ -70,6 +70,8 @@ def plan_config(
     after = amopo.instruction_place == "after"
     beginning = max(0, prompt_tokens - INSTRUCTION_TOKENS) if after else 0
 
+    steps: dict[str, Step] = {}
+
     def plan(cfg: DictDefault, devices: int) -> Plan:
         amopo = read_block(cfg)
         check_parts(cfg, amopo)
@@ -88,6 +90,7 @@ def plan_config(
             utilisation=utilisation,
             epoch_pairs=pairs,
             held_out_pairs=held_out,
+            steps=steps,
         )
 
     first = plan(cfg, gpus)

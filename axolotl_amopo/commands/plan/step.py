@@ -8,7 +8,7 @@ every storage that comes to life is counted until it dies.
 
 import gc
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -57,6 +57,7 @@ FLOPS_ON_CPU = {
         lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value)
     ),
 }
+FORMULAS = FlopCounterMode(display=False, custom_mapping=FLOPS_ON_CPU).flop_registry
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def run_step(
     """
     if "reference" in amopo.needs:  # see `turn_dropout_off`
         cfg = DictDefault({**cfg, "lora_dropout": 0.0})
-    model = build_model(cfg, config)
+    model = model_on_meta(cfg, config)
     causal = causal_model(model)
     layout = _choose(causal, cfg, amopo, torch.device(device))
     reference = _reference(cfg, amopo, model)
@@ -152,36 +153,41 @@ def run_step(
 
     layers = _layers(causal)
     period = _period(cfg, config, layers)
-    runs = [len(layers)] if len(layers) <= 3 * period else [2 * period, 3 * period]
-    flops, reference_flops, moments = [], [], []
-    for count in runs:
-        short = shortened(config, count)
-        flops.append(0)
-        reference_flops.append(0)
-        for alike in kinds.values():
-            fresh = _Simulation(build_model(cfg, short), cfg, amopo, layout, reference)
-            with FlopCounterMode(display=False, custom_mapping=FLOPS_ON_CPU) as counter:
-                fresh.step(usual, alike[:1], passes, replayed=len(parts) > 1)
-            flops[-1] += counter.get_total_flops() * len(alike)
+    # FLOPs grow by the layer from the first on; the fullest moment needs one that is neither first
+    # nor last.
+    flops_of, moments_of = (period, 2 * period), (2 * period, 3 * period)
+    if len(layers) <= 3 * period:
+        flops_of = moments_of = (len(layers),)
+    # By the number of layers.
+    flops, reference_flops = dict.fromkeys(flops_of, 0), dict.fromkeys(flops_of, 0)
+    moments: dict[int, list[Counter[str]]] = {}
+    for count in sorted({*flops_of, *moments_of}):
+        short = build_model(cfg, shortened(config, count))
+        simulation = _Simulation(short, cfg, amopo, layout, reference)
+        if count in moments_of:
+            with LiveMemory(short) as memory:
+                replayed = len(largest_parts) > 1
+                simulation.step(largest, fullest, largest_passes, memory, replayed=replayed)
+            moments[count] = memory.peaks
+            short.zero_grad()
+        for alike in kinds.values() if count in flops_of else ():
+            with CountedFlops() as counter:
+                simulation.step(usual, alike[:1], passes, replayed=len(parts) > 1)
+            flops[count] += counter.total * len(alike)
             if isinstance(reference, Precomputed):
-                with FlopCounterMode(display=False, custom_mapping=FLOPS_ON_CPU) as counter:
-                    fresh.precompute(alike[:1])
-                reference_flops[-1] += counter.get_total_flops() * len(alike)
-        fresh = _Simulation(build_model(cfg, short), cfg, amopo, layout, reference)
-        with LiveMemory(fresh.model) as memory:
-            replayed = len(largest_parts) > 1
-            fresh.step(largest, fullest, largest_passes, memory, replayed=replayed)
-        moments.append(memory.peaks)
-    sizes_of = [field.name for field in fields(Moment)]
+                with CountedFlops() as counter:
+                    simulation.precompute(alike[:1])
+                reference_flops[count] += counter.total * len(alike)
 
-    def extrapolate(values: list[int]) -> int:
-        low, high = values[0], values[-1]
-        if len(runs) == 1:
-            return low
-        return int(low + (high - low) * (len(layers) - runs[0]) / (runs[1] - runs[0]))
+    def extrapolate(values: Mapping[int, int]) -> int:
+        (first, low), (last, high) = min(values.items()), max(values.items())
+        return low + (high - low) * (len(layers) - first) // max(1, last - first)
 
     def at_peak(phase: int) -> Moment:
-        sizes = {kind: [peaks[phase][kind] for peaks in moments] for kind in sizes_of}
+        sizes = {
+            field.name: {count: peaks[phase][field.name] for count, peaks in moments.items()}
+            for field in fields(Moment)
+        }
         return Moment(**{kind: max(0, extrapolate(values)) for kind, values in sizes.items()})
 
     parameters = list(model.parameters())
@@ -425,9 +431,18 @@ def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 
 
 def build_model(cfg: Any, config: PreTrainedConfig, device: str = "cpu") -> nn.Module:
-    """The model in the precision and with the adapters that axolotl 0.21 gives it.
+    """Return `model_on_meta` with fake tensors, which know a device."""
+    model = model_on_meta(cfg, config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device=device)
+        causal_model(model).tie_weights()
+    return model
 
-    Its tensors are fake ones. Quantised weights stand here in 16 bits, as they are computed with.
+
+def model_on_meta(cfg: Any, config: PreTrainedConfig) -> nn.Module:
+    """Return the model in the precision and with the adapters that axolotl 0.21 gives it.
+
+    Quantised weights stand here in 16 bits, as they are computed with.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -448,8 +463,6 @@ def build_model(cfg: Any, config: PreTrainedConfig, device: str = "cpu") -> nn.M
             model = get_peft_model(model, load_lora(model, cfg, config_only=True)[1], **options)
             if cfg.lora_fp32_gradients:
                 upcast_lora_parameters(model)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device=device)
         causal_model(model).tie_weights()
     return model
 
@@ -528,6 +541,25 @@ def _choose(
     return candidates(implementation, device, bool(cfg.torch_compile))[0]
 
 
+class CountedFlops(TorchDispatchMode):
+    """Count FLOPs by the formulas of torch's FlopCounterMode.
+
+    That one counts per module too, which takes it longer than a step of fake tensors.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = func(*args, **kwargs or {})
+        if formula := FORMULAS.get(func.overloadpacket):
+            self.total += formula(*args, **kwargs or {}, out_val=result)
+        return result
+
+
 class LiveMemory(TorchDispatchMode):
     """Bytes of the storages that live, by kind, and what they were when they were most.
 
@@ -548,15 +580,22 @@ class LiveMemory(TorchDispatchMode):
             for tensor in [*model.parameters(), *model.buffers()]
         }
         causal = causal_model(model)
-        causal.base_model.register_forward_pre_hook(self._begin)
-        causal.base_model.register_forward_hook(lambda *_: setattr(self, "kind", "logits"))
-        for layer in _layers(causal):
-            layer.register_forward_pre_hook(self._collect)
+        trunk = causal.base_model
+        self._hooks = [
+            trunk.register_forward_pre_hook(self._begin),
+            trunk.register_forward_hook(lambda *_: setattr(self, "kind", "logits")),
+        ]
+        self._hooks += [x.register_forward_pre_hook(self._collect) for x in _layers(causal)]
         in_layers = set(map(id, _layers(causal).parameters()))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 hook = partial(self._is_gradient, in_layer=id(parameter) in in_layers)
-                parameter.register_post_accumulate_grad_hook(hook)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
 
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None

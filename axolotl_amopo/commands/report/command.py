@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from axolotl_amopo.commands.report.plots import Plot
 
 
-@command(epilog=f"{EXITS}, {EXIT_FOUND} where --fail-on found something.")
+@command(needs_axolotl=False, epilog=f"{EXITS}, {EXIT_FOUND} where --fail-on found something.")
 @click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path())
 @click.option(
     "--output",

@@ -66,6 +66,7 @@ class Plot:
         """Return an <svg> element whose ids begin with its name, so that a page can hold many."""
         with _drawing(self.name):
             svg = kit.svg_element(self.figure)
+        self.figure.set_layout_engine("none")  # all is in its place now; a PNG need not find it
         svg = re.sub(r'\bid="', f'id="{self.name}-', svg)
         svg = re.sub(r"url\(#", f"url(#{self.name}-", svg)
         svg = re.sub(r'href="#', f'href="#{self.name}-', svg)

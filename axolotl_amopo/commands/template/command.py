@@ -17,7 +17,7 @@ from axolotl_amopo.commands.kit.options import (
 )
 
 
-@command()
+@command(needs_axolotl=False)
 @MODEL
 @click.option("--output", type=click.Path(path_type=Path), required=True, metavar="FILE")
 @DIMENSIONS
