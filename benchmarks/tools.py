@@ -47,7 +47,7 @@ class Tool(NamedTuple):
 
     arguments: list[str]
     bare: str = ""
-    most: float | None = None  # seconds beyond the bare start that issue 19 allows
+    most: float | None = None  # seconds beyond the bare start that it may take
     exits: int = 0
 
 
