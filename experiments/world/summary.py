@@ -247,14 +247,17 @@ def plot_steering(plan: Plan, rows: Rows) -> Figure | None:
 
 
 def choose(plan: Plan, rows: Rows) -> dict[str, dict[str, float]]:
-    """Return the tuned settings with the highest mean score, by objective."""
+    """Return the tuned settings whose lowest score over seeds is the highest, by objective.
+
+    Not the mean: a setting that breaks the model on one seed is none to compare with.
+    """
     best: dict[str, tuple[float, dict[str, float]]] = {}
     for variant, of in rows.items():
         if not of:
             continue
         settings = plan.variants[variant]
         objective = settings.get("amopo", {}).get("objective", "amopo")
-        score = mean_of([*values_of(of, "score").values()]).value
+        score = min(values_of(of, "score").values())
         if objective not in best or score > best[objective][0]:
             best[objective] = score, {key: settings[key] for key in TUNED if key in settings}
     return {objective: chosen for objective, (_, chosen) in best.items()}
