@@ -308,6 +308,18 @@ def test_a_grid_and_tuned_settings(tmp_path: Path) -> None:
     }
 
 
+def test_settings_that_break_on_a_seed_are_not_chosen(tmp_path: Path) -> None:
+    rates = {"steady": 0.1, "steadier": 0.2, "breaks": 0.3}
+    variants = {name: settings("dpo") | {"learning_rate": rate} for name, rate in rates.items()}
+    plan = results.Plan(tmp_path / "p.yml", "Which?", [], [1, 2], variants, {})
+    scores = {"steady": (3.0, 3.5), "steadier": (3.3, 3.1), "breaks": (5.0, 2.0)}
+    rows = {
+        name: {seed: {"measures": {"score": score}} for seed, score in enumerate(of)}
+        for name, of in scores.items()
+    }
+    assert summary.choose(plan, rows) == {"dpo": {"learning_rate": 0.2}}
+
+
 def test_tables_by_hand(tmp_path: Path) -> None:
     plan = results.Plan(
         tmp_path / "p.yml", "Which?", ["score"], [1, 2, 3],
