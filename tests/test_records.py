@@ -143,10 +143,12 @@ def test_every_log_is_there(run):
 
 def test_the_console_has_a_line_for_each_of_them(run, printed):
     """Without progress bars and with them, and no dictionary of everything."""
-    _, _, *trainers = run
-    for output, trainer, resumed_at in zip(printed, trainers, (0, 1), strict=True):
+    folder, _, *trainers = run
+    state = json.loads((folder / "out" / "checkpoint-1" / "trainer_state.json").read_text())
+    for output, trainer, before in zip(
+        printed, trainers, (0, len(state["log_history"])), strict=True
+    ):
         history, steps = trainer.state.log_history, trainer.state.max_steps
-        before = sum(entry["step"] <= resumed_at for entry in history) if resumed_at else 0
         lines = [line for line in output.getvalue().splitlines() if line.startswith("step ")]
         assert len(lines) == len(history) - before
         for line, entry in zip(lines, history[before:], strict=True):

@@ -405,11 +405,13 @@ def _watch(table: LiveTable) -> contextlib.ExitStack:
             stack.enter_context(redirect(stand_in(stream)))
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     for handler in {h for logger in loggers for h in getattr(logger, "handlers", ())}:
-        if isinstance(handler, logging.StreamHandler) and _is_terminal(handler.stream):
-            stack.callback(handler.setStream, handler.stream)
-            handler.setStream(stand_in(handler.stream))
+        # One that asks for sys.stderr whenever it writes has its stand-in already.
+        stream = getattr(handler, "stream", None)
+        if isinstance(handler, logging.StreamHandler) and _is_free_terminal(stream):
+            stack.callback(handler.setStream, stream)
+            handler.setStream(stand_in(stream))
     return stack
 
 
-def _is_terminal(stream: Any) -> bool:
-    return getattr(stream, "isatty", bool)()
+def _is_free_terminal(stream: Any) -> bool:
+    return not isinstance(stream, _Watched) and getattr(stream, "isatty", bool)()

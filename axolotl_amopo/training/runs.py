@@ -443,7 +443,8 @@ def _restore_nan(entry: Entry) -> None:
     Single responses are in no pair and have a loss.
     """
     margins = any(key.startswith("amopo/") and key.endswith("/margin") for key in entry)
-    if margins or entry.get("loss"):
+    loss = entry.get("loss", math.nan)
+    if margins or (loss and math.isfinite(loss)):
         return
     ours = [key for key in entry if key.startswith(("amopo/", "rewards/", "logps/"))]
     entry |= dict.fromkeys(["loss", *ours], math.nan)
