@@ -117,6 +117,7 @@ class AMoPOPlugin(BasePlugin):
 
                 return [SteeringFile(cfg, trainer.train_dataset)]
             return []
+        from axolotl_amopo.training.console import console_callbacks
         from axolotl_amopo.training.eval_table import EvalTable
         from axolotl_amopo.training.run_log import RunLog, describe_run
         from axolotl_amopo.training.trackers import Trackers
@@ -124,7 +125,7 @@ class AMoPOPlugin(BasePlugin):
         run = describe_run(cfg, trainer.amopo, trainer.train_dataset, trainer.eval_dataset)
         trackers = Trackers(trainer)
         table = [EvalTable(trainer, trackers)] if trainer.amopo.eval_table else []
-        return [RunLog(run, trainer), trackers, *table]
+        return [*console_callbacks(trainer), RunLog(run, trainer), trackers, *table]
 
     def post_lora_merge(self, cfg: Any, adapter_path: str, output_path: str) -> None:
         from axolotl_amopo.steering.steering import FILE

@@ -190,6 +190,10 @@ CONFIGS = {
         {"amopo": {"weighting": "gausian"}},
         ["amopo.weighting", "'gausian'", "Did you mean 'gaussian'?"],
     ),
+    "unknown last choice": (
+        {"amopo": {"console": "of"}},
+        ["amopo.console", "'of'", "Did you mean 'off'?"],
+    ),
     "gamma out of bounds": ({"amopo": {"gamma": -1}}, ["amopo.gamma", "-1"]),
     "gamma not a number": ({"amopo": {"gamma": "two"}}, ["amopo.gamma", "'two'"]),
     "no dimensions": ({"amopo": {"dimensions": []}}, ["amopo.dimensions", "1 item"]),

@@ -2,6 +2,8 @@
 what of that is uploaded."""
 
 import base64
+import contextlib
+import io
 import json
 import logging
 import os
@@ -86,7 +88,13 @@ def logged():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_model, uploads, logged):
+def printed():
+    """What each run below printed."""
+    return [io.StringIO(), io.StringIO()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_model, uploads, logged, printed):
     """Two steps with evaluations, then half a line as a killed run leaves it, then two more."""
     folder = tmp_path_factory.mktemp("run")
     data = runs.write_jsonl(folder / "data.jsonl", ROWS)
@@ -113,14 +121,16 @@ def run(tmp_path_factory, tiny_model, uploads, logged):
     # With progress bars off, transformers' PrinterCallback takes `total_flos` out of the logs.
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    first = runs.train(path)
+    with contextlib.redirect_stdout(printed[0]):
+        first = runs.train(path)
     transformers.logging.set_verbosity(level)
     with (folder / "out" / FILE).open("a") as file:
         file.write('{"step": 3, "lo')
     changes |= {"resume_from_checkpoint": str(folder / "out" / "checkpoint-1")}
     runs.write_config(folder, runs.config(folder, tiny_model, data, max_steps=3, **changes))
     before = (folder / "out" / FILE).read_text()
-    return folder, before, first, runs.train(path)
+    with contextlib.redirect_stdout(printed[1]):
+        return folder, before, first, runs.train(path)
 
 
 def test_every_log_is_there(run):
@@ -134,6 +144,29 @@ def test_every_log_is_there(run):
     for line, entry in zip(logged, first.state.log_history, strict=True):
         assert {name: value for name, value in line.items() if name != "time"} == entry
     assert any("eval_amopo/honesty/margin" in line for line in logged)
+
+
+def test_the_console_has_a_line_for_each_of_them(run, printed):
+    """Without progress bars and with them, and no dictionary of everything."""
+    folder, _, *trainers = run
+    state = json.loads((folder / "out" / "checkpoint-1" / "trainer_state.json").read_text())
+    for output, trainer, before in zip(
+        printed, trainers, (0, len(state["log_history"])), strict=True
+    ):
+        history, steps = trainer.state.log_history, trainer.state.max_steps
+        lines = [line for line in output.getvalue().splitlines() if line.startswith("step ")]
+        assert len(lines) == len(history) - before
+        for line, entry in zip(lines, history[before:], strict=True):
+            assert line.startswith(f"step {entry['step']}/{steps}")
+            assert ("held out" in line) == ("eval_loss" in entry)
+            for name in ("overall", "helpfulness", "honesty"):
+                prefix = "eval_" * ("held out" in line)
+                margin = entry.get(f"{prefix}amopo/{name}/margin")
+                assert (f"{name}: margin" in line) == (margin is not None)
+        assert "'loss'" not in output.getvalue() and "eval_" not in output.getvalue()
+    first = next(e for e in trainers[0].state.log_history if "loss" in e)
+    assert f"| loss {first['loss']:.4f} | learning rate 0.001 |" in printed[0].getvalue()
+    assert "(" in printed[1].getvalue()  # changes since the run that was resumed
 
 
 def test_what_was_trained(run, tiny_model):

@@ -206,6 +206,11 @@ class AMoPOConfig(BaseModel):
         description="How many held-out examples are shown one by one at each evaluation, in a file "
         "and in the trackers",
     )
+    console: Literal["table", "plain", "off"] = Field(
+        default="table",
+        description="What training shows of each logged step. table: on a terminal a table that is "
+        "drawn anew, elsewhere a line; plain: a line; off: transformers' dictionary of all metrics",
+    )
 
     # Set by the plugin, kept in the block because axolotl's config carries it to every process.
     enabled: bool = Field(default=False, description="Set by `rl: amopo`; not for users")
@@ -256,6 +261,11 @@ class AMoPOConfig(BaseModel):
         if isinstance(value, list):
             return [{"name": item} if isinstance(item, str) else item for item in value]
         return value
+
+    @field_validator("console", mode="before")
+    @classmethod
+    def unquoted_off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # as YAML 1.1 reads the word
 
     @field_validator("weights", mode="before")
     @classmethod

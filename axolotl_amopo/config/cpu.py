@@ -27,7 +27,7 @@ def suit_a_cpu(cfg: dict) -> None:
         cfg["gradient_checkpointing"] = True
         off.append("the offloading of gradient_checkpointing")
     if off:
-        LOG.warning("No GPU here: training without %s.", ", ".join(off))
+        LOG.warning("No GPU here: training without %s; remove them for a CPU.", ", ".join(off))
     if cfg.get("bf16") in (None, "auto") and not cfg.get("fp16") and not cfg.get("bfloat16"):
         LOG.info("No GPU here: training in float32 (bf16: true is there for those who want it).")
         cfg["bf16"] = False

@@ -29,6 +29,7 @@ NOT_IN_ROWS = {
     "one_prompt_at_a_time",
     "gradient_cosines",
     "eval_table",
+    "console",
     *INTERNAL,
 }
 TOKENIZER_FILES = (

@@ -1,5 +1,6 @@
 """A block of the YAML -> its model, or one sentence per mistake."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +52,7 @@ def _sentence(model: type[BaseModel], block: dict, where: str, detail: Mapping[s
             return _not_of_the_objective(key, block.get("objective") or DEFAULT_OBJECTIVE)
         return _unknown(key, list(model.model_fields))
     if kind == "literal_error":
-        hint = did_you_mean(str(given), context["expected"].replace("'", "").split(", "))
+        hint = did_you_mean(str(given), re.findall(r"'(.*?)'", context["expected"]))
         if not hint and model is AMoPOConfig:
             hint = _other_key(given, str(block.get("objective") or DEFAULT_OBJECTIVE))
         return f"{key}: {given!r} is not one of {context['expected']}.{hint}"

@@ -144,7 +144,9 @@ def take_over_rows(cfg: dict, *, with_data: bool = True) -> None:
                 "supervised fine-tuning; remove it."
             )
     if cfg.get("train_on_inputs"):
-        LOG.warning("train_on_inputs has no effect with %s: the loss is over responses.", kind)
+        LOG.warning(
+            "train_on_inputs has no effect with %s: the loss is over responses; remove it.", kind
+        )
     if with_data:
         config.datasets = prepare_entries(cfg, config, supervised=True)
     cfg["amopo"] = config.model_dump(exclude_none=True)
@@ -187,7 +189,7 @@ def _log(config: AMoPOConfig, beta: float, without_effect: list[str]) -> None:
         ", ".join([f"{beta:g}", *(_setting(*item) for item in config.hyperparameters().items())]),
     )
     for key in without_effect:
-        LOG.warning("%s has no effect with rl: amopo, which has its own loss.", key)
+        LOG.warning("%s has no effect with rl: amopo, which has its own loss; remove it.", key)
 
 
 def _setting(name: str, value: Any) -> str:

@@ -134,7 +134,8 @@ class Checkpoints:
         moved = self._everywhere(prepare if self.first_of_disk else str)
         if any(moved):
             LOG.warning(
-                "AMoPO: an incomplete %s was in the way; it is set aside as %s.",
+                "AMoPO: an incomplete %s was in the way; it is set aside as %s; delete it when you "
+                "like.",
                 folder,
                 max(moved),
             )
@@ -201,7 +202,9 @@ class Checkpoints:
         if number is None:
             if rejected:
                 LOG.warning(
-                    "AMoPO: NO COMPLETE CHECKPOINT IN %s: TRAINING STARTS ANEW.", self.folder
+                    "AMoPO: NO COMPLETE CHECKPOINT IN %s: TRAINING STARTS ANEW. Stop it if that is "
+                    "not what you want.",
+                    self.folder,
                 )
             else:
                 LOG.info("AMoPO: no checkpoint in %s yet: training starts anew.", self.folder)
@@ -333,11 +336,13 @@ class Checkpoints:
             if then != now:
                 LOG.warning(
                     "AMoPO: %s was %s when %s was saved and is %s now: rows come in another order, "
-                    "so that some of this epoch's come twice and others not at all.",
+                    "so that some of this epoch's come twice and others not at all; to go on as "
+                    "before, %s.",
                     key,
                     then,
                     path,
                     now,
+                    "train on the same data" if key == "rows" else f"write {key}: {then}",
                 )
         LOG.info("AMoPO: resuming from %s, which is complete.", path)
         return str(path)

@@ -50,15 +50,18 @@ Run = Callable[[dict[str, Any]], TokenLogps]
 
 def turn_dropout_off(model: nn.Module) -> None:
     """Turn dropout off for good: a policy that drops is another than its reference at step 0."""
-    rates = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p]
+    rates = {n: m for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p}
     # The attention's own, which transformers' models keep as a number.
     numbers = [m for m in model.modules() if getattr(m, "attention_dropout", None)]
-    for module in rates:
+    for module in rates.values():
         module.p = 0.0
     for module in numbers:
         module.attention_dropout = 0.0
-    if rates or numbers:
-        LOG.warning("AMoPO: dropout is off: the objective compares the model with its reference.")
+    why = "the objective compares the model with its reference, without dropout"
+    if any("lora_dropout" in name for name in rates):
+        LOG.warning("lora_dropout has no effect: %s; write lora_dropout: 0.", why)
+    elif rates or numbers:  # nothing that the user wrote
+        LOG.info("AMoPO: the model's own dropout is off: %s.", why)
 
 
 class AdapterOff:

@@ -263,8 +263,7 @@ def read_run(folder: Path, now: float | None = None) -> TrainingRun:
             f"{run.file}: nothing has been logged yet; try again after the first logging_steps."
         )
     for entry in (*run.train, *run.evals):
-        _restore_nan(entry)
-        _leave_out_equal_rewards(entry, run)
+        _correct(entry, reference=bool(run.objective.get("reference")))
     names = dict.fromkeys(
         match[1]
         for entry in (*run.train, *run.evals)
@@ -415,24 +414,49 @@ def _entry(line: dict[str, Any]) -> dict[tuple[str, float], Entry]:
     return {("train", step): numbers} if "loss" in numbers else {}
 
 
+def logged_numbers(line: dict[str, Any], *, reference: bool) -> tuple[str, Entry]:
+    """Return what a line of a trainer's log tells, as `read_run` does for a whole run.
+
+    Args:
+        reference: whether the objective compares the model with one.
+
+    Returns:
+        Its kind (`train`, `eval`, `end`, or "" for a line of no known kind) and its numbers, those
+        of an evaluation without `eval_`.
+    """
+    for (kind, _), entry in _entry(line).items():
+        if kind != "end":
+            _correct(entry, reference=reference)
+        return kind, entry
+    return "", {}
+
+
+def _correct(entry: Entry, *, reference: bool) -> None:
+    _restore_nan(entry)
+    _leave_out_equal_rewards(entry, reference=reference)
+
+
 def _restore_nan(entry: Entry) -> None:
     """Put NaN into an entry whose every pair had a NaN loss.
 
     The log does not say so: transformers writes a training loss of 0, and our means leave NaN out.
+    Single responses are in no pair and have a loss.
     """
-    if any(key.startswith("amopo/") and key.endswith("/margin") for key in entry):
+    margins = any(key.startswith("amopo/") and key.endswith("/margin") for key in entry)
+    loss = entry.get("loss", math.nan)
+    if margins or (loss and math.isfinite(loss)):
         return
     ours = [key for key in entry if key.startswith(("amopo/", "rewards/", "logps/"))]
     entry |= dict.fromkeys(["loss", *ours], math.nan)
 
 
-def _leave_out_equal_rewards(entry: Entry, run: TrainingRun) -> None:
+def _leave_out_equal_rewards(entry: Entry, *, reference: bool) -> None:
     """Take out of an entry what counts orders, where a model is its own reference.
 
     All its rewards are 0 then, but for rounding, and equal rewards count as wrong. Before the first
     step that is so by definition; while the learning rate warms up from 0, as long as it is.
     """
-    start = run.objective.get("reference") and entry["step"] == 0
+    start = reference and entry["step"] == 0
     if start or entry.get("rewards/chosen") == entry.get("rewards/rejected") == 0.0:
         for key in [key for key in entry if key.endswith(ORDERS)]:
             del entry[key]

@@ -29,7 +29,8 @@ def log_choice(choice: Choice) -> None:
     """Log which layout was chosen, and why not a cheaper one."""
     if choice.own_logits:
         LOG.warning(
-            "AMoPO: %s; using the logits of the model's own forward, which take more memory.",
+            "AMoPO: %s; using the logits of the model's own forward, which take more memory (if it "
+            "runs out, amopo.max_tokens or a lower micro_batch_size needs less).",
             choice.why_own_logits,
         )
     if choice.why_unshared:

@@ -59,7 +59,10 @@ class Trackers(TrainerCallback):
                 # Each tracker raises its own kinds of errors (networks, files, limits), and none
                 # of them may end a training run; the traceback shows where the fault is ours.
                 what_failed = send.__name__.strip("_")
-                LOG.warning("%s did not take %s: %s", tracker, what_failed, error, exc_info=True)
+                LOG.warning(
+                    "%s did not take %s, and training goes on without: %s",
+                    tracker, what_failed, error, exc_info=True,
+                )  # fmt: skip
 
     def _table(self, handle: Any, tracker: str, name: str, *what: Any) -> None:
         if tracker == "tensorboard" and self._is_uploaded(handle.log_dir):

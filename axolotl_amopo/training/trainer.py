@@ -32,6 +32,7 @@ from axolotl_amopo.steering.steering import Steering
 from axolotl_amopo.training.card import FILE as CARD
 from axolotl_amopo.training.card import is_somebodys, write_card
 from axolotl_amopo.training.checkpoints import Checkpoints, Run
+from axolotl_amopo.training.console import close_table
 from axolotl_amopo.training.gradients import CombinedGradients, Judged
 from axolotl_amopo.training.metrics import Means, example_metrics
 from axolotl_amopo.training.reference import (
@@ -162,7 +163,10 @@ class AMoPOTrainer(AxolotlTrainer):
             self.references = references_in_training(self, start)
         # axolotl's callbacks read from there what they had saved.
         self.axolotl_cfg.resume_from_checkpoint = resume_from_checkpoint or None
-        done = super().train(resume_from_checkpoint or None, **kwargs)
+        try:
+            done = super().train(resume_from_checkpoint or None, **kwargs)
+        finally:
+            close_table(self)
         self._save_steering(self.args.output_dir)  # axolotl saves the trained model by itself
         return done
 
