@@ -11,11 +11,23 @@ export AXOLOTL_DO_NOT_TRACK ?= 1
 QUICK = tests/test_objectives.py tests/test_methods.py tests/test_loss.py tests/test_layers.py \
 	tests/test_sampler.py tests/test_configs.py tests/test_report.py
 
-.PHONY: quickstart test check lint clean
+.PHONY: quickstart notebook test check lint clean
 
 quickstart: $(STAMP)
 	$(BIN)/pip install --quiet --no-deps --force-reinstall .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python quickstart/run.py
+
+notebook: $(STAMP)
+	$(BIN)/pip install --quiet --no-deps --force-reinstall .
+	$(BIN)/pip install --quiet ipykernel nbconvert
+	$(BIN)/python quickstart/smollm2.py quickstart-run/SmolLM2-135M-Instruct
+	rm -rf quickstart-run/notebook
+	mkdir -p quickstart-run/notebook/HuggingFaceTB
+	ln -s ../../SmolLM2-135M-Instruct quickstart-run/notebook/HuggingFaceTB
+	cp quickstart/quickstart.ipynb quickstart-run/notebook
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False quickstart-run/notebook/quickstart.ipynb
+	cp quickstart-run/notebook/quickstart.ipynb quickstart
 
 test: lint
 	@echo "All tests: 20 to 25 minutes on two cores."

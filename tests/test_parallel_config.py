@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
 from axolotl.integrations.base import PluginManager
+from axolotl.utils import config as axolotl_config
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.distributed import _get_parallel_config_kwargs
 from axolotl.utils.schemas.config import AxolotlInputConfig
@@ -214,6 +215,39 @@ def test_devices(name, monkeypatch):
             check_devices(cfg)
     else:
         check_devices(cfg)
+
+
+@pytest.mark.parametrize(
+    ("major", "changes", "dtype"),
+    [
+        (7, {}, torch.float16),
+        (7, {"adapter": None}, torch.float32),
+        (7, {"adapter": None, "deepspeed": {"zero_optimization": {"stage": 2}}}, torch.float16),
+        (7, {"fp16": False}, torch.float32),
+        (7, {"bf16": True, "lora_o_kernel": True}, torch.bfloat16),
+        (7, {"merge_lora": True}, torch.bfloat16),
+        (8, {}, torch.bfloat16),
+    ],
+)
+def test_auto_precision_by_the_gpu(major, changes, dtype, monkeypatch):
+    """A T4 is 7.5: torch says that it has bf16, which axolotl believes, and emulates it."""
+    _launched(monkeypatch, None, 1)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+    # transformers keeps this answer for the process's life.
+    asked = torch.cuda.is_bf16_supported
+    monkeypatch.setattr(axolotl_config, "is_torch_bf16_gpu_available", asked)
+    values = {"rl": "amopo", "amopo": {"dimensions": ["a"]}, "bf16": "auto", "adapter": "lora"}
+    cfg = DictDefault(values | changes)
+    take_over(cfg, with_data=False)
+    axolotl_config.resolve_dtype(cfg)
+    assert cfg.torch_dtype == dtype
+    assert (bool(cfg.bf16), bool(cfg.fp16)) == (dtype == torch.bfloat16, dtype == torch.float16)
+    touched = major < 8 and not {"merge_lora", "lora_o_kernel"} & changes.keys()
+    assert cfg.lora_mlp_kernel is (False if touched else None)
 
 
 def _launched(monkeypatch, local_rank: str | None, world: int) -> None:

@@ -60,11 +60,18 @@ def check_parallel(cfg: dict) -> None:
         )
 
 
-def _check_fp16(cfg: dict) -> None:
-    """Refuse to train weights that axolotl keeps in fp16: torch's gradient scaler can't."""
+def trains_in_fp16(cfg: dict) -> bool:
+    """Return whether what a raw config trains is kept in float32 beside a model in fp16.
+
+    axolotl keeps weights in fp16, and torch's gradient scaler can't train those.
+    """
     adapter_in_float32 = cfg.get("adapter") and cfg.get("peft_autocast_adapter_dtype") is not False
     sharded = cfg.get("fsdp_config") or cfg.get("deepspeed")  # which keep copies in float32
-    if cfg.get("fp16") is True and not (adapter_in_float32 or sharded):
+    return bool(adapter_in_float32 or sharded)
+
+
+def _check_fp16(cfg: dict) -> None:
+    if cfg.get("fp16") is True and not trains_in_fp16(cfg):
         raise ConfigError(
             "fp16: true trains adapters alone, in float32; write adapter: lora (without "
             "peft_autocast_adapter_dtype: false), or fp16: false with bf16: true or in float32."

@@ -13,7 +13,6 @@ from axolotl_amopo.config.axolotl_keys import (
     check_parts,
 )
 from axolotl_amopo.config.block import AMoPOConfig, plain, read_beta
-from axolotl_amopo.config.cpu import suit_a_cpu
 from axolotl_amopo.config.datasets import (
     PREFIX,
     SUPERVISED,
@@ -22,6 +21,11 @@ from axolotl_amopo.config.datasets import (
 )
 from axolotl_amopo.config.devices import check_devices, check_parallel
 from axolotl_amopo.config.files import check_yaml
+from axolotl_amopo.config.hardware import (
+    has_gpu_without_bf16,
+    suit_a_cpu,
+    suit_a_gpu_without_bf16,
+)
 from axolotl_amopo.config.overrides import apply_overrides
 from axolotl_amopo.config.parse import parse_block
 from axolotl_amopo.config.together import check_needs
@@ -93,6 +97,10 @@ def take_over(cfg: dict, *, device: str | None = None, with_data: bool = True) -
     cfg["rl_beta"] = beta
     if device == "cpu" or (device is None and _is_on_cpu(cfg)):
         suit_a_cpu(cfg)
+    # Merging keeps the base's precision, which is bf16 as a rule. A Ray driver doesn't know.
+    elsewhere = device is not None or cfg.get("merge_lora") or cfg.get("use_ray")
+    if not elsewhere and has_gpu_without_bf16():
+        suit_a_gpu_without_bf16(cfg)
     if cfg.get("use_ray"):
         # Or Ray moves its workers to a folder of its own, where relative paths lead nowhere.
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")

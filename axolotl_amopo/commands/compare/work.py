@@ -31,8 +31,8 @@ from axolotl_amopo.commands.compare.comparison import Measure
 from axolotl_amopo.commands.compare.data import export_pairs, exported_entry, write_yaml
 from axolotl_amopo.commands.compare.forks import call, end_with_parent
 from axolotl_amopo.commands.compare.recorder import RECORD
-from axolotl_amopo.config.cpu import suit_a_cpu
 from axolotl_amopo.config.files import read_yaml
+from axolotl_amopo.config.hardware import suit_a_cpu
 from axolotl_amopo.errors import AMoPOError
 
 DONE, FAILED = "run.json", "failed.json"

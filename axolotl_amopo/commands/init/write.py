@@ -165,7 +165,7 @@ def config_text(found: Look, training: Training) -> str:
         f"optimizer: {'paged_adamw_8bit' if training.adapter == 'qlora' else 'adamw_torch'}",
         "lr_scheduler: cosine",
         "warmup_ratio: 0.1",
-        "bf16: auto",
+        "bf16: auto  # fp16 on a GPU without bf16, such as a T4",
         f"gradient_checkpointing: {flow(training.gpu)}",
         "attn_implementation: sdpa",
         "logging_steps: 10",

@@ -13,13 +13,14 @@ class Card:
 
     name: str
     bytes: int  # memory that a process can have, less than the name says
-    tflops: float  # dense bf16 with float32 accumulation, from the vendor's data sheet
+    tflops: float  # dense bf16 (a T4: fp16) with float32 accumulation, from the vendor's data sheet
 
 
 # Memory in GiB as the driver reports it (`torch.cuda.get_device_properties(0).total_memory`).
 CARDS: dict[str, Card] = {
     name: Card(name, int(gib * GIB), tflops)
     for name, gib, tflops in (
+        ("t4-16gb", 14.7, 65),
         ("rtx-3090-24gb", 23.6, 71),
         ("rtx-4090-24gb", 23.5, 165),
         ("rtx-5090-32gb", 31.3, 210),
