@@ -258,8 +258,10 @@ def test_it_imports_nothing_that_takes_long(raw, tmp_path, tiny_model):
     assert {"--help", "plan --help", "score --help", "configs"} < found.keys()
     assert not any(found.values()), found
     assert report == ["matplotlib"]
-    assert template == ["torch", "transformers", "matplotlib"]  # a tokenizer's
-    assert last == ["axolotl", *template]
+    # A tokenizer needs transformers, which imports others where it finds them.
+    assert not {*template} & {"axolotl", "datasets", "peft", "trl", "gradio"}
+    slow = {"datasets", "peft", "trl", "axolotl.integrations.base"}
+    assert not {*last} & {*slow, "axolotl.utils.schemas.config"}
 
 
 # Whole commands; few, because each takes half a minute.
