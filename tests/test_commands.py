@@ -56,11 +56,17 @@ def test_preprocess_train_evaluate_merge_and_answer(tmp_path, tiny_model, data):
     log = done.stdout + done.stderr
     assert {p.name for p in (tmp_path / "prepared").iterdir() if p.is_dir()} == prepared
     assert "Loading prepared dataset from disk" in log
+    (train, *_), (held_out, *_) = (
+        [line for line in log.splitlines() if "| loss " in line and ("held out" in line) == is_eval]
+        for is_eval in (False, True)
+    )
+    logged = (tmp_path / "out" / "_amopo_log.jsonl").read_text(encoding="utf-8")
     for name in DIMENSIONS:
+        assert f"| {name}: margin " in train and f"| {name}: margin " in held_out
         for metric in ("loss", "margin", "accuracy", "weight", "prob"):
-            assert f"'amopo/{name}/{metric}'" in log
-            assert f"'eval_amopo/{name}/{metric}'" in log
-    assert "'learning_rate': '0.002'" in log
+            assert f'"amopo/{name}/{metric}"' in logged
+            assert f'"eval_amopo/{name}/{metric}"' in logged
+    assert "| learning rate 0.002 |" in log
     assert "ppl" not in log
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 

@@ -225,7 +225,7 @@ def test_what_fits_nothing_is_to_be_filled_in(tmp_path):
     text = output.read_text(encoding="utf-8")
     (entry,) = yaml.safe_load(text)["datasets"]
     assert entry["type"] == "amopo.user_defined" and entry["responses"][0]["text"] == "FILL_IN"
-    assert "#   other.0: 1.5" in text and "&" not in text
+    assert "# other.0: 1.5" in text and "&" not in text
 
 
 def test_what_fits_the_gpu(tmp_path, monkeypatch):

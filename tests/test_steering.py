@@ -387,6 +387,8 @@ def test_the_template_renders_what_training_did(tokenizer, name, place):
         check(tokenizer, template, made)
         one = made.model_copy(update={"one_prompt": True})
         check(tokenizer, steered(own, one), one)
+        single = made.model_copy(update={"dimensions": made.dimensions[:1]})
+        check(tokenizer, steered(own, single), single)
         weighted = by_weight(made)
         check(tokenizer, steered(own, weighted), weighted)
         chat = ChatTokenizer(tokenizer, own, {}, ("<|END_OF_TURN_TOKEN|>",))  # command_a's

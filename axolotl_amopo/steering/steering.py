@@ -336,6 +336,8 @@ class Steering(BaseModel):
 
     def instruction(self, settings: Settings) -> str:
         """The instruction's text, empty without settings; see `asked` for errors."""
+        if settings and isinstance(settings, Weights) and not self.weighted:
+            settings = self.ratings(settings)
         asked = self.asked(settings)
         if not asked:
             return ""
