@@ -1,14 +1,18 @@
 """`axolotl amopo score`: its statistics by hand, its rewards against plain forward passes."""
 
 import functools
+import io
 import json
 import math
 import shutil
+import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from axolotl.utils import tee
 from click.testing import CliRunner
 from runs import LORA, config, write_config, write_jsonl
 from scipy import stats
@@ -24,6 +28,7 @@ from axolotl_amopo.commands.kit.margins import (
     sign_test,
     without_length,
 )
+from axolotl_amopo.commands.kit.text import progress_bars
 from axolotl_amopo.commands.score.groups import batches
 from axolotl_amopo.example import pair
 
@@ -170,6 +175,25 @@ def test_a_text_per_response_is_kept_apart():
     pairs = SimpleNamespace(examples=own, prompts=np.array([0, 0]))
     ((group,),) = batches(pairs, 9)
     assert group.example().places() == [(0, 0), (1, 1), (1, 0), (0, 2)]
+
+
+def test_bars_do_not_wait_for_axolotls_copy_of_the_terminal(monkeypatch):
+    """Which begins behind them, and was seen to hang `score` where tqdm draws a bar too."""
+    monkeypatch.setattr(tee, "_lock", threading.Lock())
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
+    monkeypatch.setattr(sys, "stderr", written := io.StringIO())
+
+    def draw():
+        with progress_bars("Scoring {}", disable=False) as begin:
+            begin("base", 3)
+            sys.stderr = tee._StreamTee(sys.stderr)
+            print("half a line", end="", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=draw, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert "half a line" in written.getvalue() and "Scoring base" in written.getvalue()
 
 
 GOOD, BAD = "Yes, of course it is.", "No."

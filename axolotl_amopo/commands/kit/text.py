@@ -1,6 +1,7 @@
 """Text for people at a terminal."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
@@ -44,8 +45,13 @@ class _Visible:
 
 
 def bars_console() -> Console:
-    """Return the console of progress bars: stderr, so that stdout holds results alone."""
-    return Console(stderr=True)
+    """Return the console of progress bars: stderr, so that stdout holds results alone.
+
+    It is the stderr of now. `Console(stderr=True)` would look for it at each drawing, and find the
+    copy for debug.log that axolotl puts before it (utils/tee.py): a copy with a lock, which waits
+    for itself when a bar of tqdm's is flushed through rich.
+    """
+    return Console(file=sys.stderr)
 
 
 @contextlib.contextmanager
