@@ -30,7 +30,7 @@ notebook: $(STAMP)
 	cp quickstart-run/notebook/quickstart.ipynb quickstart
 
 test: lint
-	@echo "All tests: 20 to 25 minutes on two cores."
+	@echo "All tests: 15 to 20 minutes on two cores."
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 check: lint
