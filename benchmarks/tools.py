@@ -1,4 +1,4 @@
-"""What commands cost beyond the imports that they can't do without, measured in the same run.
+"""Measure what commands cost beyond the imports that they can't do without, in the same run.
 
     python benchmarks/tools.py --model FOLDER [--run FOLDER] [--only "plan 32B" ...] [--rounds 3]
         [--output FOLDER]

@@ -1,4 +1,4 @@
-"""What a training run shows: lines, or a table that a terminal keeps drawing in its place."""
+"""Test what a training run shows: lines, or a table that is drawn anew in its place."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""What the files for contributors say is so: workflows, forms, SECURITY.md, AGENTS.md."""
+"""Hold the files for contributors to the code: workflows, forms, SECURITY.md, AGENTS.md."""
 
 import ast
 import importlib.util

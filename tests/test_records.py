@@ -89,7 +89,7 @@ def logged():
 
 @pytest.fixture(scope="module")
 def printed():
-    """What each run below printed."""
+    """Return what each run below prints."""
     return [io.StringIO(), io.StringIO()]
 
 

@@ -84,7 +84,7 @@ class Number(NamedTuple):
 
 
 class Logged(NamedTuple):
-    """What was logged at a step, of training or of an evaluation."""
+    """Hold what was logged at a step, of training or of an evaluation."""
 
     kind: str
     step: int
@@ -216,7 +216,9 @@ class LiveTable(ProgressCallback):
 
     What others write to the terminal meanwhile, the table makes room for: it is taken away, the
     lines are written where they would have been, and it is drawn below them. So there is no thread
-    and no hidden cursor, and a process that is killed leaves the terminal usable.
+    and no hidden cursor, and a process that is killed leaves the terminal usable. rich's own `Live`
+    prints others' lines to its console, past axolotl's copy of stdout in debug.log, and leaves the
+    streams of loggers alone.
     """
 
     def __init__(self, reader: Reader, console: Console):
