@@ -1,4 +1,4 @@
-"""What hostile data, models and files can't do; SECURITY.md names these tests."""
+"""Attack with hostile data, models and files; SECURITY.md names these tests."""
 
 import ast
 import io
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import runs
 import yaml
+from axolotl.utils.dict import DictDefault
 from jinja2.exceptions import SecurityError
 from matplotlib.figure import Figure
 from rich.text import Text
@@ -21,6 +22,7 @@ from axolotl_amopo.commands.init.look import look
 from axolotl_amopo.commands.init.write import Training, config_text
 from axolotl_amopo.commands.kit.models import find_model, load_model
 from axolotl_amopo.commands.kit.plots import svg_element
+from axolotl_amopo.commands.kit.policy import load_policy
 from axolotl_amopo.commands.kit.text import plain_table, terminal
 from axolotl_amopo.config.dimensions import Dimension
 from axolotl_amopo.data.rows import Row, Source
@@ -130,7 +132,7 @@ def test_names_in_the_data_write_no_keys(tmp_path):
 
 
 def test_fields_of_the_data_write_no_keys(tmp_path):
-    """Of rows that fit nothing: what they hold is shown in comments."""
+    """Show what rows that fit nothing hold in comments."""
     found = look(str(runs.write_jsonl(tmp_path / "odd.jsonl", [{"one": "some text"}] * 3)))
     assert found.fit.fill_in and found.sample
     hostile = replace(found, sample=[f"{key}: some text" for key in (*KEYS, COMMANDS)])
@@ -195,13 +197,20 @@ def hostile_model(kind: str, tiny_model: Path, folder: Path, trap: Path) -> Path
     return folder
 
 
+@pytest.mark.parametrize("by", ["generate", "score"])
 @pytest.mark.parametrize("kind", ["adapter", "weights", "code"])
-def test_a_model_runs_no_code(kind, tiny_model, tmp_path, trap, monkeypatch):
-    """Of `generate`, `chat` and `template`; without a terminal nobody can say that it may."""
+def test_a_model_runs_no_code(kind, by, tiny_model, tokenizer, tmp_path, trap, monkeypatch):
+    """Load it as `generate`, `chat` and `template` do, and as `score` and `compare`.
+
+    Without a terminal nobody can say that it may.
+    """
     monkeypatch.setattr("sys.stdin", io.StringIO())
     folder = hostile_model(kind, tiny_model, tmp_path / "model", trap)
     with pytest.raises(AMoPOError, match="can't be loaded"):
-        load_model(find_model(str(folder)))
+        if by == "generate":
+            load_model(find_model(str(folder)))
+        else:
+            load_policy(DictDefault(base_model=str(tiny_model)), tokenizer, str(folder))
 
 
 def test_a_chat_template_runs_no_code(tokenizer, trap):

@@ -133,6 +133,18 @@ def test_a_recurrent_model_trains_unshared(tmp_path, tokenizer, data, caplog):
         one_step(tmp_path / "true", model, data, amopo={"share_prompt": True})
 
 
+def test_training_that_fails_gives_the_terminal_back(tmp_path, tiny_model, data, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("broken in the first step")
+
+    given_back = []
+    monkeypatch.setattr(training_trainer, "close_table", given_back.append)
+    monkeypatch.setattr(training_trainer.AMoPOTrainer, "training_step", broken)
+    with pytest.raises(RuntimeError, match="broken in the first step"):
+        one_step(tmp_path / "run", tiny_model, data)
+    assert len(given_back) == 1
+
+
 def test_the_loss_of_a_router_is_trained(tmp_path, tokenizer, data):
     """A mixture of experts' auxiliary loss, where its config asks for it."""
     config = MixtralConfig(
