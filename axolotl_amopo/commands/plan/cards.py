@@ -20,7 +20,7 @@ class Card:
 CARDS: dict[str, Card] = {
     name: Card(name, int(gib * GIB), tflops)
     for name, gib, tflops in (
-        ("t4-16gb", 14.7, 65),
+        ("t4-16gb", 14.5, 65),
         ("rtx-3090-24gb", 23.6, 71),
         ("rtx-4090-24gb", 23.5, 165),
         ("rtx-5090-32gb", 31.3, 210),
