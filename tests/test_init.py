@@ -76,6 +76,8 @@ def test_the_yaml_of_every_format_is_taken(kind, row, tmp_path, tiny_model):
     report = gather(str(output), rows=0)
     assert report.train_rows and report.eval_rows and not report.shared_prompts
     assert {entry.split for entry in report.entries} == {"train", "test"}
+    # axolotl's default is no evaluation, whatever is held out.
+    assert yaml.safe_load(output.read_text(encoding="utf-8"))["eval_strategy"] == "epoch"
 
 
 def test_every_format_is_tried():
@@ -170,6 +172,15 @@ def test_a_cut_between_rows_keeps_prompts_apart(tmp_path, tiny_model):
     rows = [rated(f"p{i % 28}", (1, 0, 1, 1), (2, 0, 3, 3)) for i in range(30)]
     found = look(str(write_jsonl(tmp_path / "r.jsonl", rows)))
     assert (found.split, found.shared_prompts) == ("train[:27]", 2)
+
+
+def test_of_too_few_prompts_none_are_held_out(tmp_path, tiny_model):
+    """axolotl refuses `eval_strategy` where nothing is held out."""
+    data = write_jsonl(tmp_path / "few.jsonl", [rated("p", (1, 0, 1, 1), (2, 0, 3, 3))])
+    output = tmp_path / "made.yml"
+    done = run(data, "--model", tiny_model, "--gpu", "cpu", "--output", output)
+    assert done.exit_code == 0, done.output
+    assert not gather(str(output), rows=0).eval_rows
 
 
 def test_splits_of_a_folder_are_used(tmp_path):

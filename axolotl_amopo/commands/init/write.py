@@ -168,7 +168,8 @@ def config_text(found: Look, training: Training) -> str:
         "bf16: auto  # fp16 on a GPU without bf16, such as a T4",
         f"gradient_checkpointing: {flow(training.gpu)}",
         "attn_implementation: sdpa",
-        "logging_steps: 10",
+        "logging_steps: 1",
+        *_evaluation(found),
         "seed: 42",
     ]
     return "\n".join(lines) + "\n"
@@ -206,6 +207,12 @@ def _held_out(found: Look, entry: dict[str, Any]) -> list[str]:
         note = []
     test = entry | {"split": found.held_out} | found.fit.options
     return [*note, *_entries("test_datasets", test)]
+
+
+def _evaluation(found: Look) -> list[str]:
+    # Without it axolotl never evaluates, whatever is held out.
+    held_out = found.scattered or found.held_out
+    return ["eval_strategy: epoch  # and before the first step"] if held_out else []
 
 
 def _entries(section: str, entry: dict[str, Any]) -> list[str]:
