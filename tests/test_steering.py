@@ -16,9 +16,8 @@ from runs import config, prepare, write_config, write_jsonl
 from test_tokens import adds_bos, applied
 
 from axolotl_amopo.commands import amopo
-from axolotl_amopo.commands.generate.answers import answer_prompts, generate_answers
 from axolotl_amopo.commands.generate.export import export_answers
-from axolotl_amopo.commands.generate.questions import read_prompts, text_prompt
+from axolotl_amopo.commands.kit.answers import answer_prompts, generate_answers
 from axolotl_amopo.commands.kit.generator import Generator, Sampling, stop_ids, vllm_lora_rank
 from axolotl_amopo.commands.kit.models import (
     chat_template,
@@ -26,6 +25,7 @@ from axolotl_amopo.commands.kit.models import (
     find_model,
     load_tokenizer,
 )
+from axolotl_amopo.commands.kit.questions import read_prompts, text_prompt
 from axolotl_amopo.commands.template.steered import steered_template
 from axolotl_amopo.config.block import AMoPOConfig
 from axolotl_amopo.config.instructions import (

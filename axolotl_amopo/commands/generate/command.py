@@ -123,11 +123,11 @@ def generate(
         )
     check_free(output, force)
     with library_output(quiet=False, as_json=as_json):
-        from axolotl_amopo.commands.generate.answers import generate_answers
-        from axolotl_amopo.commands.generate.export import answer_row, check_style, export_answers
-        from axolotl_amopo.commands.generate.questions import read_prompts, text_prompt
+        from axolotl_amopo.commands.generate.export import check_style, export_answers
+        from axolotl_amopo.commands.kit.answers import answer_row, generate_answers
         from axolotl_amopo.commands.kit.generator import Sampling
         from axolotl_amopo.commands.kit.models import find_model
+        from axolotl_amopo.commands.kit.questions import read_prompts, text_prompt
 
         settings = steering_settings(dimensions, overall, weights)
         trained = find_model(model, base_model)

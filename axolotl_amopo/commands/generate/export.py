@@ -21,10 +21,9 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from axolotl_amopo.commands.generate.answers import Answer
-from axolotl_amopo.commands.generate.questions import Prompt
+from axolotl_amopo.commands.kit.answers import Answer, answer_row
+from axolotl_amopo.commands.kit.questions import Prompt
 from axolotl_amopo.errors import DataError
-from axolotl_amopo.steering.steering import Weights
 
 # The key by which a benchmark finds its questions.
 KEYS = {"arena_hard": "uid", "mt_bench": "question_id"}
@@ -56,18 +55,6 @@ def export_answers(answers: Iterable[Answer], style: str, model: str) -> str:
     if style == "alpaca_eval":
         return json.dumps(rows, ensure_ascii=False, indent=2) + "\n"
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def answer_row(answer: Answer, model: str) -> dict[str, Any]:
-    """Return the prompt's own row with `response` and `amopo` in it."""
-    response = answer.turns if answer.prompt.later else answer.turns[0]
-    about = {
-        "model": model,
-        "weights" if isinstance(answer.settings, Weights) else "settings": dict(answer.settings),
-        "instruction": answer.instruction,
-        "finished": answer.finished,
-    }
-    return answer.prompt.row | {"response": response, "amopo": about}
 
 
 def _alpaca_eval(answer: Answer, model: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from rich.text import Text
 
-from axolotl_amopo.commands.generate.answers import Answer
+from axolotl_amopo.commands.kit.answers import Answer
 from axolotl_amopo.commands.kit.text import terminal
 from axolotl_amopo.steering.steering import written
 

@@ -10,10 +10,10 @@ Example:
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from jinja2 import TemplateError
 
-from axolotl_amopo.commands.generate.questions import Prompt
 from axolotl_amopo.commands.kit.generator import (
     Generator,
     Progress,
@@ -21,8 +21,9 @@ from axolotl_amopo.commands.kit.generator import (
     ignore_progress,
 )
 from axolotl_amopo.commands.kit.models import TrainedModel
+from axolotl_amopo.commands.kit.questions import Prompt
 from axolotl_amopo.errors import DataError
-from axolotl_amopo.steering.steering import Settings
+from axolotl_amopo.steering.steering import Settings, Weights
 
 GREEDY = Sampling()
 
@@ -104,6 +105,18 @@ def answer_prompts(
             answer.finished &= generator.finished(ids)
         waiting = [one for one in waiting if len(one.turns) < one.prompt.questions]
     return answers
+
+
+def answer_row(answer: Answer, model: str) -> dict[str, Any]:
+    """Return the prompt's own row with `response` and `amopo` in it."""
+    response = answer.turns if answer.prompt.later else answer.turns[0]
+    about = {
+        "model": model,
+        "weights" if isinstance(answer.settings, Weights) else "settings": dict(answer.settings),
+        "instruction": answer.instruction,
+        "finished": answer.finished,
+    }
+    return answer.prompt.row | {"response": response, "amopo": about}
 
 
 def _prompt_ids(generator: Generator, answer: Answer) -> list[int]:
