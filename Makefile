@@ -27,6 +27,7 @@ notebook: $(STAMP)
 	cp quickstart/quickstart.ipynb quickstart-run/notebook
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False quickstart-run/notebook/quickstart.ipynb
+	$(BIN)/python -m nbconvert --to notebook --inplace --coalesce-streams quickstart-run/notebook/quickstart.ipynb
 	cp quickstart-run/notebook/quickstart.ipynb quickstart
 
 test: lint

@@ -31,9 +31,11 @@ def test_all_cells_were_executed_in_order():
 
 
 def test_nothing_of_the_machine_is_shown():
-    outputs = [output for cell in CODE for output in cell["outputs"]]
-    texts = [text for out in outputs for text in [out.get("text"), *out.get("data", {}).values()]]
-    shown = "\n".join("".join(text) for text in texts if text)
+    shown = ""
+    for output in (output for cell in CODE for output in cell["outputs"]):
+        # Streams come in fragments, which may part a path.
+        for text in (output.get("text"), *output.get("data", {}).values()):
+            shown += "".join(text or ())
     found = r"(?<![\w.:/<])/(?:tmp|root|home|work|usr|opt|var|mnt|content)/|hf_\w{8}|://\w+:\w+@"
     assert not re.findall(found, shown)
 
