@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from axolotl_amopo.commands.compare.compare import ComparisonReport
 from axolotl_amopo.commands.compare.comparison import MEAN
@@ -13,20 +12,12 @@ from axolotl_amopo.commands.compare.statistics import Prompting, Table
 from axolotl_amopo.commands.compare.text import PROMPTS, title_of
 from axolotl_amopo.commands.kit import plots as kit
 
-INK = "#1b1f24"  # becomes the page's own colour, dark or light
-BASELINE, OTHER = "#8a949e", "#2f7fd1"
-STYLE = kit.STYLE | {
-    "font.family": "sans-serif",
-    "font.size": 11,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
-    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
-}
-WIDTH = 4.6  # inches, which a phone shows at about their own size
+BASELINE, OTHER = kit.COLOURS[:2]
 
 
 def draw_plots(report: ComparisonReport) -> list[tuple[str, Markup]]:
     """Return captions and SVG."""
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(kit.PAGE_STYLE):
         return list(_plots(report))
 
 
@@ -50,7 +41,7 @@ def accuracies(report: ComparisonReport, table: Table) -> Markup:
     ]
     axes = dots(report, found)
     axes.set_xlabel("% of pairs")
-    return svg(axes)
+    return kit.page_svg(axes)
 
 
 def differences(report: ComparisonReport, table: Table) -> Markup:
@@ -61,16 +52,16 @@ def differences(report: ComparisonReport, table: Table) -> Markup:
         if (cell := table.cells.get(name)) and cell.change
     ]
     axes = dots(report, found)
-    axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
+    axes.axvline(0, color=kit.INK, linewidth=0.8, linestyle=":")
     axes.set_xlabel(f"points more than {kit.plain_label(report.baseline, 24)}")
-    return svg(axes)
+    return kit.page_svg(axes)
 
 
 def dots(
     report: ComparisonReport, found: list[tuple[str, float, tuple[float, float] | None]]
 ) -> Axes:
     """Return axes with a dot and an interval per variant, in percent."""
-    axes = canvas(0.3 * len(found) + 0.8)
+    axes = kit.canvas(0.3 * len(found) + 0.8)
     for place, (name, value, interval) in enumerate(found):
         colour = BASELINE if name == report.baseline else OTHER
         if interval:
@@ -83,7 +74,7 @@ def dots(
 
 def over_cost(report: ComparisonReport, table: Table) -> Markup:
     """Draw the mean over dimensions over the tokens of a run."""
-    axes = canvas(2.8)
+    axes = kit.canvas(2.8)
     for name, cost in report.costs.items():
         cell = table.cells.get(name)
         if cell is None or cell.value is None:
@@ -95,14 +86,4 @@ def over_cost(report: ComparisonReport, table: Table) -> Markup:
         axes.annotate(label, place, xytext=(4, 4), textcoords="offset points", fontsize=9)
     axes.margins(x=0.2, y=0.2)
     axes.set(xlabel="tokens through the model", ylabel="% of pairs")
-    return svg(axes)
-
-
-def canvas(height: float) -> Axes:
-    """Return the axes of an empty figure of the page's width, `height` inches high."""
-    return Figure(figsize=(WIDTH, height), layout="constrained").subplots()
-
-
-def svg(axes: Axes) -> Markup:
-    """Return the figure as an element that fits the page's width and takes its colours."""
-    return Markup(kit.svg_element(axes.figure, transparent=True).replace(INK, "currentColor"))
+    return kit.page_svg(axes)

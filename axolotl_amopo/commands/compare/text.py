@@ -1,14 +1,13 @@
 """Write comparisons for people at a terminal, and the tables of the page."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from rich.markup import escape
 
 from axolotl_amopo.commands.compare.compare import ComparisonReport, PlannedRuns, duration
 from axolotl_amopo.commands.compare.comparison import CONFLICT, LENGTH, MEAN, WORST
 from axolotl_amopo.commands.compare.statistics import Cell, Prompting, Table
-from axolotl_amopo.commands.kit.text import percent, plain_table, terminal
+from axolotl_amopo.commands.kit.text import TextTable, percent, print_tables, terminal
 
 PROMPTS: dict[Prompting, str] = {
     "own": "under the prompts that each was trained with",
@@ -26,14 +25,6 @@ ABOUT = (
     "over the comparisons that compare.yml names. sd: over seeds."
 )
 GIB = 1024**3
-
-
-class TextTable(NamedTuple):
-    """Hold a table before it is drawn; its first column has names, the others numbers."""
-
-    title: str
-    headings: list[str]
-    rows: list[list[str]]
 
 
 def title_of(table: Table) -> str:
@@ -145,16 +136,7 @@ def print_comparison(report: ComparisonReport) -> None:
     console = terminal()
     for line in headlines(report):
         console.print(escape(line))
-    for table in tables(report):
-        console.print()
-        console.print(f"[bold]{escape(table.title)}[/]")
-        drawn = plain_table()
-        for number, heading in enumerate(table.headings):
-            justify = "right" if number else "left"
-            drawn.add_column(escape(heading), justify=justify, overflow="fold")
-        for cells in table.rows:
-            drawn.add_row(*map(escape, cells))
-        console.print(drawn)
+    print_tables(console, tables(report))
     console.print(f"\n{ABOUT}", style="dim")
     for label, reason in report.failed.items():
         console.print(f"[red]failed[/] {escape(label)}: {escape(reason)}")

@@ -185,3 +185,27 @@ def steering_settings(
             )
         return Weights(parse_settings(weights.split(",")))
     return ({OVERALL: None} if overall else {}) | parse_settings(dimensions)
+
+
+def parse_models(values: tuple[str, ...], taken: set[str]) -> list[tuple[str, str]]:
+    """Return the name and path of `--model NAME=PATH` and `--model PATH`, named as the path ends.
+
+    Args:
+        taken: names that others have.
+
+    Raises:
+        click.UsageError: for a name that is there twice.
+    """
+    found: dict[str, str] = {}
+    for value in values:
+        name, named, path = value.partition("=")
+        if not named or Path(value).exists():
+            name, path = Path(value).name, value
+        if not name or not path:
+            raise click.UsageError(f"--model {value}: write NAME=PATH, or the path alone.")
+        if name in found or name in taken:
+            raise click.UsageError(
+                f"--model {value}: '{name}' is taken; write another name before it, OTHER={path}."
+            )
+        found[name] = path
+    return list(found.items())

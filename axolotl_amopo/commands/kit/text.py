@@ -2,9 +2,11 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -76,3 +78,25 @@ def progress_bars(
 def plain_table(*, headings: bool = True) -> Table:
     """Return a table without lines between its cells."""
     return Table(box=None, pad_edge=False, show_header=headings)
+
+
+class TextTable(NamedTuple):
+    """Hold a table before it is drawn; its first column has names, the others numbers."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+
+
+def print_tables(console: Console, tables: Iterable[TextTable]) -> None:
+    """Print tables with their titles."""
+    for table in tables:
+        console.print()
+        console.print(f"[bold]{escape(table.title)}[/]")
+        drawn = plain_table()
+        for number, heading in enumerate(table.headings):
+            justify = "right" if number else "left"
+            drawn.add_column(escape(heading), justify=justify, overflow="fold")
+        for cells in table.rows:
+            drawn.add_row(*map(escape, cells))
+        console.print(drawn)

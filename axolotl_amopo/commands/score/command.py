@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -14,11 +14,9 @@ from axolotl_amopo.commands.kit.options import (
     check_free,
     command,
     library_output,
+    parse_models,
     write_json,
 )
-
-if TYPE_CHECKING:
-    from axolotl_amopo.commands.score.rewards import ModelPath
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -103,13 +101,15 @@ def score(
         check_free(path, force)
     if no_base and options["base"]:
         raise click.UsageError("--base and --no-base can't go together.")
-    named = parse_models(models)
+    given = parse_models(models, {"base"})
 
     with library_output(quiet=quiet, as_json=as_json):
         from axolotl_amopo.commands.kit.text import progress_bars
         from axolotl_amopo.commands.score import report as scoring
+        from axolotl_amopo.commands.score.rewards import ModelPath
         from axolotl_amopo.commands.score.text import print_scores, to_markdown
 
+        named = [ModelPath(name, path) for name, path in given] or None
         with progress_bars("Scoring {}", disable=quiet) as progress:
             report, scored = scoring.score(
                 config, models=named, with_base=not no_base, progress=progress, **options
@@ -129,28 +129,3 @@ def score(
             print_scores(report)
         for path in filter(None, targets.values()):
             click.echo(f"Written: {path}", err=as_json)
-
-
-def parse_models(values: tuple[str, ...]) -> "list[ModelPath] | None":
-    """Return the models of `--model NAME=PATH` and `--model PATH`, named as the path ends.
-
-    Raises:
-        click.UsageError: for a name that is there twice.
-    """
-    if not values:
-        return None
-    found: dict[str, str] = {}
-    for value in values:
-        name, named, path = value.partition("=")
-        if not named or Path(value).exists():
-            name, path = Path(value).name, value
-        if not name or not path:
-            raise click.UsageError(f"--model {value}: write NAME=PATH, or the path alone.")
-        if name in found or name == "base":
-            raise click.UsageError(
-                f"--model {value}: '{name}' is taken; write another name before it, OTHER={path}."
-            )
-        found[name] = path
-    from axolotl_amopo.commands.score.rewards import ModelPath
-
-    return [ModelPath(name, path) for name, path in found.items()]

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from axolotl_amopo.commands.kit import plots as kit
 from axolotl_amopo.commands.score.report import (
@@ -17,22 +15,12 @@ from axolotl_amopo.commands.score.report import (
     percent,
 )
 
-INK = "#1b1f24"  # becomes the page's own colour, dark or light
-COLOURS = ("#8a949e", "#2f7fd1", "#d9730d", "#2b9a5b", "#a65bd6", "#c2255c")
-STYLE = kit.STYLE | {
-    "font.family": "sans-serif",
-    "font.size": 11,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
-    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
-}
-WIDTH = 4.6  # inches, which a phone shows at about their own size
-
 
 def draw_plots(
     report: ScoreReport, scored: ScoredPairs, prompting: Prompting
 ) -> list[tuple[str, Markup]]:
     """Return captions and SVG of one kind of prompt."""
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(kit.PAGE_STYLE):
         return list(_plots(report, scored, prompting))
 
 
@@ -43,7 +31,7 @@ def _plots(
     if not rows:
         return
     models = list(report.paths)
-    colours = dict(zip(models, COLOURS[0 if report.base else 1 :] * len(models), strict=False))
+    colours = dict(zip(models, kit.COLOURS[0 if report.base else 1 :] * len(models), strict=False))
     yield "Accuracy with 95 % intervals", accuracies(rows, colours)
     for row in rows:
         k = [one.name for one in report.block(prompting)].index(row.name)
@@ -62,7 +50,7 @@ def _plots(
 def accuracies(rows: list[ScoreRow], colours: dict[str, str]) -> Markup:
     """Draw each rating's accuracy and interval, a dot per model."""
     height = 0.32 * len(rows) * len(colours) + 0.2 * len(rows) + 0.9
-    axes = canvas(height)
+    axes = kit.canvas(height)
     step = 0.7 / len(colours)
     for i, (model, colour) in enumerate(colours.items()):
         places = np.arange(len(rows)) + (i - (len(colours) - 1) / 2) * step
@@ -75,16 +63,16 @@ def accuracies(rows: list[ScoreRow], colours: dict[str, str]) -> Markup:
             )
         values = [100 * row.models[model].accuracy for row in rows]
         axes.plot(values, places, "o", color=colour, label=kit.plain_label(model))
-    axes.axvline(50, color=INK, linewidth=0.8, linestyle=":")
+    axes.axvline(50, color=kit.INK, linewidth=0.8, linestyle=":")
     axes.set(xlim=(0, 100), ylim=(len(rows) - 0.5, -0.5), xlabel="% of pairs")
     axes.set_yticks(range(len(rows)), [kit.plain_label(row.name, 18) for row in rows])
-    legend(axes, colours)
-    return svg(axes)
+    kit.legend(axes)
+    return kit.page_svg(axes)
 
 
 def histograms(margins: dict[str, np.ndarray], colours: dict[str, str]) -> Markup:
     """Draw how often which margin is there, an outline per model."""
-    axes = canvas(2.3)
+    axes = kit.canvas(2.3)
     everything = np.concatenate(list(margins.values()))
     # Of the middle 98 %, or one pair far out would leave the others a single bar.
     low, high = np.percentile(everything, [1, 99])
@@ -97,15 +85,15 @@ def histograms(margins: dict[str, np.ndarray], colours: dict[str, str]) -> Marku
         axes.stairs(
             counts, edges, color=colours[model], linewidth=1.6, label=kit.plain_label(model)
         )
-    axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
+    axes.axvline(0, color=kit.INK, linewidth=0.8, linestyle=":")
     axes.set(xlabel="margin", ylabel="pairs")
-    legend(axes, colours)
-    return svg(axes)
+    kit.legend(axes)
+    return kit.page_svg(axes)
 
 
 def calibration(row: ScoreRow, colours: dict[str, str]) -> Markup:
     """Draw accuracy over the ratings' gap, a line per model."""
-    axes = canvas(2.3)
+    axes = kit.canvas(2.3)
     for model, colour in colours.items():
         bins = row.models[model].by_gap
         places = [(one.low + one.high) / 2 for one in bins]
@@ -119,18 +107,18 @@ def calibration(row: ScoreRow, colours: dict[str, str]) -> Markup:
         )
     for place, one in zip(places, bins, strict=True):
         axes.annotate(
-            f"n {one.n}", (place, 3), ha="center", fontsize=9, color=INK, annotation_clip=False
+            f"n {one.n}", (place, 3), ha="center", fontsize=9, color=kit.INK, annotation_clip=False
         )
-    axes.axhline(50, color=INK, linewidth=0.8, linestyle=":")
+    axes.axhline(50, color=kit.INK, linewidth=0.8, linestyle=":")
     axes.set(ylim=(0, 100), xlabel="gap of the ratings, of 0 to 1", ylabel="% of pairs")
     axes.margins(x=0.1)
-    legend(axes, colours)
-    return svg(axes)
+    kit.legend(axes)
+    return kit.page_svg(axes)
 
 
 def matrix(values: list[list[float | None]], names: list[str]) -> Markup:
     """Draw shares [K, K] as a coloured table."""
-    axes = canvas(0.45 * len(names) + 1.3)
+    axes = kit.canvas(0.45 * len(names) + 1.3)
     shares = np.array(values, dtype=float)
     axes.imshow(shares, cmap="RdBu", vmin=0, vmax=1, alpha=0.55, aspect="auto")
     for (i, j), share in np.ndenumerate(shares):
@@ -140,26 +128,4 @@ def matrix(values: list[list[float | None]], names: list[str]) -> Markup:
     axes.set_xticks(range(len(names)), short, rotation=30, ha="right")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    return svg(axes)
-
-
-def canvas(height: float) -> Axes:
-    """Return the axes of an empty figure of the page's width, `height` inches high."""
-    return Figure(figsize=(WIDTH, height), layout="constrained").subplots()
-
-
-def legend(axes: Axes, colours: dict[str, str]) -> None:
-    """Add a legend of models where there are several."""
-    if len(colours) > 1:
-        axes.figure.legend(
-            *axes.get_legend_handles_labels(),
-            loc="outside upper left",
-            ncols=3,
-            frameon=False,
-            fontsize=10,
-        )
-
-
-def svg(axes: Axes) -> Markup:
-    """Return the figure as an element that fits the page's width and takes its colours."""
-    return Markup(kit.svg_element(axes.figure, transparent=True).replace(INK, "currentColor"))
+    return kit.page_svg(axes)
