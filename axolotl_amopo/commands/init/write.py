@@ -159,7 +159,8 @@ def config_text(found: Look, training: Training) -> str:
         "lora_target_linear: true",
         "",
         "micro_batch_size: 1  # pairs, each under every prompt",
-        "gradient_accumulation_steps: 16",
+        # A CPU takes minutes for a step of 16.
+        f"gradient_accumulation_steps: {16 if training.gpu else 4}",
         "num_epochs: 1",
         "learning_rate: 5.0e-6  # tune this first: too high a rate collapses the model",
         f"optimizer: {'paged_adamw_8bit' if training.adapter == 'qlora' else 'adamw_torch'}",
