@@ -20,10 +20,12 @@ ALLOWED = {
     "config": {"objectives"},
     "data": {"config", "objectives"},
     "formats": {"data"},
+    "raters": {"config", "data", "endpoint"},
     "steering": {"config", "data", "objectives"},
     "training": {"config", "data", "model", "objectives", "steering"},
     "commands": {
-        *("config", "data", "endpoint", "formats", "model", "objectives", "steering", "training"),
+        *("config", "data", "endpoint", "formats", "model", "objectives", "raters"),
+        *("steering", "training"),
     },
     "plugin": {"config", "data", "model", "objectives", "steering", "training"},
     "__init__": {"loss", "plugin"},
