@@ -13,15 +13,20 @@ PACKAGE = Path(__file__).parent.parent / "axolotl_amopo"
 ALLOWED = {
     "errors": set(),
     "example": set(),
+    "endpoint": set(),
     "objectives": set(),
     "loss": {"objectives"},
     "model": {"objectives"},
     "config": {"objectives"},
     "data": {"config", "objectives"},
     "formats": {"data"},
+    "raters": {"config", "data", "endpoint"},
     "steering": {"config", "data", "objectives"},
     "training": {"config", "data", "model", "objectives", "steering"},
-    "commands": {"config", "data", "formats", "model", "objectives", "steering", "training"},
+    "commands": {
+        *("config", "data", "endpoint", "formats", "model", "objectives", "raters"),
+        *("steering", "training"),
+    },
     "plugin": {"config", "data", "model", "objectives", "steering", "training"},
     "__init__": {"loss", "plugin"},
 }

@@ -15,6 +15,7 @@ from axolotl_amopo.commands.init.command import init
 from axolotl_amopo.commands.inspect.command import inspect
 from axolotl_amopo.commands.passed_on import NAMES, passed_on_command
 from axolotl_amopo.commands.plan.command import plan
+from axolotl_amopo.commands.rate.command import rate
 from axolotl_amopo.commands.reference.command import reference
 from axolotl_amopo.commands.report.command import report
 from axolotl_amopo.commands.score.command import score
@@ -41,8 +42,8 @@ def main() -> None:
     amopo(prog_name="axolotl-amopo")
 
 
-_commands = (chat, compare, configs, generate, init, inspect, plan, reference, report)
-_commands += (score, template)
+_commands = (chat, compare, configs, generate, init, inspect, plan, rate, reference)
+_commands += (report, score, template)
 for _command in _commands:
     amopo.add_command(_command)
 for _name in NAMES:

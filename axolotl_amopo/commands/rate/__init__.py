@@ -1,0 +1,1 @@
+"""`axolotl amopo rate`: rate responses by judges, reward models, functions and formulas."""
