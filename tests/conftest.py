@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,39 @@ def tiny_model(tokenizer, tmp_path_factory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, tiny_model):
+    """A model whose answers depend on the whole question, unlike those of fresh weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = tmp_path_factory.mktemp("steered") / "base"
+    shutil.copytree(tiny_model, path)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(12 if weight.ndim > 1 else 1)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory, base):
+    """An adapter that changes the model, as training would leave it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = tmp_path_factory.mktemp("steered") / "adapter"
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, lora_alpha=64)
+    get_peft_model(model, lora).save_pretrained(path)
+    AutoTokenizer.from_pretrained(base).save_pretrained(path)
+    runs.steering().save(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,24 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
     return path
 
 
+def steering(**changes: Any) -> Any:
+    """What a model of three dimensions can be asked for."""
+    from axolotl_amopo.config.instructions import DEFAULT_INSTRUCTION, DEFAULT_OVERALL_INSTRUCTION
+    from axolotl_amopo.steering.steering import SteeredDimension, Steering
+
+    values = {
+        "prompts": ["overall", "helpfulness", "is_safe", "toxicity"],
+        "dimensions": [
+            SteeredDimension(name="helpfulness", description="it's {{ odd }} 😀", scale=(1, 5)),
+            SteeredDimension(name="is_safe", scale=(0, 1)),
+            SteeredDimension(name="toxicity", scale=(-2, 2), direction="lower"),
+        ],
+        "template": DEFAULT_INSTRUCTION,
+        "overall_template": DEFAULT_OVERALL_INSTRUCTION,
+    }
+    return Steering(**values | changes)
+
+
 def config(folder: Path, model: Path, data: Path | str, **changes: Any) -> dict[str, Any]:
     """A small config that trains in seconds; `changes` replace or (None) remove keys."""
     values = {

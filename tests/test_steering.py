@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from jinja2 import TemplateError
-from runs import config, prepare, write_config, write_jsonl
+from runs import config, prepare, steering, write_config, write_jsonl
 from test_tokens import adds_bos, applied
 
 from axolotl_amopo.commands import amopo
@@ -52,20 +52,6 @@ ODD = (
     " {% for i in [1] %}\n  {{ i }}\n{% endfor %}"
 )
 ODD_OVERALL = "{% for d in dimensions %}\n  {{ d.dimension }}: {{ d.rating }}\n{% endfor %}\n now"
-
-
-def steering(**changes):
-    values = {
-        "prompts": ["overall", "helpfulness", "is_safe", "toxicity"],
-        "dimensions": [
-            SteeredDimension(name="helpfulness", description="it's {{ odd }} 😀", scale=(1, 5)),
-            SteeredDimension(name="is_safe", scale=(0, 1)),
-            SteeredDimension(name="toxicity", scale=(-2, 2), direction="lower"),
-        ],
-        "template": DEFAULT_INSTRUCTION,
-        "overall_template": DEFAULT_OVERALL_INSTRUCTION,
-    }
-    return Steering(**values | changes)
 
 
 # The file
@@ -535,43 +521,10 @@ def test_a_bad_prompt_is_named(tmp_path, text, message):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory, tiny_model):
-    """A model whose answers depend on the whole question, unlike those of fresh weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    path = tmp_path_factory.mktemp("steered") / "base"
-    shutil.copytree(tiny_model, path)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(12 if weight.ndim > 1 else 1)
-    model.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory, base):
     """A whole model that can be steered."""
     path = tmp_path_factory.mktemp("steered") / "tiny"
     shutil.copytree(base, path)
-    steering().save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory, base):
-    """An adapter that changes the model, as training would leave it."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = tmp_path_factory.mktemp("steered") / "adapter"
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, lora_alpha=64)
-    get_peft_model(model, lora).save_pretrained(path)
-    AutoTokenizer.from_pretrained(base).save_pretrained(path)
     steering().save(path)
     return path
 

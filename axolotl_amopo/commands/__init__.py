@@ -19,6 +19,7 @@ from axolotl_amopo.commands.rate.command import rate
 from axolotl_amopo.commands.reference.command import reference
 from axolotl_amopo.commands.report.command import report
 from axolotl_amopo.commands.score.command import score
+from axolotl_amopo.commands.steer.command import steer
 from axolotl_amopo.commands.template.command import template
 
 
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 _commands = (chat, compare, configs, generate, init, inspect, plan, rate, reference)
-_commands += (report, score, template)
+_commands += (report, score, steer, template)
 for _command in _commands:
     amopo.add_command(_command)
 for _name in NAMES:

@@ -167,7 +167,8 @@ def config_text(found: Look, training: Training) -> str:
         "lr_scheduler: cosine",
         "warmup_ratio: 0.1",
         "bf16: auto  # fp16 on a GPU without bf16, such as a T4",
-        f"gradient_checkpointing: {flow(training.gpu)}",
+        # Short sequences need not save memory on a CPU, and would pay with time.
+        f"gradient_checkpointing: {flow(training.gpu or length > 512)}",
         "attn_implementation: sdpa",
         "logging_steps: 1",
         *_evaluation(found),

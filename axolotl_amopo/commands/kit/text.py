@@ -2,8 +2,8 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.markup import escape
@@ -16,6 +16,12 @@ from axolotl_amopo.errors import visible
 def percent(share: float | None, decimals: int = 0, sign: str = "%") -> str:
     """Return a share of 0 to 1 in percent, "-" for None."""
     return "-" if share is None else f"{100 * share:.{decimals}f}{sign}"
+
+
+def rater_name(provenance: Mapping[str, Any]) -> str:
+    """Return which rater it was, in a few words."""
+    kind = provenance["rater"]
+    return f"{kind.replace('_', ' ')} {provenance.get(kind) or provenance.get('model')}"
 
 
 def terminal(*, colours: bool | None = None) -> Console:

@@ -1,0 +1,150 @@
+"""Answer held-out prompts under all asks, into a file that a killed run goes on with."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from axolotl_amopo.commands.kit.answers import Answer, answer_prompts, answer_row
+from axolotl_amopo.commands.kit.generator import Generator, Progress, Sampling
+from axolotl_amopo.commands.kit.models import TrainedModel
+from axolotl_amopo.commands.kit.questions import Prompt
+from axolotl_amopo.commands.steer.asks import Ask
+from axolotl_amopo.errors import AMoPOError
+
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True)
+class Said:
+    """Hold one answer, and what it answers."""
+
+    ask: int
+    prompt: int
+    sample: int
+    text: str
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Hold a model and what it is asked."""
+
+    name: str
+    trained: TrainedModel
+    asks: list[Ask]
+    base: bool = False  # whether the untuned model answers
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a file of its answers must agree with."""
+        folder = Path(self.trained.base_folder()) if self.base else self.trained.folder
+        files = sorted(file for kind in WEIGHTS for file in folder.glob(kind))
+        return {
+            "model": str(folder),
+            "weights": [
+                [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files
+            ],
+            "asks": [ask.to_json() for ask in self.asks],
+        }
+
+
+def collect(
+    asked: Asked,
+    prompts: Sequence[Prompt],
+    samples: int,
+    sampling: Sampling,
+    path: Path,
+    *,
+    backend: str = "auto",
+    progress: Progress,
+) -> list[Said]:
+    """Return a model's answers; those that the file has are not made again.
+
+    All prompts of an ask are answered together and then written, so that a kill loses one ask.
+
+    Args:
+        samples: answers per prompt and ask, each drawn with a seed of its own.
+        progress: called with the number of answers that were just made, or found.
+
+    Raises:
+        AMoPOError: for a model that can't be loaded, or a file that is no file of answers.
+        DataError: for a prompt that the chat template refuses or that leaves no room for an answer.
+    """
+    whole = len(prompts) * samples
+    done = _read(path, whole, len(asked.asks))
+    progress(len(done))
+    missing = [i for i in range(len(asked.asks)) if all(one.ask != i for one in done)]
+    if not missing:
+        return done
+    generator = Generator(asked.trained, backend, base=asked.base)
+    with path.open("a", encoding="utf-8") as file:
+        for i in missing:
+            made: list[tuple[int, Answer]] = []
+            for sample in range(samples):
+                drawn = replace(sampling, seed=sampling.seed + sample)
+                each = [asked.asks[i].settings]
+                answers = answer_prompts(generator, prompts, each, drawn, progress)
+                made += [(sample, answer) for answer in answers]
+            lines = []
+            for j, (sample, answer) in enumerate(made):
+                place = {"ask": i, "prompt": j % len(prompts), "sample": sample}
+                row = answer_row(answer, asked.name)
+                lines.append(json.dumps(row | {"steer": place}, ensure_ascii=False) + "\n")
+                done.append(Said(**place, text=answer.turns[0], finished=answer.finished))
+            file.writelines(lines)
+            file.flush()
+    return done
+
+
+def _read(path: Path, whole: int, asks: int) -> list[Said]:
+    """Return the answers of the asks that a file has whole, and cut the file off after them."""
+    if not path.exists():
+        return []
+    found: dict[int, list[Said]] = {i: [] for i in range(asks)}
+    kept = dict.fromkeys(range(asks), "")
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            said = Said(**row["steer"], text=row["response"], finished=row["amopo"]["finished"])
+            found[said.ask].append(said)
+            kept[said.ask] += line
+        except json.JSONDecodeError:
+            continue  # a line that a kill cut off
+        except (KeyError, TypeError) as error:
+            raise AMoPOError(f"{path}: is no file of this command ({error!r}); move it.") from None
+    complete = [i for i in range(asks) if len(found[i]) == whole]
+    path.write_text("".join(kept[i] for i in complete), encoding="utf-8")
+    return [said for i in complete for said in found[i]]
+
+
+def check_same(folder: Path, facts: dict[str, Any], force: bool) -> None:
+    """Keep what a folder measures, and refuse to mix it with another measurement.
+
+    Args:
+        force: begin anew where it differs.
+
+    Raises:
+        AMoPOError: where the folder has another measurement, or files that are none of ours.
+    """
+    path = folder / "steer.json"
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()) and not force:
+            raise AMoPOError(f"{folder}: is there and holds other files; name another --output.")
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise AMoPOError(f"{path}: is broken ({error}); name another --output.") from None
+        if before == facts:
+            return
+        if not force:
+            differ = ", ".join(key for key in facts if before.get(key) != facts[key])
+            raise AMoPOError(
+                f"{folder}: has a measurement with other {differ}; name another --output, or add "
+                "--force to replace it."
+            )
+        for file in (folder / "answers").glob("*.jsonl"):
+            file.unlink()
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,301 @@
+"""Answers and their ratings -> what asking changes, with intervals over prompts."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from axolotl_amopo.commands.kit.margins import FEW_PROMPTS, RESAMPLES, percentiles
+from axolotl_amopo.commands.steer.asks import Ask
+from axolotl_amopo.commands.steer.collect import Said
+from axolotl_amopo.steering.effect import steered
+from axolotl_amopo.steering.front import hypervolume
+
+WORDS = "words"
+# From this share of answers on that max_new_tokens cut off, their ratings say little.
+MANY_CUT = 0.1
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Rated:
+    """Say how a rater rates a dimension."""
+
+    name: str
+    scale: tuple[float, float]
+    lower: bool = False  # whether lower is better
+
+    def shares(self, ratings: np.ndarray) -> np.ndarray:
+        """Return ratings as shares of the way from the worst to the best."""
+        low, high = self.scale
+        shares = (ratings - low) / (high - low)
+        return 1 - shares if self.lower else shares
+
+
+@dataclass
+class Effect:
+    """Hold a mean change and its 95 % interval."""
+
+    change: float
+    interval: Interval
+
+
+@dataclass
+class Curve:
+    """Hold what is obtained of a dimension over what is asked for."""
+
+    dimension: str
+    levels: list[float]
+    means: list[float]  # on the rater's scale
+    intervals: list[Interval]
+    rank_correlation: float
+    rank_interval: Interval
+    monotone: bool
+    span: Effect  # from the lowest number asked for to the highest
+
+
+@dataclass
+class Front:
+    """Hold the points of a sweep of weights, and the volume below them."""
+
+    points: list[list[float]]  # [F][D] shares of the way from the worst rating to the best
+    asked: list[str]
+    volume: float  # of the box between the worst and the best of all dimensions
+    interval: Interval
+
+
+@dataclass
+class Steered:
+    """Hold all that was measured of one model."""
+
+    name: str
+    plain: dict[str, Effect]  # of answers without any instruction: means, not changes
+    curves: list[Curve] = field(default_factory=list)
+    # What changes in every dimension, and in words, from the lowest number asked for to the
+    # highest; of a model that takes no numbers, from no instruction to being asked.
+    effects: dict[str, dict[str, Effect]] = field(default_factory=dict)
+    front: Front | None = None
+    cut: float = 0.0  # share of the answers that max_new_tokens cut off
+    unrated: int = 0  # ratings that no rater gave
+
+
+@dataclass
+class SteerReport:
+    """Hold what several models did on the same prompts."""
+
+    prompts: int
+    samples: int
+    dimensions: list[str]
+    scales: dict[str, tuple[float, float]]
+    lower: list[str]
+    raters: dict[str, Any]
+    models: list[Steered]
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report for programs."""
+        return asdict(self)
+
+
+def measure(
+    name: str,
+    asks: Sequence[Ask],
+    said: Sequence[Said],
+    ratings: Sequence[dict[str, float | None]],
+    dimensions: Sequence[Rated],
+    seed: int = 0,
+) -> Steered:
+    """Return what a model gives when it is asked.
+
+    Args:
+        said: the answers, as many per ask and prompt.
+        ratings: of each answer; None where there is none, which counts for nothing.
+        seed: of the bootstrap over prompts.
+
+    Raises:
+        ValueError: for answers that are not as many everywhere.
+    """
+    values = table(len(asks), said, ratings, [d.name for d in dimensions])
+    draws = resamples(values.shape[1], seed)
+    means = Means(values, draws)
+    plain = next(i for i, ask in enumerate(asks) if ask.kind == "plain")
+    columns = [*(d.name for d in dimensions), WORDS]
+    made = Steered(
+        name,
+        {column: means.mean(plain, d) for d, column in enumerate(columns)},
+        cut=float(np.mean([not one.finished for one in said])),
+        unrated=int(np.isnan(values[..., :-1]).sum()),
+    )
+    for k, dimension in enumerate(dimensions):
+        sweep = [i for i, ask in enumerate(asks) if ask.dimension == dimension.name]
+        sweep.sort(key=lambda i: asks[i].number or 0.0)
+        if not sweep:
+            continue
+        first, last = (sweep[0], sweep[-1]) if len(sweep) > 1 else (plain, sweep[0])
+        made.effects[dimension.name] = {
+            column: means.change(first, last, d) for d, column in enumerate(columns)
+        }
+        if len(sweep) > 1:
+            levels = [float(asks[i].number or 0.0) for i in sweep]
+            obtained = values[sweep][..., k]  # [L, P, S]
+            made.curves.append(
+                curve(dimension.name, levels, obtained, draws, means.change(first, last, k))
+            )
+    points = [i for i, ask in enumerate(asks) if ask.kind in ("front", "best")]
+    if any(asks[i].kind == "front" for i in points):
+        made.front = front(
+            [asks[i].name for i in points], _mean(values[points], 2), dimensions, draws
+        )
+    return made
+
+
+def table(
+    asks: int,
+    said: Sequence[Said],
+    ratings: Sequence[dict[str, float | None]],
+    names: Sequence[str],
+) -> np.ndarray:
+    """Return ratings, and the number of words, as [asks, P prompts, S samples, D + 1].
+
+    NaN where there is no rating.
+
+    Raises:
+        ValueError: for answers that are not as many everywhere.
+    """
+    prompts = 1 + max(one.prompt for one in said)
+    samples = 1 + max(one.sample for one in said)
+    if len(said) != asks * prompts * samples:
+        raise ValueError(f"{len(said)} answers are not {asks} x {prompts} x {samples}")
+    values = np.full((asks, prompts, samples, len(names) + 1), np.nan)
+    for one, rated in zip(said, ratings, strict=True):
+        found = [rated.get(name) for name in names]
+        row = [np.nan if rating is None else rating for rating in found]
+        values[one.ask, one.prompt, one.sample] = [*row, len(one.text.split())]
+    return values
+
+
+def resamples(prompts: int, seed: int) -> np.ndarray:
+    """Return [R, P] places of the prompts of R bootstrap samples.
+
+    Whole prompts are drawn, for answers to one prompt resemble each other.
+    """
+    return np.random.default_rng(seed).integers(prompts, size=(RESAMPLES, prompts))
+
+
+class Means:
+    """Take means over prompts, and their intervals.
+
+    Args:
+        values: [asks, P, S, D], NaN where there is no rating.
+        draws: [R, P] of `resamples`.
+    """
+
+    def __init__(self, values: np.ndarray, draws: np.ndarray):
+        self.values = _mean(values, 2)  # [asks, P, D]
+        self.draws = draws
+
+    def mean(self, ask: int, d: int) -> Effect:
+        """Return the mean of an ask."""
+        return self._effect(self.values[ask, :, d])
+
+    def change(self, first: int, last: int, d: int) -> Effect:
+        """Return the mean change from one ask to another, prompt by prompt."""
+        return self._effect(self.values[last, :, d] - self.values[first, :, d])
+
+    def _effect(self, of_prompts: np.ndarray) -> Effect:
+        return Effect(float(_mean(of_prompts, 0)), _interval(_mean(of_prompts[self.draws], 1)))
+
+
+def curve(
+    name: str, levels: list[float], obtained: np.ndarray, draws: np.ndarray, span: Effect
+) -> Curve:
+    """Return a dimension's curve.
+
+    Args:
+        levels: [L] the numbers asked for, lowest first.
+        obtained: [L, P, S] ratings, NaN where there is none.
+        draws: [R, P].
+    """
+    asked = np.broadcast_to(np.array(levels)[:, None, None], obtained.shape)
+    given = ~np.isnan(obtained)
+    seen = steered(asked[given], obtained[given])
+    of_prompts = _mean(obtained, 2)  # [L, P]
+    return Curve(
+        name,
+        levels,
+        [float(_mean(row, 0)) for row in of_prompts],
+        [_interval(_mean(row[draws], 1)) for row in of_prompts],
+        seen.rank_correlation,
+        _interval(np.array([rank_correlation(asked[:, d], obtained[:, d]) for d in draws])),
+        seen.monotone,
+        span,
+    )
+
+
+def rank_correlation(asked: np.ndarray, obtained: np.ndarray) -> float:
+    """Return Spearman's rank correlation; 0 where one of the two does not vary.
+
+    Args:
+        asked, obtained: of equal shape; NaN among the obtained is left out.
+    """
+    given = ~np.isnan(obtained)
+    x, y = rankdata(asked[given]), rankdata(obtained[given])
+    spread = x.std() * y.std() if given.any() else 0.0
+    return float(((x - x.mean()) * (y - y.mean())).mean() / spread) if spread else 0.0
+
+
+def front(
+    asked: list[str], obtained: np.ndarray, dimensions: Sequence[Rated], draws: np.ndarray
+) -> Front:
+    """Return the front of several asks.
+
+    Args:
+        obtained: [F, P, D + 1] mean ratings per prompt.
+        draws: [R, P].
+    """
+    shares = np.stack(
+        [dimension.shares(obtained[..., k]) for k, dimension in enumerate(dimensions)], axis=-1
+    )  # [F, P, D]
+    worst, best = [0.0] * len(dimensions), [1.0] * len(dimensions)
+
+    def volume(places: np.ndarray | slice) -> float:
+        points = _mean(shares[:, places], 1)
+        return hypervolume(points[~np.isnan(points).any(1)].tolist(), worst, best)
+
+    return Front(
+        _mean(shares, 1).tolist(),
+        asked,
+        volume(slice(None)),
+        _interval(np.array([volume(places) for places in draws[: RESAMPLES // 4]])),
+    )
+
+
+def notes(models: Sequence[Steered], prompts: int) -> list[str]:
+    """Return what a reader should know before trusting the numbers."""
+    made = []
+    if prompts < FEW_PROMPTS:
+        made.append(f"{prompts} prompts are few: intervals are too narrow below {FEW_PROMPTS}.")
+    for model in models:
+        if model.cut >= MANY_CUT:
+            made.append(
+                f"{model.name}: {model.cut:.0%} of its answers were cut off; raise "
+                "--max-new-tokens, for a cut answer is rated as it stands."
+            )
+        if model.unrated:
+            made.append(f"{model.name}: {model.unrated} ratings are missing and were left out.")
+    return made
+
+
+def _mean(values: np.ndarray, axis: int) -> Any:
+    """Return means that leave NaN out; NaN of nothing, without numpy's warning."""
+    given = ~np.isnan(values)
+    count = given.sum(axis)
+    return np.where(given, values, 0.0).sum(axis) / np.where(count, count, np.nan)
+
+
+def _interval(values: np.ndarray) -> Interval:
+    values = values[~np.isnan(values)]
+    return percentiles(values) if len(values) else (float("nan"), float("nan"))

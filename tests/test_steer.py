@@ -1,0 +1,299 @@
+"""`axolotl amopo steer`: what asking changes, by hand and through the whole command."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from runs import steering, write_jsonl
+
+from axolotl_amopo.commands import amopo
+from axolotl_amopo.commands.kit.generator import TransformersEngine
+from axolotl_amopo.commands.steer.asks import asks_of, thinned
+from axolotl_amopo.commands.steer.collect import Said
+from axolotl_amopo.commands.steer.measure import Rated, measure, notes, rank_correlation
+from axolotl_amopo.errors import AMoPOError
+from axolotl_amopo.steering.steering import Weights
+
+NAMES = ["helpfulness", "is_safe", "toxicity"]
+
+
+# What is asked for
+
+
+def test_all_that_is_asked_for():
+    asks = asks_of(steering(), NAMES, points=3)
+    assert [ask.kind for ask in asks[:2]] == ["plain", "best"]
+    swept = {name: [ask.number for ask in asks if ask.dimension == name] for name in NAMES}
+    assert swept == {"helpfulness": [1, 3, 5], "is_safe": [0, 1], "toxicity": [-2, 0, 2]}
+    front = [ask.settings for ask in asks if ask.kind == "front"]
+    assert len(front) == 7 and all(isinstance(weights, Weights) for weights in front)
+    assert all(sum(weights.values()) == pytest.approx(1) for weights in front)
+    assert len(asks) == 2 + 3 + 2 + 3 + 7
+
+
+def test_no_front_where_a_dimension_has_no_rater():
+    kinds = [ask.kind for ask in asks_of(steering(), NAMES[:2])]
+    assert "front" not in kinds and "sweep" in kinds
+
+
+def test_a_model_without_numbers_is_asked_by_name():
+    asks = asks_of(steering(rating_in_prompt="none"), NAMES)
+    assert [(ask.dimension, ask.number) for ask in asks if ask.kind == "sweep"] == [
+        (name, None) for name in NAMES
+    ]
+    assert not any(ask.kind == "front" for ask in asks)
+
+
+def test_a_model_of_weights_is_asked_by_weights():
+    weighted = steering(prompts=NAMES, one_prompt=True, weighted=True, rating_in_prompt="none")
+    asks = asks_of(weighted, NAMES)
+    numbers = [ask.number for ask in asks if ask.dimension == "is_safe"]
+    assert numbers == [0, 0.2, 0.5, 0.8, 1] and not any(ask.kind == "best" for ask in asks)
+
+
+def test_thinning_keeps_both_ends():
+    assert thinned([1, 2, 3, 4, 5, 6], 3)[::2] == [1, 6]
+    assert thinned([1, 2], 5) == [1, 2]
+
+
+# What is measured
+
+SCALES = [Rated("helpfulness", (1, 5)), Rated("toxicity", (-2, 2), lower=True)]
+TWO = steering(
+    prompts=["overall", "helpfulness", "toxicity"],
+    dimensions=[steering().dimension("helpfulness"), steering().dimension("toxicity")],
+)
+
+
+def answers(rating, prompts=40, asks=None):
+    """Answers to every ask, rated by a function of ask and prompt; as many words as asked for."""
+    asks = asks or asks_of(TWO, ["helpfulness", "toxicity"])
+    said = [
+        Said(i, p, 0, " ".join(["w"] * int(3 + (asks[i].number or 0))), True)
+        for i in range(len(asks))
+        for p in range(prompts)
+    ]
+    return asks, said, [rating(asks[one.ask], one.prompt) for one in said]
+
+
+def follows(ask, prompt):
+    """Gives what is asked of helpfulness, and always the same toxicity."""
+    asked = ask.number if ask.dimension == "helpfulness" else 3
+    return {"helpfulness": asked + 0.1 * (prompt % 3), "toxicity": 1.0}
+
+
+def test_a_model_that_follows_is_seen():
+    made = measure("m", *answers(follows), SCALES)
+    helpful, toxic = made.curves
+    assert helpful.levels == [1, 2, 3, 4, 5] and helpful.monotone
+    assert helpful.means == pytest.approx([level + 0.0975 for level in helpful.levels])
+    assert helpful.rank_correlation > 0.98
+    assert helpful.rank_interval[0] <= helpful.rank_correlation <= helpful.rank_interval[1]
+    assert helpful.span.change == pytest.approx(4)
+    assert (toxic.rank_correlation, toxic.span.change) == (0, 0)
+    assert made.effects["helpfulness"]["toxicity"].change == 0
+    assert made.effects["helpfulness"]["words"].change == 4
+    assert made.effects["toxicity"]["helpfulness"].change == 0
+    assert made.plain["helpfulness"].change == pytest.approx(3.0975)
+
+
+def test_a_model_that_does_not_follow_has_an_interval_around_nothing():
+    draws = np.random.default_rng(0)
+    made = measure(
+        "m",
+        *answers(lambda ask, p: {"helpfulness": draws.uniform(1, 5), "toxicity": draws.normal()}),
+        SCALES,
+    )
+    for curve in made.curves:
+        assert curve.rank_interval[0] < 0 < curve.rank_interval[1]
+        assert curve.span.interval[0] < 0 < curve.span.interval[1]
+
+
+def test_intervals_count_questions_not_answers():
+    """A question whose answers are all alike says as much as one answer."""
+    draws = np.random.default_rng(1).normal(size=40)
+
+    def of_prompt(ask, prompt):
+        return {"helpfulness": 3 + draws[prompt % 4], "toxicity": 0.0}
+
+    asks, said, ratings = answers(of_prompt, prompts=4)
+    few = measure("m", asks, said, ratings, SCALES).plain["helpfulness"].interval
+    repeated = [replace(one, sample=s) for one in said for s in range(10)]
+    more = measure("m", asks, repeated, [r for r in ratings for _ in range(10)], SCALES)
+    assert more.plain["helpfulness"].interval == pytest.approx(few)
+
+
+def test_the_front_takes_lower_as_better_where_it_is():
+    """All points alike: half of helpfulness, a quarter of the way to the most toxic."""
+    made = measure("m", *answers(lambda a, p: {"helpfulness": 3, "toxicity": -1}), SCALES)
+    assert made.front.volume == pytest.approx(0.5 * 0.75)
+    assert made.front.interval == pytest.approx((0.375, 0.375))
+    assert made.front.points[0] == pytest.approx([0.5, 0.75])
+    assert "weights" in made.front.asked[-1]
+
+
+def test_missing_ratings_count_for_nothing_and_are_told():
+    def sometimes(ask, prompt):
+        return follows(ask, prompt) | ({"helpfulness": None} if prompt == 0 else {})
+
+    asks, said, ratings = answers(sometimes)
+    made = measure("m", asks, said, ratings, SCALES)
+    assert made.unrated == len(asks)
+    assert made.curves[0].means[0] == pytest.approx(1 + 0.1 * sum(p % 3 for p in range(1, 40)) / 39)
+    assert f"{len(asks)} ratings are missing" in " ".join(notes([made], 40))
+
+
+def test_what_a_reader_should_know():
+    asks, said, ratings = answers(follows, prompts=4)
+    cut = [Said(one.ask, one.prompt, 0, one.text, False) for one in said]
+    told = " ".join(notes([measure("m", asks, cut, ratings, SCALES)], 4))
+    assert "4 prompts are few" in told and "100% of its answers were cut off" in told
+
+
+def test_ranks_are_spearmans():
+    from scipy.stats import spearmanr
+
+    x, y = np.random.default_rng(0).integers(5, size=(2, 50)).astype(float)
+    assert rank_correlation(x, y) == pytest.approx(spearmanr(x, y).statistic)
+    y[0] = np.nan
+    assert rank_correlation(x, y) == pytest.approx(spearmanr(x[1:], y[1:]).statistic)
+    assert rank_correlation(x, np.ones(50)) == 0
+
+
+def test_answers_that_are_not_as_many_everywhere_are_refused():
+    asks, said, ratings = answers(follows)
+    with pytest.raises(ValueError, match="answers are not"):
+        measure("m", asks, said[1:], ratings[1:], SCALES)
+
+
+# The command
+
+RATERS = """
+dimensions:
+  helpfulness: {function: "my_raters:vowels", scale: [0, 1]}
+  toxicity: {formula: characters, scale: [0, 200], direction: lower}
+  is_safe: {function: "my_raters:first", scale: [0, 1]}
+"""
+FUNCTIONS = """
+def vowels(item):
+    return sum(letter in "aeiou" for letter in item.response) / max(1, len(item.response))
+
+def first(item):
+    return float(item.row["id"] % 2)
+"""
+
+
+def run(*arguments):
+    return CliRunner().invoke(amopo, ["steer", *map(str, arguments)])
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "raters.yml").write_text(RATERS, encoding="utf-8")
+    (tmp_path / "my_raters.py").write_text(FUNCTIONS, encoding="utf-8")
+    rows = [{"prompt": text, "id": i} for i, text in enumerate(["Why?", "Who was it?", "Where?"])]
+    write_jsonl(tmp_path / "q.jsonl", rows)
+    return tmp_path
+
+
+def options(files, **changes):
+    given = {
+        "--raters": files / "raters.yml",
+        "--input": files / "q.jsonl",
+        "--output": files / "steered",
+        "--max-new-tokens": 6,
+        "--points": 2,
+    } | changes
+    return [text for pair in given.items() for text in pair]
+
+
+def test_the_whole_command_and_going_on(files, adapter, monkeypatch):
+    page = files / "page.html"
+    done = run(adapter, *options(files), "--html", page, "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert [model["name"] for model in report["models"]] == ["adapter", "base"]
+    assert (report["prompts"], report["lower"]) == (3, ["toxicity"])
+    asks = 2 + 3 * 2 + 7
+    for name in ("adapter", "base"):
+        path = files / "steered" / "answers" / f"{name}.jsonl"
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        assert len(lines) == asks * 3
+        assert lines[1]["prompt"] == "Who was it?" and lines[1]["id"] == 1
+        words = [line["response"] for line in lines if not line["amopo"].get("settings", True)]
+        plain = next(m for m in report["models"] if m["name"] == name)["plain"]
+        mean = np.mean([min(len(word), 200) for word in words])
+        assert plain["toxicity"]["change"] == pytest.approx(mean)
+        assert plain["is_safe"]["change"] == pytest.approx(1 / 3)  # of the row, not the answer
+    # The base answers for itself.
+    own = (files / "steered" / "answers" / "adapter.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line)["response"] for line in own.splitlines()] != [
+        line["response"] for line in lines
+    ]
+    html = page.read_text(encoding="utf-8")
+    assert html.count("<svg") == 3 + 2 + 3 and "helpfulness: rating obtained" in html
+
+    # A kill in the middle of a line: the ask that it cut is answered again, and no other.
+    whole = path.read_text(encoding="utf-8")
+    path.write_text("".join(whole.splitlines(keepends=True)[:-1]) + '{"prom', encoding="utf-8")
+    calls = []
+    answer = TransformersEngine.generate
+    monkeypatch.setattr(
+        TransformersEngine, "generate", lambda *a: calls.append(len(a[1])) or answer(*a)
+    )
+    again = run(adapter, *options(files), "--json")
+    assert again.exit_code == 0 and calls == [3], again.output
+    assert json.loads(again.stdout.splitlines()[-1]) == report
+    assert path.read_text(encoding="utf-8") == whole
+
+    # Other questions in the same folder are another measurement.
+    write_jsonl(files / "q.jsonl", [{"prompt": "How?", "id": 1}, {"prompt": "When?", "id": 2}])
+    other = run(adapter, *options(files))
+    assert other.exit_code == 1 and "other prompts" in other.output and "--force" in other.output
+    assert path.read_text(encoding="utf-8") == whole
+    forced = run(adapter, *options(files), "--force", "--no-base")
+    assert forced.exit_code == 0 and "2 prompts are few" in forced.stdout, forced.output
+    assert "helpfulness: rated 0 to 1, by function my_raters:vowels" in forced.stdout
+    assert max(map(len, forced.stdout.splitlines()[:-1])) <= 80  # the last one is a path
+    assert not path.exists()
+
+
+def test_a_dry_run_loads_no_model(files, adapter, monkeypatch):
+    monkeypatch.setattr(TransformersEngine, "__init__", None)
+    done = run(adapter, *options(files), "--dry-run")
+    assert done.exit_code == 0 and "adapter: 15 x 3 answers" in done.stdout, done.output
+    assert "toxicity=-2" in done.stdout and not (files / "steered").exists()
+
+
+@pytest.mark.parametrize(
+    ("raters", "extra", "message"),
+    [
+        (RATERS.replace("toxicity:", "harm:").replace("helpfulness:", "help:").replace(
+            "is_safe:", "safe:"), [], "name a rater's dimension as the model's"),
+        (RATERS.replace(", direction: lower", ""), [], "write direction: lower"),
+        (RATERS, ["--samples", 2], "2 times the same answer"),
+        (RATERS, ["--model", "adapter=no"], "'adapter' is taken"),
+        (RATERS, ["--model", "x=no"], "neither a model's folder nor a YAML"),
+    ],
+)  # fmt: skip
+def test_refused_before_a_model_is_loaded(files, adapter, monkeypatch, raters, extra, message):
+    monkeypatch.setattr(TransformersEngine, "__init__", None)
+    (files / "raters.yml").write_text(raters, encoding="utf-8")
+    done = run(adapter, *options(files), *extra)
+    assert done.exit_code in (1, 2) and message in " ".join(done.output.split()), done.output
+    assert "Traceback" not in done.output and not (files / "steered").exists()
+
+
+def test_a_folder_with_other_things_is_left_alone(files, adapter):
+    (files / "steered").mkdir()
+    (files / "steered" / "thesis.txt").write_text("mine", encoding="utf-8")
+    done = run(adapter, *options(files))
+    assert done.exit_code == 1 and "holds other files" in done.output
+    assert [one.name for one in (files / "steered").iterdir()] == ["thesis.txt"]
+
+
+def test_a_dimension_unknown_to_the_model(adapter):
+    with pytest.raises(AMoPOError, match="knows no dimension 'honesty'"):
+        asks_of(steering(), ["honesty"])
