@@ -1,6 +1,7 @@
 """`axolotl amopo steer`: what asking changes, by hand and through the whole command."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from axolotl_amopo.commands.steer.measure import Rated, measure, notes, rank_cor
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.steering.steering import Weights
 
+KINDS = ("sweep", "front")
 NAMES = ["helpfulness", "is_safe", "toxicity"]
 
 
@@ -31,6 +33,13 @@ def test_all_that_is_asked_for():
     assert len(front) == 7 and all(isinstance(weights, Weights) for weights in front)
     assert all(sum(weights.values()) == pytest.approx(1) for weights in front)
     assert len(asks) == 2 + 3 + 2 + 3 + 7
+
+
+def test_a_part_of_it_alone():
+    kinds = [{ask.kind for ask in asks_of(steering(), NAMES, only=only)} for only in KINDS]
+    assert kinds == [{"plain", "best", "sweep"}, {"plain", "best", "front"}]
+    with pytest.raises(AMoPOError, match="no front to ask for"):
+        asks_of(steering(), NAMES[:2], only="front")
 
 
 def test_no_front_where_a_dimension_has_no_rater():
@@ -253,11 +262,34 @@ def test_the_whole_command_and_going_on(files, adapter, monkeypatch):
     other = run(adapter, *options(files))
     assert other.exit_code == 1 and "other prompts" in other.output and "--force" in other.output
     assert path.read_text(encoding="utf-8") == whole
-    forced = run(adapter, *options(files), "--force", "--no-base")
+    forced = run(adapter, *options(files), "--force", "--no-base", "--only", "front")
     assert forced.exit_code == 0 and "2 prompts are few" in forced.stdout, forced.output
     assert "helpfulness: rated 0 to 1, by function my_raters:vowels" in forced.stdout
     assert max(map(len, forced.stdout.splitlines()[:-1])) <= 80  # the last one is a path
     assert not path.exists()
+
+
+def test_models_join_those_that_are_there(files, adapter, base, tmp_path, monkeypatch):
+    short = [*options(files), "--only", "sweep", "--json"]
+    assert run(adapter, *short).exit_code == 0
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    calls = []
+    answer = TransformersEngine.generate
+    monkeypatch.setattr(
+        TransformersEngine, "generate", lambda *a: calls.append(len(a[1])) or answer(*a)
+    )
+    done = run(adapter, *short, "--model", f"later={other}")
+    assert done.exit_code == 0 and calls == [3] * 8, done.output  # the new one's alone
+    models = json.loads(done.stdout.splitlines()[-1])["models"]
+    assert [one["name"] for one in models] == ["adapter", "later", "base"]
+    assert models[1]["plain"] == models[0]["plain"] != models[2]["plain"]
+
+    # Trained again, it is another model.
+    (other / "adapter_model.safetensors").touch()
+    changed = run(adapter, *short, "--model", f"later={other}")
+    assert changed.exit_code == 1 and "with another later" in changed.output
+    assert run(adapter, *short).exit_code == 0
 
 
 def test_a_dry_run_loads_no_model(files, adapter, monkeypatch):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.steering.front import simplex
 from axolotl_amopo.steering.steering import OVERALL, Settings, Steering, Weights, written
 
@@ -32,7 +33,9 @@ class Ask:
         return {"kind": self.kind, "weights" if weights else "settings": dict(self.settings)}
 
 
-def asks_of(steering: Steering, dimensions: Sequence[str], points: int = 5) -> list[Ask]:
+def asks_of(
+    steering: Steering, dimensions: Sequence[str], points: int = 5, only: Kind | None = None
+) -> list[Ask]:
     """Return all that a model is asked for: plain, the best, each dimension's sweep, the front.
 
     The front is asked for only where `dimensions` are all that the model was trained on: of others,
@@ -41,9 +44,10 @@ def asks_of(steering: Steering, dimensions: Sequence[str], points: int = 5) -> l
     Args:
         dimensions: those to sweep, in any order.
         points: at most so many numbers per sweep, the lowest and the highest among them.
+        only: `sweep` or `front`, beside which nothing but plain and best is asked for.
 
     Raises:
-        AMoPOError: for a dimension that the model does not know.
+        AMoPOError: for a dimension that the model does not know, or a front that it can't have.
     """
     swept = [steering.dimension(name) for name in dimensions]
     made = [Ask("plain", {})]
@@ -51,13 +55,19 @@ def asks_of(steering: Steering, dimensions: Sequence[str], points: int = 5) -> l
         made.append(Ask("best", {OVERALL: None}))
     elif steering.one_prompt and not steering.weighted:
         made.append(Ask("best", {d.name: None for d in steering.dimensions}))
-    for dimension in swept:
+    for dimension in swept if only != "front" else ():
         numbers: list[float | None] = [None]
         if steering.takes_numbers:
             numbers = [*thinned(steering.tries(dimension), points)]
         made += [Ask("sweep", {dimension.name: n}, dimension.name, n) for n in numbers]
     names = [d.name for d in steering.dimensions]
-    if steering.takes_weights and len(names) > 1 and set(names) == set(dimensions):
+    has_front = steering.takes_weights and len(names) > 1 and set(names) == set(dimensions)
+    if only == "front" and not has_front:
+        raise AMoPOError(
+            "there is no front to ask for: it takes several dimensions, a rater for each of them, "
+            "and a model that takes weights."
+        )
+    if has_front and only != "sweep":
         made += [
             Ask("front", Weights(zip(names, weights, strict=True)))
             for weights in simplex(len(names))

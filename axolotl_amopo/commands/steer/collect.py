@@ -118,33 +118,41 @@ def _read(path: Path, whole: int, asks: int) -> list[Said]:
     return [said for i in complete for said in found[i]]
 
 
-def check_same(folder: Path, facts: dict[str, Any], force: bool) -> None:
+def check_same(folder: Path, common: dict[str, Any], asked: Sequence[Asked], force: bool) -> None:
     """Keep what a folder measures, and refuse to mix it with another measurement.
 
+    Models may join those that are there, on the same questions.
+
     Args:
-        force: begin anew where it differs.
+        common: what the answers of all models depend on.
+        asked: the models of this call.
+        force: begin anew where something differs.
 
     Raises:
         AMoPOError: where the folder has another measurement, or files that are none of ours.
     """
     path = folder / "steer.json"
-    if not path.exists():
-        if folder.exists() and any(folder.iterdir()) and not force:
-            raise AMoPOError(f"{folder}: is there and holds other files; name another --output.")
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
+    models = json.loads(json.dumps({one.name: one.to_json() for one in asked}))
+    common = json.loads(json.dumps(common))
+    known: dict[str, Any] = {}
+    if path.exists():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise AMoPOError(f"{path}: is broken ({error}); name another --output.") from None
-        if before == facts:
-            return
-        if not force:
-            differ = ", ".join(key for key in facts if before.get(key) != facts[key])
+            known = before.pop("models")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise AMoPOError(f"{path}: is broken ({error!r}); name another --output.") from None
+        other = [key for key in common if before.get(key) != common[key]]
+        changed = [name for name in models if known.get(name, models[name]) != models[name]]
+        if (other or changed) and not force:
+            what = f"other {', '.join(other)}" if other else f"another {', '.join(changed)}"
             raise AMoPOError(
-                f"{folder}: has a measurement with other {differ}; name another --output, or add "
-                "--force to replace it."
+                f"{folder}: has a measurement with {what}; name another --output, or add --force "
+                "to replace it."
             )
-        for file in (folder / "answers").glob("*.jsonl"):
-            file.unlink()
-    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        for name in known if other else changed:
+            (folder / "answers" / f"{name}.jsonl").unlink(missing_ok=True)
+        known = {} if other else known
+    elif folder.exists() and any(folder.iterdir()) and not force:
+        raise AMoPOError(f"{folder}: is there and holds other files; name another --output.")
+    (folder / "answers").mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**common, "models": known | models}, indent=2) + "\n", "utf-8")

@@ -65,6 +65,11 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     help="At most so many numbers per dimension.",
 )
 @click.option(
+    "--only",
+    type=click.Choice(["sweep", "front"]),
+    help="Leave the weights out, or the sweeps of single dimensions.",
+)
+@click.option(
     "--samples",
     type=click.IntRange(1),
     default=1,
@@ -103,6 +108,7 @@ def steer(
     base_model: str | None,
     limit: int | None,
     points: int,
+    only: Any,
     samples: int,
     seed: int,
     backend: str,
@@ -142,7 +148,7 @@ def steer(
         taken = {steering.BASE, named[0][0]}
         named += [(name, find_model(path)) for name, path in parse_models(others, taken)]
         if dry_run:
-            asked = steering.plan_asks(named, raters, points, with_base=not no_base)
+            asked = steering.plan_asks(named, raters, points, with_base=not no_base, only=only)
         else:
             if quiet:
                 quiet_transformers()
@@ -155,6 +161,7 @@ def steer(
                     sampling=Sampling(seed=seed, **sampling),
                     samples=samples,
                     points=points,
+                    only=only,
                     limit=limit,
                     seed=seed,
                     with_base=not no_base,

@@ -8,17 +8,15 @@ Example:
     report.models[0].curves[0].rank_correlation
 """
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from axolotl_amopo.commands.kit.answers import GREEDY
 from axolotl_amopo.commands.kit.generator import Progress, Sampling
 from axolotl_amopo.commands.kit.models import TrainedModel
 from axolotl_amopo.commands.kit.questions import Prompt
-from axolotl_amopo.commands.steer.asks import asks_of
+from axolotl_amopo.commands.steer.asks import Kind, asks_of
 from axolotl_amopo.commands.steer.collect import Asked, Said, check_same, collect
 from axolotl_amopo.commands.steer.measure import Rated, Steered, SteerReport, measure, notes
 from axolotl_amopo.errors import AMoPOError
@@ -37,9 +35,18 @@ def no_bars(name: str, total: int) -> Progress:
 
 
 def plan_asks(
-    named: Sequence[tuple[str, TrainedModel]], raters: Raters, points: int, *, with_base: bool
+    named: Sequence[tuple[str, TrainedModel]],
+    raters: Raters,
+    points: int,
+    *,
+    with_base: bool,
+    only: Kind | None = None,
 ) -> list[Asked]:
     """Return what each model is asked; the base, what the first one is.
+
+    Args:
+        points: at most so many numbers per sweep.
+        only: leave the sweeps out, or the front.
 
     Raises:
         AMoPOError: for a model that knows none of the dimensions that are rated, or rates one the
@@ -49,7 +56,7 @@ def plan_asks(
     for name, trained in named:
         steering = trained.steering
         dimensions = covered(name, steering, raters)
-        made.append(Asked(name, trained, asks_of(steering, dimensions, points)))
+        made.append(Asked(name, trained, asks_of(steering, dimensions, points, only)))
     if with_base:
         made.append(Asked(BASE, named[0][1], made[0].asks, base=True))
     return made
@@ -86,6 +93,7 @@ def steer(
     sampling: Sampling = GREEDY,
     samples: int = 1,
     points: int = 5,
+    only: Kind | None = None,
     limit: int | None = None,
     seed: int = 0,
     with_base: bool = True,
@@ -103,6 +111,7 @@ def steer(
         sampling: of the answers.
         samples: answers per prompt and ask.
         points: at most so many numbers per sweep.
+        only: leave the sweeps out (`front`), or the front (`sweep`).
         limit: draw so many of the prompts.
         seed: of that draw, and of the intervals.
         with_base: ask the untuned model of the first one too.
@@ -118,9 +127,13 @@ def steer(
             "--temperature 0.7, or leave --samples out."
         )
     prompts = drawn(prompts, limit, seed)
-    asked = plan_asks(named, raters, points, with_base=with_base)
-    check_same(folder, facts(asked, prompts, samples, sampling), force)
-    (folder / "answers").mkdir(exist_ok=True)
+    asked = plan_asks(named, raters, points, with_base=with_base, only=only)
+    common = {
+        "prompts": [prompt.messages for prompt in prompts],
+        "samples": samples,
+        "sampling": {k: v for k, v in vars(sampling).items() if k != "batch_size"},
+    }
+    check_same(folder, common, asked, force)
     models = []
     for one in asked:
         progress = bars(f"{one.name}: answers", len(one.asks) * len(prompts) * samples)
@@ -182,16 +195,3 @@ def drawn(prompts: Sequence[Prompt], limit: int | None, seed: int) -> list[Promp
         return list(prompts)
     places = sorted(random.Random(seed).sample(range(len(prompts)), limit))
     return [prompts[i] for i in places]
-
-
-def facts(
-    asked: Sequence[Asked], prompts: Sequence[Prompt], samples: int, sampling: Sampling
-) -> dict[str, Any]:
-    """Return what the answers in a folder depend on."""
-    made = {
-        "models": {one.name: one.to_json() for one in asked},
-        "prompts": [prompt.messages for prompt in prompts],
-        "samples": samples,
-        "sampling": {k: v for k, v in vars(sampling).items() if k != "batch_size"},
-    }
-    return json.loads(json.dumps(made))
