@@ -5,8 +5,6 @@ behind in modules (axolotl's plugins, its log, a model) ends with the process. T
 compute: OpenMP's threads and a GPU's context do not survive a fork.
 """
 
-import contextlib
-import ctypes
 import functools
 import gc
 import importlib
@@ -22,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from axolotl_amopo.commands.kit.launch import end_with_parent
 from axolotl_amopo.errors import AMoPOError, wants_traceback
 
 # What takes longest of training and scoring.
@@ -35,7 +34,6 @@ IMPORTS = (
     "axolotl_amopo.training.trackers",
     "peft",
 )
-DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def import_once() -> None:
@@ -149,9 +147,3 @@ def save_in_this_process() -> None:
         save(*arguments, num_proc=None if num_proc == 1 else num_proc, **options)
 
     Dataset.save_to_disk = saved
-
-
-def end_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends, where the kernel can (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)

@@ -14,9 +14,7 @@ on at the stage in which it was:
 import importlib.metadata
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -29,15 +27,15 @@ from filelock import FileLock, Timeout
 
 from axolotl_amopo.commands.compare.comparison import Measure
 from axolotl_amopo.commands.compare.data import export_pairs, exported_entry, write_yaml
-from axolotl_amopo.commands.compare.forks import call, end_with_parent
+from axolotl_amopo.commands.compare.forks import call
 from axolotl_amopo.commands.compare.recorder import RECORD
+from axolotl_amopo.commands.kit.launch import last_lines, run_command
 from axolotl_amopo.config.files import read_yaml
 from axolotl_amopo.config.hardware import suit_a_cpu
 from axolotl_amopo.errors import AMoPOError
 
 DONE, FAILED = "run.json", "failed.json"
 BUSY = 75  # exit code: another process makes this run
-LAST_LINES = 5
 # What rounding may make of a loss, and of a margin after several steps.
 LOSS_TOLERANCE, MARGIN_TOLERANCE = 1e-3, 1e-2
 
@@ -275,26 +273,10 @@ def _command(*arguments: str) -> None:
     Raises:
         AMoPOError: where it fails.
     """
-    folder = Path(sys.executable).parent
-    environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
     print(f"$ axolotl {' '.join(arguments)}", flush=True)
-    done = subprocess.run(
-        ["axolotl", *arguments],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        preexec_fn=end_with_parent,
-        check=False,
-    )
-    if done.returncode:
-        raise AMoPOError(f"axolotl {arguments[0]} ended with {done.returncode}")
-
-
-def last_lines(log: Path) -> str:
-    """Return the last lines that a run printed."""
-    if not log.is_file():
-        return "it printed nothing"
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join([line for line in lines if line.strip()][-LAST_LINES:])
+    code = run_command(["axolotl", *arguments])
+    if code:
+        raise AMoPOError(f"axolotl {arguments[0]} ended with {code}")
 
 
 def note_failure(work: Work, exit_code: int | None) -> str:

@@ -1,0 +1,55 @@
+"""Run commands of axolotl's and of this package in processes of their own."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+LAST_LINES = 5
+
+
+def run_command(
+    arguments: Sequence[str], *, out: IO | None = None, err: IO | None = None, **options: Any
+) -> int:
+    """Run a command of this environment, and return its exit code.
+
+    It has no stdin, and ends with this process.
+
+    Args:
+        arguments: `axolotl` or `axolotl-amopo`, and what follows.
+        out, err: where it prints; None: where this process prints.
+        options: of `subprocess.run`.
+    """
+    folder = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        arguments,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=err,
+        preexec_fn=end_with_parent,
+        check=False,
+        **options,
+    )
+    return done.returncode
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends, where the kernel can (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+
+
+def last_lines(log: Path) -> str:
+    """Return the last lines that a run printed."""
+    if not log.is_file():
+        return "it printed nothing"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([line for line in lines if line.strip()][-LAST_LINES:])
