@@ -62,6 +62,14 @@ def test_a_model_of_weights_is_asked_by_weights():
     assert numbers == [0, 0.2, 0.5, 0.8, 1] and not any(ask.kind == "best" for ask in asks)
 
 
+def test_a_model_without_instructions_is_asked_plainly():
+    plain = steering(template="", overall_template="")
+    assert [ask.kind for ask in asks_of(plain, NAMES)] == ["plain"]
+    asks, said, ratings = answers(follows, asks=asks_of(plain, NAMES))
+    told = " ".join(notes([measure("m", asks, said, ratings, SCALES)], 40))
+    assert "trained without instructions" in told
+
+
 def test_thinning_keeps_both_ends():
     assert thinned([1, 2, 3, 4, 5, 6], 3)[::2] == [1, 6]
     assert thinned([1, 2], 5) == [1, 2]

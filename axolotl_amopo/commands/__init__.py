@@ -13,6 +13,7 @@ from axolotl_amopo.commands.configs.command import configs
 from axolotl_amopo.commands.generate.command import generate
 from axolotl_amopo.commands.init.command import init
 from axolotl_amopo.commands.inspect.command import inspect
+from axolotl_amopo.commands.online.command import online
 from axolotl_amopo.commands.passed_on import NAMES, passed_on_command
 from axolotl_amopo.commands.plan.command import plan
 from axolotl_amopo.commands.rate.command import rate
@@ -43,8 +44,8 @@ def main() -> None:
     amopo(prog_name="axolotl-amopo")
 
 
-_commands = (chat, compare, configs, generate, init, inspect, plan, rate, reference)
-_commands += (report, score, steer, template)
+_commands = (chat, compare, configs, generate, init, inspect, online, plan, rate)
+_commands += (reference, report, score, steer, template)
 for _command in _commands:
     amopo.add_command(_command)
 for _name in NAMES:

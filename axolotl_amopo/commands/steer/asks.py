@@ -38,6 +38,7 @@ def asks_of(
 ) -> list[Ask]:
     """Return all that a model is asked for: plain, the best, each dimension's sweep, the front.
 
+    What has no instruction, since training had none, is left out: such a model is asked plainly.
     The front is asked for only where `dimensions` are all that the model was trained on: of others,
     nobody would see what they cost.
 
@@ -72,7 +73,7 @@ def asks_of(
             Ask("front", Weights(zip(names, weights, strict=True)))
             for weights in simplex(len(names))
         ]
-    return made
+    return [ask for ask in made if ask.kind == "plain" or steering.instruction(ask.settings)]
 
 
 def thinned(numbers: Sequence[float], most: int) -> list[float]:

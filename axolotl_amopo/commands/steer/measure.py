@@ -279,6 +279,11 @@ def notes(models: Sequence[Steered], prompts: int) -> list[str]:
     if prompts < FEW_PROMPTS:
         made.append(f"{prompts} prompts are few: intervals are too narrow below {FEW_PROMPTS}.")
     for model in models:
+        if not model.effects and model.front is None:
+            made.append(
+                f"{model.name}: was trained without instructions, so nothing is asked of it, and "
+                "only what it writes without any is here."
+            )
         if model.cut >= MANY_CUT:
             made.append(
                 f"{model.name}: {model.cut:.0%} of its answers were cut off; raise "

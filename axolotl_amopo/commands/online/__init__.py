@@ -1,0 +1,1 @@
+"""`axolotl amopo online`: rounds of responses, ratings and training."""

@@ -1,0 +1,239 @@
+"""The stages of a round: commands of this package and of axolotl's, each in its own process."""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from axolotl_amopo.commands.kit.launch import last_lines, run_command
+from axolotl_amopo.commands.kit.questions import read_prompts
+from axolotl_amopo.commands.online.plan import Online, drawn_rows, round_config, spread
+from axolotl_amopo.errors import AMoPOError
+
+OURS = ("axolotl-amopo",)
+STATE = "online.json"
+DONE = "stages.jsonl"
+LOCK = "lock"
+PAGE = "steered.html"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Hold one command of a round."""
+
+    name: str
+    command: list[str]
+
+    @property
+    def tells_facts(self) -> bool:
+        """Return whether it prints JSON."""
+        return "--json" in self.command
+
+
+def stages(plan: Online, number: int) -> list[Stage]:
+    """Return the commands of a round, in order; each reads and writes files of its folder."""
+    file, folder = plan.file, plan.folder(number)
+    config = str(folder / "config.yml")
+    # What the first round begins with is the config's own model, steered as its YAML says.
+    model = [config, "--base"] if number == 1 else [str(plan.model(number - 1))]
+    drawing = options(
+        input=folder / "prompts.jsonl",
+        output=folder / "candidates.jsonl",
+        candidates=file.responses,
+        temperatures=",".join(map(str, file.temperatures)),
+        max_new_tokens=file.max_new_tokens,
+        batch_size=file.batch_size,
+        backend=file.backend,
+        seed=file.seed + number,
+    )
+    asked = [part for one in spread(plan, number) for part in ("--spread", one)]
+    rating = options(raters=file.raters, output=folder / "rated.jsonl")
+    candidates = str(folder / "candidates.jsonl")
+    made = [
+        Stage("generate", [*OURS, "generate", *model, *drawing, *asked, "--resume", "--json"]),
+        Stage("rate", [*OURS, "rate", candidates, *rating, "--force", "--json"]),
+    ]
+    if plan.block.other_references or (number > 1 and plan.takes_reference):
+        made.append(Stage("reference", [*OURS, "reference", config, "--json"]))
+    made.append(Stage("train", ["axolotl", "train", config, *file.train_options]))
+    if file.held_out:
+        made.append(Stage("steer", steering(plan, number)))
+    return made
+
+
+def steering(plan: Online, number: int) -> list[str]:
+    """Return the command that measures the models so far; those before are not asked again."""
+    file = plan.file
+    others = (f"round-{k}={plan.model(k)}" for k in range(2, number + 1))
+    measuring = options(
+        raters=file.raters,
+        input=file.held_out,
+        output=plan.output / "steered",
+        html=plan.folder(number) / PAGE,
+        **file.measure.model_dump(),
+        batch_size=file.batch_size,
+        backend=file.backend,
+        seed=file.seed,
+    )
+    named = [part for one in others for part in ("--model", one)]
+    return [*OURS, "steer", str(plan.model(1)), *named, *measuring, "--json"]
+
+
+def options(**values: Any) -> list[str]:
+    """Return options of a command line; those that are None are left out."""
+    given = {key: value for key, value in values.items() if value is not None}
+    return [
+        part for key, value in given.items() for part in (f"--{key.replace('_', '-')}", str(value))
+    ]
+
+
+def run_rounds(plan: Online, say: Say) -> list[dict[str, Any]]:
+    """Run what is missing of all rounds, and return what each stage has told.
+
+    Args:
+        say: is told what is done, line by line.
+
+    Raises:
+        AMoPOError: where a stage fails, the folder belongs to another plan, or another process is
+            at work in it.
+    """
+    with only_one(plan.output) as lock:
+        check_same(plan)
+        prompts = [prompt.row for prompt in read_prompts(Path(plan.file.prompts))]
+        told = []
+        for number in range(1, plan.file.rounds + 1):
+            prepare(plan, prompts, number)
+            facts: dict[str, Any] = {"round": number}
+            for stage in stages(plan, number):
+                facts[stage.name] = run_stage(plan.folder(number), stage, lock, say)
+            told.append(facts)
+        return told
+
+
+def prepare(plan: Online, prompts: list[dict[str, Any]], number: int) -> None:
+    """Write a round's prompts and its config."""
+    folder = plan.folder(number)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = drawn_rows(plan, prompts, number)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "prompts.jsonl").write_text(text, encoding="utf-8")
+    config = yaml.safe_dump(round_config(plan, number), sort_keys=False, allow_unicode=True)
+    (folder / "config.yml").write_text(config, encoding="utf-8")
+    if "steer" not in finished(folder):
+        (folder / PAGE).unlink(missing_ok=True)  # of a stage that was stopped
+
+
+def run_stage(folder: Path, stage: Stage, lock: int, say: Say) -> dict[str, Any]:
+    """Run a stage that is not complete yet, and return its facts.
+
+    Args:
+        lock: of `only_one`; the stage's processes hold it too.
+
+    Raises:
+        AMoPOError: where it fails, with the end of what it printed.
+    """
+    if (known := finished(folder).get(stage.name)) is not None:
+        return known
+    say(f"{folder.name}: {stage.name} (log: {folder / stage.name}.log)")
+    began = time.monotonic()
+    log, answer = folder / f"{stage.name}.log", folder / f"{stage.name}.json"
+    with log.open("w", encoding="utf-8") as err, answer.open("w", encoding="utf-8") as out:
+        err.write(f"$ {' '.join(stage.command)}\n")
+        err.flush()
+        code = run_command(
+            stage.command,
+            out=out if stage.tells_facts else err,
+            err=err,
+            pass_fds=[lock],
+        )
+    if code:
+        raise AMoPOError(
+            f"{folder.name}: {stage.name} ended with {code}: {last_lines(log)}\nAll of it is in "
+            f"{log}; once mended, the same command goes on from there."
+        )
+    facts: dict[str, Any] = {"seconds": round(time.monotonic() - began, 1)}
+    if stage.tells_facts:
+        said = json.loads(answer.read_text(encoding="utf-8").strip().splitlines()[-1])
+        facts |= said if isinstance(said, dict) else {"taken": said}
+    else:
+        answer.unlink()
+    with (folder / DONE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"stage": stage.name, "command": stage.command, **facts}) + "\n")
+    say(f"{folder.name}: {stage.name} done in {facts['seconds']:.0f} s")
+    return facts
+
+
+def finished(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the facts of the stages that a round has behind it, by name."""
+    path = folder / DONE
+    if not path.is_file():
+        return {}
+    made = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            facts = json.loads(line)
+        except ValueError:  # a line that a kill cut off: its stage is run again
+            continue
+        made[facts.pop("stage")] = facts
+    return made
+
+
+def check_same(plan: Online) -> None:
+    """Refuse to go on in a folder with another plan; more rounds are the same plan.
+
+    Raises:
+        AMoPOError: naming what differs.
+    """
+    path = plan.output / STATE
+    facts = {"online": plan.file.model_dump(exclude={"rounds", "output"}), "config": plan.base}
+    facts = json.loads(json.dumps(facts, default=str))
+    if not path.exists():
+        others = [one.name for one in plan.output.iterdir() if one.name != LOCK]
+        if others:
+            raise AMoPOError(f"{plan.output}: is there and holds {others[0]}; name another output.")
+        path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before != facts:
+        differ = [
+            key
+            for part in facts
+            for key in sorted({*facts[part], *before.get(part, {})})
+            if facts[part].get(key) != before.get(part, {}).get(key)
+        ]
+        raise AMoPOError(
+            f"{plan.output}: was begun with other {', '.join(differ)}; write them as they were, or "
+            "name another output."
+        )
+
+
+@contextmanager
+def only_one(output: Path) -> Iterator[int]:
+    """Keep a folder for this process and what it starts, as long as one of them lives.
+
+    Gives the lock's file descriptor.
+
+    Raises:
+        AMoPOError: where another has it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    file = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AMoPOError(
+                f"{output}: another process is at work there; wait for it, or end it."
+            ) from None
+        yield file
+    finally:
+        os.close(file)
