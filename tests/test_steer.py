@@ -166,7 +166,7 @@ def test_what_a_reader_should_know():
     asks, said, ratings = answers(follows, prompts=4)
     cut = [Said(one.ask, one.prompt, 0, one.text, False) for one in said]
     told = " ".join(notes([measure("m", asks, cut, ratings, SCALES)], 4))
-    assert "4 prompts are few" in told and "100% of its answers were cut off" in told
+    assert "4 questions are few" in told and "100% of its answers were cut off" in told
 
 
 def test_ranks_are_spearmans():
@@ -271,7 +271,7 @@ def test_the_whole_command_and_going_on(files, adapter, monkeypatch):
     assert other.exit_code == 1 and "other prompts" in other.output and "--force" in other.output
     assert path.read_text(encoding="utf-8") == whole
     forced = run(adapter, *options(files), "--force", "--no-base", "--only", "front")
-    assert forced.exit_code == 0 and "2 prompts are few" in forced.stdout, forced.output
+    assert forced.exit_code == 0 and "2 questions are few" in forced.stdout, forced.output
     assert "helpfulness: rated 0 to 1, by function my_raters:vowels" in forced.stdout
     assert max(map(len, forced.stdout.splitlines()[:-1])) <= 80  # the last one is a path
     assert not path.exists()

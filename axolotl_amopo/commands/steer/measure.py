@@ -277,7 +277,7 @@ def notes(models: Sequence[Steered], prompts: int) -> list[str]:
     """Return what a reader should know before trusting the numbers."""
     made = []
     if prompts < FEW_PROMPTS:
-        made.append(f"{prompts} prompts are few: intervals are too narrow below {FEW_PROMPTS}.")
+        made.append(f"{prompts} questions are few: intervals are too narrow below {FEW_PROMPTS}.")
     for model in models:
         if not model.effects and model.front is None:
             made.append(

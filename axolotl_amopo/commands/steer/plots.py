@@ -92,7 +92,7 @@ def front(report: SteerReport, x: int, y: int, colours: dict[str, str]) -> Marku
         colour = colours[model.name]
         label = kit.plain_label(model.name, 18)
         axes.plot(*zip(*points, strict=True), "o", color=colour, alpha=0.7, label=label)
-        axes.step(*zip(*pareto(points), strict=True), where="pre", color=colour, linewidth=1)
+        axes.step(*zip(*pareto(points), strict=True), where="post", color=colour, linewidth=1)
     names = [kit.plain_label(report.dimensions[k], 24) for k in (x, y)]
     axes.set(xlabel=f"{names[0]}, 0 the worst, 1 the best", ylabel=names[1])
     kit.legend(axes)

@@ -11,7 +11,8 @@ from axolotl_amopo.commands.steer.measure import WORDS, Effect, Interval, Steere
 ABOUT = (
     "Rank correlation: Spearman's, of the number asked for and the rating obtained, over answers: "
     "1 follows, 0 does not. Span: mean rating at the highest number asked for, less that at the "
-    "lowest. In brackets 95 % intervals, bootstrap over questions. Volume: share of all "
+    "lowest. In brackets 95 % intervals, bootstrap over questions; a star: the interval is on one "
+    "side of 0. Volume: share of all "
     "compromises that one of the points beats, 0 to 1."
 )
 
@@ -88,8 +89,17 @@ def effects(model: Steered) -> TextTable:
     return TextTable(
         f"{model.name}: what changes with what is asked for, {how}",
         ["asked for", *columns],
-        [[asked, *(effect(row[name]) for name in columns)] for asked, row in model.effects.items()],
+        [
+            [asked, *(starred(row[name]) for name in columns)]
+            for asked, row in model.effects.items()
+        ],
     )
+
+
+def starred(one: Effect) -> str:
+    """Return a change, with a star where its interval is on one side of 0."""
+    low, high = one.interval
+    return f"{one.change:+.2f}{'*' if low > 0 or high < 0 else ' '}"
 
 
 def effect(one: Effect) -> str:
