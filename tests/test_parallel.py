@@ -52,7 +52,7 @@ OBJECTIVES = {
 # rewards are zero there, in pairs and in lists of three.
 FIRST_LOSS = dict.fromkeys(("reference", "adapter off", "gradients", "cos_dpo"), ln(2))
 FIRST_LOSS |= {"lambda_dpo": ln(3)}
-# Those that answer held-out prompts at each evaluation, a number that no two processes share evenly.
+# Those that answer held-out prompts at each evaluation, an odd number of them.
 SAMPLED, SAMPLES = ("full", "adapter off"), {"generate_samples": 5, "sample_settings": ["none"]}
 # All responses of a prompt are one row.
 GROUPED = ("groups", "lambda_dpo", "ric")

@@ -1,6 +1,7 @@
 """Prompts -> their continuations, by transformers' own `generate`."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ def continue_prompts(
         synced: whether all processes run as many passes, because each pass gathers weights. All of
             them must then have as many prompts.
     """
+    generate: Any = model.generate
     pad, stops, device = config.pad_token_id, config.eos_token_id, model.device
     # Longest first: a batch that does not fit into memory fails at once.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
@@ -63,7 +65,7 @@ def continue_prompts(
         width = len(prompts[batch[0]])
         ids = [[pad] * (width - len(prompts[i])) + prompts[i] for i in batch]
         mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]
-        rows: Tensor = model.generate(
+        rows: Tensor = generate(
             input_ids=torch.tensor(ids, device=device),  # [B, T]
             attention_mask=torch.tensor(mask, device=device),
             generation_config=config,

@@ -72,7 +72,7 @@ def check_settings(config: AMoPOConfig) -> None:
     """Refuse settings that the model can't be asked for, but for a rating outside of its scale.
 
     Raises:
-        AMoPOError: naming the line and what is wrong.
+        AMoPOError: saying what is wrong.
     """
     if config.sample_settings:
         scales = {d.name: d.scale or ANY_SCALE for d in config.dimensions}
@@ -86,7 +86,7 @@ def settings_of(config: AMoPOConfig, steering: Steering | None) -> list[Settings
         steering: None where the data does not say what to ask for, and nothing is asked for.
 
     Raises:
-        AMoPOError: naming the line and what is wrong.
+        AMoPOError: saying what is wrong.
     """
     if steering is None:
         return [{}]
@@ -99,8 +99,9 @@ def settings_of(config: AMoPOConfig, steering: Steering | None) -> list[Settings
                 each.append(read_settings(line))
                 steering.instruction(each[-1])
             except AMoPOError as error:
-                raise AMoPOError(f"amopo.sample_settings: '{line}': {error}") from None
-    return list({steering.instruction(one): one for one in reversed(each)}.values())[::-1]
+                raise AMoPOError(f"amopo.sample_settings: {error}") from None
+    by_text = {steering.instruction(one): one for one in reversed(each)}
+    return [one if text else {} for text, one in reversed(by_text.items())]
 
 
 class Samples(TrainerCallback):
