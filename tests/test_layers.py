@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "axolotl_amopo"
 ALLOWED = {
     "errors": set(),
     "example": set(),
+    "endpoint": set(),
     "objectives": set(),
     "loss": {"objectives"},
     "model": {"objectives"},
@@ -21,7 +22,9 @@ ALLOWED = {
     "formats": {"data"},
     "steering": {"config", "data", "objectives"},
     "training": {"config", "data", "model", "objectives", "steering"},
-    "commands": {"config", "data", "formats", "model", "objectives", "steering", "training"},
+    "commands": {
+        *("config", "data", "endpoint", "formats", "model", "objectives", "steering", "training"),
+    },
     "plugin": {"config", "data", "model", "objectives", "steering", "training"},
     "__init__": {"loss", "plugin"},
 }

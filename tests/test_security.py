@@ -254,7 +254,7 @@ def test_a_run_of_compare_stays_in_its_folder(name, tmp_path):
 
 
 def test_the_package_unpickles_nothing_and_runs_no_text():
-    """Nor does it talk to a server: hub, trackers and page are those of the libraries."""
+    """Nor does it talk to a server but by `endpoint.py`: else hub, trackers and page do."""
     modules = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
     modules |= {"urllib", "http", "requests", "httpx", "aiohttp", "openai"}
     calls = {"eval", "exec", "compile", "os.system", "torch.load", "yaml.load", "yaml.unsafe_load"}
@@ -264,6 +264,8 @@ def test_the_package_unpickles_nothing_and_runs_no_text():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if ast.unparse(node) == "from pickle import UnpicklingError":
                 continue  # to catch it
+            if path.name == "endpoint.py" and names in (["openai"], ["OpenAI", "openai"]):
+                continue
             if isinstance(node, ast.Import | ast.ImportFrom):
                 assert not modules & {name.partition(".")[0] for name in names}, path
             elif isinstance(node, ast.Call):
