@@ -1,11 +1,17 @@
 """Prompts -> their continuations, by transformers' own `generate`."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TopPLogitsWarper,
+)
 
 
 def stop_tokens(model: PreTrainedModel, *known: int) -> list[int]:
@@ -34,6 +40,38 @@ def generation_config(
     )
 
 
+class Seeded(NamedTuple):
+    """Say how one continuation is drawn, whatever else is in its batch."""
+
+    temperature: float
+    seed: int
+
+
+class SeededDraws(LogitsProcessor):
+    """Draw each row's next token by its own temperature and seed; for a config that draws nothing.
+
+    The largest of logits / temperature + Gumbel noise is a draw from their softmax (Maddison et
+    al., 2014, https://arxiv.org/abs/1411.0030).
+    """
+
+    def __init__(self, rows: Sequence[Seeded], top_p: float, device: torch.device):
+        self.temperatures = torch.tensor(
+            [[row.temperature] for row in rows], device=device
+        )  # [B, 1]
+        self.generators = [torch.Generator(device).manual_seed(row.seed) for row in rows]
+        self.top_p = TopPLogitsWarper(top_p) if top_p < 1 else None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return [B, V] scores whose largest is the token that is drawn."""
+        scores = scores.float() / self.temperatures
+        if self.top_p:
+            scores = self.top_p(input_ids, scores)
+        noise = torch.empty_like(scores)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - noise.log()  # -log of an exponential is Gumbel noise
+
+
 @torch.no_grad()
 def continue_prompts(
     model: PreTrainedModel,
@@ -42,6 +80,8 @@ def continue_prompts(
     batch_size: int,
     progress: Callable[[int], object] = lambda count: None,
     *,
+    draws: Sequence[Seeded] | None = None,
+    top_p: float = 1.0,
     synced: bool = False,
 ) -> list[list[int]]:
     """Return the continuation of each prompt, with the stop token that ended it.
@@ -52,6 +92,8 @@ def continue_prompts(
         config: of `generation_config`.
         batch_size: how many prompts run at once, padded on their left.
         progress: called with the number of prompts that were just continued.
+        draws: how each one is drawn, for a `config` without a temperature.
+        top_p: of these draws.
         synced: whether all processes run as many passes, because each pass gathers weights. All of
             them must then have as many prompts.
     """
@@ -69,6 +111,9 @@ def continue_prompts(
             input_ids=torch.tensor(ids, device=device),  # [B, T]
             attention_mask=torch.tensor(mask, device=device),
             generation_config=config,
+            logits_processor=LogitsProcessorList(
+                [SeededDraws([draws[i] for i in batch], top_p, device)] if draws else []
+            ),
             synced_gpus=synced,
         )
         for i, row in zip(batch, rows[:, width:].tolist(), strict=True):

@@ -15,6 +15,7 @@ from axolotl_amopo.data.rows import Message
 from axolotl_amopo.data.tokenizer import ChatTokenizer
 from axolotl_amopo.errors import AMoPOError, DataError
 from axolotl_amopo.model.generate import (
+    Seeded,
     continue_prompts,
     generation_config,
     stop_tokens,
@@ -54,13 +55,18 @@ class TransformersEngine:
         self.longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, progress: Progress = ignore_progress
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        progress: Progress = ignore_progress,
+        draws: Sequence[Seeded] | None = None,
     ) -> list[list[int]]:
         """Return the continuation of each prompt, with the stop token that ended it.
 
         Args:
             prompts: token ids.
             progress: called with the number of prompts that were just answered.
+            draws: temperature and seed of each, in place of those of `sampling`.
 
         Raises:
             DataError: for a prompt that leaves no room for an answer.
@@ -73,11 +79,18 @@ class TransformersEngine:
                 f"a prompt of {longest} tokens leaves no room for an answer: the model takes "
                 f"{self.longest}."
             )
-        config = generation_config(
-            self.stops, sampling.max_new_tokens, sampling.temperature, sampling.top_p
-        )
+        temperature = 0.0 if draws else sampling.temperature
+        config = generation_config(self.stops, sampling.max_new_tokens, temperature, sampling.top_p)
         torch.manual_seed(sampling.seed)
-        return continue_prompts(self.model, prompts, config, sampling.batch_size, progress)
+        return continue_prompts(
+            self.model,
+            prompts,
+            config,
+            sampling.batch_size,
+            progress,
+            draws=draws,
+            top_p=sampling.top_p,
+        )
 
 
 class VLLMEngine:
@@ -101,20 +114,28 @@ class VLLMEngine:
         self.adapter = LoRARequest("amopo", 1, str(trained.folder.resolve())) if adapted else None
 
     def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, progress: Progress = ignore_progress
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        progress: Progress = ignore_progress,
+        draws: Sequence[Seeded] | None = None,
     ) -> list[list[int]]:
         """Return the continuation of each prompt, see `TransformersEngine.generate`."""
         from vllm import SamplingParams
 
+        every = draws or [Seeded(sampling.temperature, sampling.seed)] * len(prompts)
         made = self.model.generate(
             [{"prompt_token_ids": ids} for ids in prompts],
-            SamplingParams(
-                max_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=sampling.seed,
-                stop_token_ids=self.stops,
-            ),
+            [
+                SamplingParams(
+                    max_tokens=sampling.max_new_tokens,
+                    temperature=one.temperature,
+                    top_p=sampling.top_p,
+                    seed=one.seed,
+                    stop_token_ids=self.stops,
+                )
+                for one in every
+            ],
             lora_request=self.adapter,
             use_tqdm=False,
         )

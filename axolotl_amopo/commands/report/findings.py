@@ -563,7 +563,7 @@ def samples_collapse(run: TrainingRun) -> Iterator[Finding]:
             "samples-collapse",
             "problem" if repeats else "warning",
             f"The model's answers to held-out prompts changed, {when}: {'; '.join(found)}.",
-            "Read them in _amopo_samples.jsonl. If they fell apart, take the last checkpoint before. "
+            "Read them in _amopo_samples.jsonl; where they fell apart, take an earlier checkpoint. "
             f"{_keep_chosen_likely(run)}.",
         )
 
