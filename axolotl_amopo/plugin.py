@@ -82,6 +82,7 @@ class AMoPOPlugin(BasePlugin):
         from axolotl_amopo.config.devices import check_layers, check_one_gpu
         from axolotl_amopo.config.redact import redact_config_file
         from axolotl_amopo.config.references import check_references
+        from axolotl_amopo.training.samples import check_settings
         from axolotl_amopo.training.sharing import check_before_loading
 
         # Everything reads it there from now on: the run's log and card, and axolotl's callbacks,
@@ -92,6 +93,7 @@ class AMoPOPlugin(BasePlugin):
             check_references(cfg, read_block(cfg))
         check_layers(cfg)
         check_models_router(cfg)
+        check_settings(read_block(cfg))
         if cfg.amopo.share_prompt is True:
             check_before_loading(cfg)
 
@@ -120,12 +122,16 @@ class AMoPOPlugin(BasePlugin):
         from axolotl_amopo.training.console import console_callbacks
         from axolotl_amopo.training.eval_table import EvalTable
         from axolotl_amopo.training.run_log import RunLog, describe_run
+        from axolotl_amopo.training.samples import Samples
         from axolotl_amopo.training.trackers import Trackers
 
         run = describe_run(cfg, trainer.amopo, trainer.train_dataset, trainer.eval_dataset)
         trackers = Trackers(trainer)
-        table = [EvalTable(trainer, trackers)] if trainer.amopo.eval_table else []
-        return [*console_callbacks(trainer), RunLog(run, trainer), trackers, *table]
+        shown: list = [EvalTable(trainer, trackers)] if trainer.amopo.eval_table else []
+        if trainer.amopo.generate_samples:
+            trainer.samples = Samples(trainer, trackers)
+            shown.append(trainer.samples)
+        return [*console_callbacks(trainer), RunLog(run, trainer), trackers, *shown]
 
     def post_lora_merge(self, cfg: Any, adapter_path: str, output_path: str) -> None:
         from axolotl_amopo.steering.steering import FILE

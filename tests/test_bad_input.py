@@ -465,9 +465,60 @@ CONFIGS = {
         {"eval_causal_lm_metrics": ["perplexity"]},
         ["eval_causal_lm_metrics", "per-dimension metrics"],
     ),
-    "tokens of samples": ({"eval_max_new_tokens": 64}, ["eval_max_new_tokens", "remove it"]),
-    "a number of samples": ({"num_generation_samples": 2}, ["num_generation_samples", "remove it"]),
-    "how samples are drawn": ({"generation_top_p": 0.9}, ["generation_top_p", "generate_samples"]),
+    "tokens of axolotl's table": (
+        {"eval_max_new_tokens": 64},
+        ["eval_max_new_tokens", "write amopo.generate_samples and generation_max_new_tokens"],
+    ),
+    "a number of samples alone": (
+        {"num_generation_samples": 2},
+        ["num_generation_samples: 2 has no effect", "write amopo.generate_samples: 2"],
+    ),
+    "two numbers of samples": (
+        {"generate_samples": True, "amopo": {"generate_samples": 2}},
+        ["amopo.generate_samples: 2", "true (3 samples)", "remove one of them"],
+    ),
+    "how samples are drawn, without any": (
+        {"generation_top_p": 0.9},
+        ["generation_top_p: has no effect without samples", "amopo.generate_samples: 3"],
+    ),
+    "settings of samples, without any": (
+        {"amopo": {"sample_settings": ["none"]}},
+        ["amopo.sample_settings: has no effect without samples"],
+    ),
+    "samples of nothing": (
+        {"generate_samples": True, "num_generation_samples": 4},
+        ["amopo.generate_samples: 4 needs prompts that are held out", "val_set_size"],
+    ),
+    "samples without evaluations": (
+        {"amopo": {"generate_samples": 1}, "val_set_size": 0.5, "eval_strategy": "no"},
+        ["amopo.generate_samples: 1 has no effect with eval_strategy: no"],
+    ),
+    "samples of parts of prompts": (
+        {"amopo": {"generate_samples": 1}, "val_set_size": 0.5, "generation_prompt_ratio": 0.5},
+        ["generation_prompt_ratio", "samples answer whole prompts"],
+    ),
+    "a draw that is forbidden": (
+        {
+            "amopo": {"generate_samples": 1},
+            "val_set_size": 0.5,
+            "generation_do_sample": False,
+            "generation_temperature": 0.5,
+        },
+        ["generation_temperature: 0.5 has no effect with generation_do_sample: false"],
+    ),
+    "a draw without a temperature": (
+        {
+            "amopo": {"generate_samples": 1},
+            "val_set_size": 0.5,
+            "generation_top_k": 5,
+            "generation_temperature": 0,
+        },
+        ["generation_temperature: 0 draws nothing"],
+    ),
+    "no tokens of samples": (
+        {"amopo": {"generate_samples": 1}, "val_set_size": 1, "generation_max_new_tokens": 0},
+        ["generation_max_new_tokens: must be a whole number above 0, got 0"],
+    ),
     "misspelt key of axolotl's": (
         {"learning_rates": 1e-4},
         ["learning_rates", "Did you mean 'learning_rate'?"],

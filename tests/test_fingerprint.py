@@ -33,6 +33,7 @@ def fingerprint_of(tmp_path):
         {"weighting": "static", "weights": {"overall": 1, "help": 2}},
         {"share_prompt": False},
         {"eval_table": 3},
+        {"generate_samples": 3, "sample_settings": ["none"]},
         {"console": "plain"},
         {"objective": "simpo", "instruction": "Be good.", "overall_instruction": "Be good."},
     ],

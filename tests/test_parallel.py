@@ -52,6 +52,8 @@ OBJECTIVES = {
 # rewards are zero there, in pairs and in lists of three.
 FIRST_LOSS = dict.fromkeys(("reference", "adapter off", "gradients", "cos_dpo"), ln(2))
 FIRST_LOSS |= {"lambda_dpo": ln(3)}
+# Those that answer held-out prompts at each evaluation, an odd number of them.
+SAMPLED, SAMPLES = ("full", "adapter off"), {"generate_samples": 5, "sample_settings": ["none"]}
 # All responses of a prompt are one row.
 GROUPED = ("groups", "lambda_dpo", "ric")
 # Processes: rows of a forward pass, passes of an optimizer step, what else.
@@ -153,7 +155,9 @@ def train(tmp_path_factory, tiny_model, data, forks):
                 "missing_ratings": "mask",
                 "group_by_prompt": method in GROUPED,
                 "one_prompt_at_a_time": method == "parts",
+                **(SAMPLES if method in SAMPLED else {}),
             },
+            "generation_max_new_tokens": 8 if method in SAMPLED else None,
             "plugins": ["parallel_worker.Recorder"],
             "dataset_prepared_path": str(prepared),
             "test_datasets": [entry | {"path": str(data / "eval.jsonl")}],
@@ -183,7 +187,11 @@ def train(tmp_path_factory, tiny_model, data, forks):
             for rank in range(world)
         ]
         (weights,) = (folder / "out").glob("*.safetensors")
-        return reports[0]["log"], load_file(weights), [r["collectives"] for r in reports]
+        log = reports[0]["log"]
+        if method in SAMPLED:
+            lines = (folder / "out" / "_amopo_samples.jsonl").read_text(encoding="utf-8")
+            log += [json.loads(line) for line in lines.splitlines()]
+        return log, load_file(weights), [r["collectives"] for r in reports]
 
     return run
 
@@ -235,11 +243,11 @@ def alone(train):
 
 
 def differences(log, expected, tolerance):
-    """Losses and metrics of two log histories that differ, training and evaluation."""
-    names = ("amopo/", "rewards/", "logps/", "loss", "grad_norm")
+    """Losses, metrics and samples of two log histories that differ, training and evaluation."""
+    names = ("amopo/", "rewards/", "logps/", "loss", "grad_norm", "samples/none", "answer")
     both = [
         {
-            f"{key}, step {entry['step']}": value
+            f"{key}, step {entry['step']}, sample {entry.get('sample')}": value
             for entry in history
             for key, value in entry.items()
             if key.removeprefix("eval_").startswith(names)

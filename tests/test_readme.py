@@ -109,7 +109,7 @@ def test_every_key_of_the_block_is_in_the_table_with_its_default():
             shown = ", ".join(default)
         elif default is None:
             explained = ("instruction", "overall_instruction", "order_by", "reference")
-            explained += ("weight_draws", "weight_concentration")
+            explained += ("weight_draws", "weight_concentration", "sample_settings")
             shown = "see below" if name in explained else "none"
         else:
             shown = str(default).lower()

@@ -17,7 +17,12 @@ from click.testing import CliRunner
 from runs import write_jsonl
 
 from axolotl_amopo.commands import amopo
-from axolotl_amopo.commands.report.findings import findings, interval, outcome
+from axolotl_amopo.commands.report.findings import (
+    SAMPLE_METRICS,
+    findings,
+    interval,
+    outcome,
+)
 from axolotl_amopo.commands.report.page import differing_settings
 from axolotl_amopo.commands.report.plots import MOST_POINTS, Board, Plot, thin
 from axolotl_amopo.commands.report.report import write_report
@@ -634,6 +639,35 @@ def test_one_dimension_with_all_the_solved_weight(tmp_path):
     assert found([0.1, 0.8, 0.1], objective="mgda")[0] == {}
     # What the user asked for is no finding.
     assert found([0.01, 0.98, 0.01], objective="raco", weights=[1, 98, 1])[0] == {}
+
+
+def test_answers_that_collapse(tmp_path):
+    def found(last, **block):
+        def change(line, kind, progress):
+            if kind == "eval":
+                for name, ends in {"overall": last, "none": (40, 0.02, 0.2)}.items():
+                    values = (
+                        one + progress * (other - one)
+                        for one, other in zip((40, 0.02, 0.2), ends, strict=True)
+                    )
+                    for what, value in zip(SAMPLE_METRICS, values, strict=True):
+                        line[f"eval_samples/{name}/{what}"] = value
+
+        run = read(tmp_path / "run", edited(run_of(**block), change))
+        found = {finding.code: finding for finding in findings(run)}
+        assert found.keys() <= {"samples-collapse"}
+        assert [plot.name for plot in Board([run], ["a"]).plots()].count("samples") == 1
+        return found.get("samples-collapse")
+
+    one = found((120, 0.7, 0.9), objective="dpo")
+    assert one.severity == "problem" and "Raise rl_beta" in one.advice
+    assert "at step 200 (in brackets at step 0): asked for overall, they repeat 70% of" in one.text
+    assert "4-grams (2%) and are cut off in 90% (20%)." in one.text and "none" not in one.text
+    one = found((4, 0.0, 0.0), objective="amopo")
+    assert one.severity == "warning" and "they have 4 tokens (40)." in one.text
+    assert "Lower gamma" in one.advice
+    assert found((20, 0.15, 0.5), objective="dpo") is None
+    assert found((90, 0.1, 0.6), objective="dpo") is None
 
 
 def test_margins_stay_behind_by_design(tmp_path):

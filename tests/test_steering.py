@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import itertools
 import json
 import re
 import shutil
@@ -10,12 +11,19 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from chat_server import ChatServer
 from click.testing import CliRunner
 from jinja2 import TemplateError
 from runs import config, prepare, steering, write_config, write_jsonl
 from test_tokens import adds_bos, applied
 
 from axolotl_amopo.commands import amopo
+from axolotl_amopo.commands.generate.candidates import (
+    Counts,
+    Drawn,
+    draw_candidates,
+    spread_of,
+)
 from axolotl_amopo.commands.generate.export import export_answers
 from axolotl_amopo.commands.kit.answers import answer_prompts, generate_answers
 from axolotl_amopo.commands.kit.generator import Generator, Sampling, stop_ids, vllm_lora_rank
@@ -35,12 +43,14 @@ from axolotl_amopo.config.instructions import (
 )
 from axolotl_amopo.data.tokenizer import ChatTokenizer
 from axolotl_amopo.errors import AMoPOError
+from axolotl_amopo.model.generate import Seeded, SeededDraws
 from axolotl_amopo.steering.steering import (
     FILE,
     SteeredDimension,
     Steering,
     Weights,
     parse_settings,
+    read_settings,
     written,
 )
 from axolotl_amopo.steering.template import check, steered, unsteered
@@ -928,3 +938,215 @@ def test_a_port_that_is_taken():
         port = server.getsockname()[1]
         with pytest.raises(AMoPOError, match=f"127.0.0.1:{port} .* --port"):
             free_port("127.0.0.1", port)
+
+
+# Candidates
+
+
+QUESTIONS = [
+    {"prompt": "Why?", "id": 3},
+    {"instruction": "Who?"},
+    {"prompt": "A longer one, is it?"},
+]
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("questions") / "q.jsonl", QUESTIONS)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def draw(*arguments):
+    done = run("generate", *arguments, "--max-new-tokens", 6, "--json")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_candidates(folder, questions, tmp_path, generator):
+    """Different ones, under settings and temperatures by turns, in what `rate` takes."""
+    out = tmp_path / "c.jsonl"
+    spread = ["--spread", "none", "--spread", "weights is_safe=1", "--spread", "is_safe=0, overall"]
+    options = ["--input", questions, "--candidates", 4, *spread, "--temperatures", "0.8,1.5"]
+    facts = draw(folder, *options, "--output", out, "--quiet")
+    assert (facts["prompts"], facts["responses"], facts["short"]) == (3, 12, 0)
+    rows = read(out)
+    assert rows[0]["prompt"] == "Why?" and rows[0]["id"] == 3
+    assert rows[1]["messages"] == [{"role": "user", "content": "Who?"}]
+    responses = [one for row in rows for one in row["responses"]]
+    assert all(len({one["text"] for one in row["responses"]}) == 4 for row in rows)
+    lines = ["none", "weights is_safe=1", "is_safe=0, overall"]
+    ways = [(temperature, line) for temperature in (0.8, 1.5) for line in lines]
+    turns = [(one["temperature"], one["settings"]) for one in responses]
+    assert turns == [*ways, *ways]
+    # Each can be drawn again, alone.
+    for row, one in ((rows[0], rows[0]["responses"][1]), (rows[2], rows[2]["responses"][3])):
+        messages = [{"role": "user", "content": row["prompt"]}]
+        ids = generator.ids(messages, read_settings(one["settings"]))
+        seeded = [Seeded(one["temperature"], one["seed"])]
+        (again,) = generator.engine.generate([ids], Sampling(max_new_tokens=6), draws=seeded)
+        assert generator.text(again) == one["text"] and one["model"] == folder.name
+        assert one["finished"] == generator.finished(again)
+
+
+def test_candidates_go_on(folder, questions, tmp_path):
+    """What is done stays, half a line goes, and what comes is what would have come."""
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    options = [folder, "--input", questions, "--candidates", 2]
+    draw(*options, "--output", whole)
+    lines = whole.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert len(lines) == 3
+    cut.write_text(lines[1] + lines[2][:50], encoding="utf-8")
+    facts = draw(*options, "--output", cut, "--resume")
+    assert facts["prompts"] == 2
+    assert cut.read_text(encoding="utf-8") == lines[1] + lines[0] + lines[2]
+    assert draw(*options, "--output", cut, "--resume")["prompts"] == 0
+    done = run("generate", *options, "--output", cut)
+    assert done.exit_code == 1 and "--force" in done.output
+    cut.write_text('{"prompt": "Another?", "responses": []}\n', encoding="utf-8")
+    done = run("generate", *options, "--output", cut, "--resume")
+    assert done.exit_code == 1 and "has rows of 1 prompts that the input lacks" in done.output
+
+
+def test_candidates_of_a_model_that_nobody_steered(base, tmp_path):
+    row = {"prompt": "Why?", "responses": [{"text": "Mine.", "scores": {"a": 1}}]}
+    source = write_jsonl(tmp_path / "q.jsonl", [row])
+    (made,) = draw(base, "--input", source, "--candidates", 3, "--name", "plain")["rows"]
+    assert made["responses"][0] == row["responses"][0]
+    assert [(one["settings"], one["model"]) for one in made["responses"][1:]] == [
+        ("none", "plain")
+    ] * 3
+    assert [one["temperature"] for one in made["responses"][1:]] == [0.7, 1.0, 0.7]
+    with pytest.raises(AMoPOError, match="neither a model's folder nor a YAML"):
+        find_model("some/model", from_hub=True)  # the hub is offline in tests
+
+
+def test_equal_candidates_are_drawn_again():
+    """And where the model has no other answer, there are fewer."""
+    prompts, seen = [text_prompt("Why?"), text_prompt("Who?"), text_prompt("No?")], []
+
+    def source(draws):
+        for place, one in enumerate(draws):
+            seen.append(one)
+            asked = one.prompt.row["prompt"]
+            said = {"Why?": f"{len(seen) // 5}", "Who?": "Same.", "No?": ""}[asked]
+            yield place, Drawn(said, True)
+
+    counts = Counts()
+    rows = list(draw_candidates(prompts, 2, [{}], [1.0], source, model="m", counts=counts))
+    assert [len(row["responses"]) for row in rows] == [2, 1]
+    assert len({(one.prompt.row["prompt"], one.seed) for one in seen}) == len(seen)
+    assert (counts.prompts, counts.responses, counts.short) == (2, 3, 2)
+    assert counts.equal == len(seen) - 3
+
+
+def test_the_spread_by_default():
+    assert [written(one) for one in spread_of(steering())] == [
+        "none", "overall", "helpfulness=1", "helpfulness=5", "is_safe=0", "is_safe=1",
+        "toxicity=-2", "toxicity=2",
+    ]  # fmt: skip
+    assert [written(one) for one in spread_of(steering(rating_in_prompt="none"))] == [
+        "none", "overall", "helpfulness", "is_safe", "toxicity",
+    ]  # fmt: skip
+    assert spread_of(None) == [{}]
+
+
+def test_draws_follow_the_models_probabilities():
+    """And top-p leaves the unlikely ones out."""
+    import torch
+
+    logits = torch.tensor([1.0, 0.0, -1.0, -30.0])
+    rows = [Seeded(2.0, seed) for seed in range(4000)]
+    for top_p, expected in (
+        (1.0, (logits / 2).softmax(-1)),
+        (0.8, torch.tensor([0.62, 0.38, 0, 0])),
+    ):
+        chosen = SeededDraws(rows, top_p, logits.device)(None, logits.expand(4000, 4)).argmax(-1)
+        shares = chosen.bincount(minlength=4) / 4000
+        assert shares.tolist() == pytest.approx(expected.tolist(), abs=0.03)
+
+
+def test_candidates_of_a_server(folder, questions, tmp_path, monkeypatch):
+    """The instruction stands in the messages; the key comes from the environment."""
+    said = itertools.count()
+
+    def reply(body):
+        text = f"Answer {next(said)}"
+        return (400, {"error": {"message": "too long"}}) if "longer" in str(body) else text
+
+    monkeypatch.setenv("MY_KEY", "5ecret")
+    with ChatServer(reply) as server:
+        options = ["--server", server.url, "--server-model", "served"]
+        options += ["--server-key-env", "MY_KEY", "--input", questions, "--candidates", 2]
+        spread = ["--spread", "is_safe=1", "--spread", "none"]
+        facts = draw(folder, *options, *spread, "--temperatures", "0.9")
+        asked = list(server.bodies)
+        plain = draw(*options)
+    made = facts["rows"]
+    assert [len(row["responses"]) for row in made] == [2, 2]
+    assert facts["refused"] == 8 and facts["short"] == 1 and facts["tokens"]["completion"] == 8
+    assert "5ecret" not in json.dumps(facts) and server.keys == {"Bearer 5ecret"}
+    by_seed = {body["seed"]: body for body in asked}
+    instruction = steering().instruction({"is_safe": 1})
+    for row in made:
+        for one in row["responses"]:
+            body = by_seed[one["seed"]]
+            assert (body["model"], body["temperature"], body["max_tokens"]) == ("served", 0.9, 6)
+            told = instruction in body["messages"][-1]["content"]
+            assert told == (one["settings"] == "is_safe=1") and one["model"] == "served"
+    assert all(one["settings"] == "none" for row in plain["rows"] for one in row["responses"])
+
+
+def test_a_server_that_stops_midway(questions, tmp_path, monkeypatch):
+    """Rows that are complete are written, and the next call goes on behind them."""
+    broken, out = True, tmp_path / "c.jsonl"
+
+    def reply(body):
+        return 401 if broken and "longer" in str(body) else f"{body['seed']}"
+
+    with ChatServer(reply) as server:
+        options = ["--server", server.url, "--server-model", "m", "--input", questions]
+        options += ["--candidates", 2, "--concurrency", 1, "--output", out]
+        done = run("generate", *options)
+        *bars, said = done.output.strip().splitlines()
+        assert done.exit_code == 1 and "wants another key" in said and len(bars) < 2
+        assert [row["responses"][0]["settings"] for row in read(out)] == ["none"] * 2
+        broken = False
+        assert draw(*options, "--resume")["prompts"] == 1
+    assert len(read(out)) == 3 and len(server.bodies) == 4 + 1 + 2
+    done = run("generate", *options[:2], *options[2:6], "--candidates", 2)
+    assert done.exit_code == 1 and "does not answer" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--spread", "none"], "--spread goes with --candidates"),
+        (["--server", "http://x"], "--server goes with --candidates"),
+        (["--candidates", 2, "--overall"], "asked for by --spread"),
+        (["--candidates", 2, "--temperature", 1], "drawn by --temperatures"),
+        (["--candidates", 2, "--temperatures", "0.5,0"], "write numbers above 0"),
+        (["--candidates", 2, "--temperatures", "hot"], "write numbers above 0"),
+        (["--candidates", 2, "--server", "http://x"], "--server-model NAME go together"),
+        (["--candidates", 2, "--resume"], "--resume goes on with an --output"),
+        (["--candidates", 2, "--server-key-env", "X"], "--server-key-env goes with --server"),
+        (["--candidates", 2, "--format", "mt_bench", "--output", "x"], "leave --format mt_bench"),
+    ],
+)
+def test_options_of_candidates(arguments, message):
+    done = run("generate", "a", "--prompt", "Why?", *arguments)
+    assert done.exit_code == 2 and message in " ".join(done.output.split()), done.output
+
+
+def test_candidates_refuse_before_the_model_is_loaded(folder, tmp_path):
+    turns = write_jsonl(tmp_path / "q.jsonl", [{"turns": ["Why?", "Really?"]}])
+    for arguments, message in [
+        (["--prompt", "a", "--spread", "is_saf=1"], "Did you mean 'is_safe'?"),
+        (["--prompt", "a", "--spread", "is_safe=9"], "outside the scale"),
+        (["--input", turns], "row 1, key 'turns': has 2 questions"),
+    ]:
+        done = run("generate", folder, "--candidates", 2, *arguments)
+        assert done.exit_code == 1 and message in done.output, done.output
+        assert len(done.output.strip().splitlines()) == 1

@@ -36,7 +36,9 @@ def trainer(folder, tiny_model):
     """Four steps with two evaluations, under TensorBoard, and wandb without a network."""
     data = runs.write_jsonl(folder / "data.jsonl", ROWS)
     changes = {
-        "amopo": {"dimensions": ["helpfulness", "honesty"], "gamma": 1.25, "eval_table": 2},
+        "amopo": {"dimensions": ["helpfulness", "honesty"], "gamma": 1.25, "eval_table": 2}
+        | {"generate_samples": 1},
+        "generation_max_new_tokens": 5,
         "val_set_size": None,
         "test_datasets": [{"path": str(data), "type": "amopo.rated", "scale": [1, 5]}],
         "eval_strategy": "steps",
@@ -113,10 +115,7 @@ def test_settings_and_examples(trainer, events, folder):
     lines = (folder / "out" / "_amopo_eval_table.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines][-2:]
     table = tensor(events, "eval/amopo_examples/text_summary", at=-1).decode()
-    files = sorted((folder / "wandb").glob("latest-run/files/media/table/eval/*.json"))
-    assert len(files) == 3  # before the first step too
-    sent = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    sent = [dict(zip(t["columns"], row, strict=True)) for t in sent for row in t["data"]]
+    sent = wandb_table(folder, "amopo_examples")
     for row in rows:
         assert all(text in table for text in row["responses"])
         numbers = [row[f"honesty/{what}"] for what in ("margin", "weight", "prob", "accuracy")]
@@ -125,6 +124,29 @@ def test_settings_and_examples(trainer, events, folder):
         (same,) = [s for s in sent if (s["step"], s["example"]) == (row["step"], row["example"])]
         for name in row.keys() - {"responses"}:
             assert same[name] == pytest.approx(row[name]), name
+
+
+def test_samples(events, folder):
+    """One prompt under two settings, before the first step and at two evaluations."""
+    lines = (folder / "out" / "_amopo_samples.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    sent = wandb_table(folder, "amopo_samples")
+    assert len(rows) == len(sent) == 6
+    for row in rows:
+        (same,) = [s for s in sent if (s["step"], s["settings"]) == (row["step"], row["settings"])]
+        assert same == pytest.approx(row)
+    table = tensor(events, "eval/amopo_samples/text_summary", at=-1).decode()
+    for row in rows[-2:]:
+        assert (
+            f"| {row['settings']} | {row['prompt']} |" in table and f"| {row['tokens']} |" in table
+        )
+
+
+def wandb_table(folder, name):
+    files = sorted((folder / "wandb").glob(f"latest-run/files/media/table/eval/{name}*.json"))
+    assert len(files) == 3  # before the first step too
+    tables = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [dict(zip(t["columns"], row, strict=True)) for t in tables for row in t["data"]]
 
 
 def tensor(events, tag, at=0):
@@ -140,8 +162,10 @@ def test_a_tracker_that_fails_is_a_line_in_the_log(trainer, caplog, monkeypatch)
 
 def test_every_metric_is_described(trainer):
     logged = {key.removeprefix("eval_") for entry in trainer.state.log_history for key in entry}
-    ours = {key for key in logged if key.startswith(("amopo/", "rewards/", "logps/", "terms/"))}
+    kinds = ("amopo/", "rewards/", "logps/", "terms/", "samples/")
+    ours = {key for key in logged if key.startswith(kinds)}
     assert len(ours) > 3 * len(PER_CRITERION)
     for name in ours:
         described = re.sub("amopo/.+/", "amopo/<criterion>/", name)
+        described = re.sub("samples/.+/", "samples/<settings>/", described)
         assert f"| `{described}` |" in METRICS, name

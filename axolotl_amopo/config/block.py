@@ -206,6 +206,18 @@ class AMoPOConfig(BaseModel):
         description="How many held-out examples are shown one by one at each evaluation, in a file "
         "and in the trackers",
     )
+    generate_samples: int = Field(
+        default=0,
+        ge=0,
+        description="How many held-out prompts are answered at each evaluation of a training run, "
+        "into its log, a file and the trackers; 0: none",
+    )
+    sample_settings: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="What these answers are asked for: each as in helpfulness=5, overall, none or "
+        "weights helpfulness=0.7. Default: all dimensions at their best, and none",
+    )
     console: Literal["table", "plain", "off"] = Field(
         default="table",
         description="What training shows of each logged step. table: on a terminal a table that is "

@@ -16,7 +16,7 @@ from axolotl_amopo.config.files import digest, local_files
 # The version of the prepared rows, kept by hand: raise it when the same config and data give other
 # rows than before (their columns, their ids, the text of an instruction). Without it, rows of an
 # older version would be used again. tests/test_rows_version.py fails where it was forgotten.
-ROWS_VERSION = 3
+ROWS_VERSION = 4
 
 # Keys of the block that change the loss, not the rows; as every hyperparameter of an objective
 # does. Of `objective` the rows know its defaults, which other keys of the block have taken.
@@ -29,6 +29,8 @@ NOT_IN_ROWS = {
     "one_prompt_at_a_time",
     "gradient_cosines",
     "eval_table",
+    "generate_samples",
+    "sample_settings",
     "console",
     *INTERNAL,
 }

@@ -28,6 +28,7 @@ from axolotl_amopo.config.hardware import (
 )
 from axolotl_amopo.config.overrides import apply_overrides
 from axolotl_amopo.config.parse import parse_block
+from axolotl_amopo.config.samples import check_samples, move_samples
 from axolotl_amopo.config.together import check_needs
 from axolotl_amopo.errors import ConfigError
 
@@ -78,8 +79,10 @@ def take_over(cfg: dict, *, device: str | None = None, with_data: bool = True) -
     """
     check_yaml(cfg.get("axolotl_config_path"))
     apply_overrides(cfg)
+    move_samples(cfg)
     config = parse_block(AMoPOConfig, plain(cfg.get("amopo")), "amopo")
     check_needs(config)
+    check_samples(cfg, config, with_data=with_data)
     without_effect = check_axolotl_keys(cfg)
     check_parallel(cfg)
     check_gradients(cfg, config)

@@ -1,6 +1,7 @@
 """An example as text -> a prepared row: what the preparing processes do.
 
-A prepared row is an `Example` (`Example.to_row`), with a column that says what came of it.
+A prepared row is an `Example` (`Example.to_row`) with the conversation as text, and a column that
+says what came of it.
 """
 
 import hashlib
@@ -63,6 +64,8 @@ FEATURES = Features(
     }
     | _ARRANGED
     | {"example_id": Value("int64"), "outcome": Value("string")}
+    # The conversation without an instruction and its tools, as JSON: what else can be asked of it.
+    | {name: PLAIN[name] for name in ("messages", "tools")}
 )
 
 
@@ -109,6 +112,7 @@ def prepare_row(
     """Return an example's prepared row.
 
     Its `outcome` says why it is to be dropped, or that it was shortened; it is empty otherwise.
+    `messages` and `tools` are those of `row`, also of an example that was shortened.
 
     Args:
         row: of `PLAIN`.
@@ -125,6 +129,7 @@ def prepare_row(
         DataError: naming file and row.
     """
     where, messages = row["where"], json.loads(row["messages"])
+    asked = {name: row[name] for name in ("messages", "tools")}
 
     def tokenize(conversation: list[Message]) -> Example:
         return tokenize_example(chat, row, conversation, place)
@@ -157,9 +162,9 @@ def prepare_row(
     if example is None:
         nothing = {name: [] for name in FEATURES}
         counted = {"comparisons": row["comparisons"], "outcome": outcome}
-        return nothing | {"example_id": 0} | counted
+        return nothing | {"example_id": 0} | counted | asked
     example.id = example_id(example, own)
-    return example.to_row() | {"outcome": outcome}
+    return example.to_row() | {"outcome": outcome} | asked
 
 
 def tokenize_example(

@@ -239,6 +239,16 @@ class Steering(BaseModel):
             f"It was trained on {', '.join(self.prompts)}."
         )
 
+    def everything(self) -> Settings:
+        """Return the settings that ask for as many dimensions at their best as a prompt can name.
+
+        That is all of them, or the first one where training had a prompt per dimension alone.
+        """
+        if self.overall:
+            return {OVERALL: None}
+        every = self.weighted or self.one_prompt
+        return {d.name: None for d in self.dimensions[: None if every else 1]}
+
     def asked(self, settings: Settings) -> list[instructions.Asked]:
         """What the instruction is to name, in the order of training.
 
@@ -369,6 +379,22 @@ def parse_settings(texts: Iterable[str]) -> dict[str, float | None]:
             raise AMoPOError(f"'{text}': {name} is named twice.")
         settings[name] = rating
     return settings
+
+
+def read_settings(line: str) -> Settings:
+    """Return the settings of a line as `written` writes it.
+
+    >>> read_settings("weights helpfulness=0.7, honesty=0.3")
+    {'helpfulness': 0.7, 'honesty': 0.3}
+
+    Raises:
+        AMoPOError: for what is no number, or named twice.
+    """
+    line = line.strip()
+    if line == "none":
+        return {}
+    settings = parse_settings(line.removeprefix(BY_WEIGHT).split(","))
+    return Weights(settings) if line.startswith(BY_WEIGHT) else settings
 
 
 def written(settings: Settings) -> str:

@@ -115,9 +115,9 @@ def describe(row: dict[str, Any], criteria: list[str], tokenizer: Any) -> dict[s
     } | winners
 
 
-def shortened(text: str) -> str:
-    half = LONGEST // 2
-    return text if len(text) <= LONGEST else f"{text[:half]} [...] {text[-half:]}"
+def shortened(text: str, longest: int = LONGEST) -> str:
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]} [...] {text[-half:]}"
 
 
 def numbered(texts: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from axolotl_amopo.errors import AMoPOError, DataError
 LOG = "_amopo_log.jsonl"
 STATE = "trainer_state.json"
 METRIC = re.compile(r"amopo/(.+)/[^/]+")
+SAMPLED = re.compile(r"samples/(.+)/tokens")
 # The metrics of each prompt that people compare before and after training.
 COMPARED_METRICS = ("accuracy", "margin", "weight")
 # Those that count how rewards are ordered.
@@ -150,6 +151,12 @@ def series(entries: list[Entry], metric: str) -> tuple[np.ndarray, np.ndarray]:
     found = [(entry["step"], entry[metric]) for entry in entries if metric in entry]
     steps, values = np.array(found, dtype=float).reshape(-1, 2).T
     return steps, values
+
+
+def sampled(evals: Iterable[Entry]) -> list[str]:
+    """Return the settings under which evaluations took samples of the model's answers."""
+    found = (SAMPLED.fullmatch(key) for entry in evals for key in entry)
+    return list(dict.fromkeys(match[1] for match in found if match))
 
 
 def compared_metrics(runs: Sequence[TrainingRun]) -> list[str]:

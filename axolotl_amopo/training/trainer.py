@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import EvalPrediction
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from axolotl_amopo.config.block import AMoPOConfig, read_block
 from axolotl_amopo.config.redact import redact
@@ -43,6 +43,7 @@ from axolotl_amopo.training.reference import (
     turn_dropout_off,
 )
 from axolotl_amopo.training.sampler import GROUPED_PASSES, LengthGroupedSampler, row_lengths
+from axolotl_amopo.training.samples import Samples
 from axolotl_amopo.training.sharing import log_choice
 
 LOG = get_logger(__name__)
@@ -81,6 +82,8 @@ class AMoPOTrainer(AxolotlTrainer):
         self._metric_names: tuple[str, ...] = ()
         # With `amopo.eval_table`, the last evaluation's metrics by example id.
         self.evaluated: dict[int, dict[str, float]] = {}
+        # With `amopo.generate_samples`, what takes them.
+        self.samples: Samples | None = None
 
     @classmethod
     @override
@@ -478,6 +481,14 @@ class AMoPOTrainer(AxolotlTrainer):
         # The loop would take a batch's loss for that of each of its examples, and so count in what
         # pads the last one. It only computes metrics where there are labels.
         return None, columns, inputs["example_ids"]
+
+    @override
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.samples and self.is_in_train:
+            # Here, so that they stand in the evaluation's own line of the log.
+            output.metrics.update(self.samples.take())
+        return output
 
     def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         columns = torch.from_numpy(prediction.predictions).unbind(-1)  # M of [examples]

@@ -27,6 +27,7 @@ from axolotl_amopo.config.before_launch import option_keys
 from axolotl_amopo.config.block import AMoPOConfig, plain
 from axolotl_amopo.config.files import check_yaml, digest, local_files, read_yaml
 from axolotl_amopo.config.parse import parse_block
+from axolotl_amopo.config.samples import COUNT, SAMPLING, SWITCH
 from axolotl_amopo.errors import ConfigError, did_you_mean
 
 # axolotl's own methods that train on pairs with one winner.
@@ -78,6 +79,9 @@ EVALUATION = (
     "evals_per_epoch",
     "eval_strategy",
     "eval_batch_size",
+    SWITCH,
+    COUNT,
+    *SAMPLING,
 )
 
 # What is measured beside each rating.
@@ -339,7 +343,8 @@ def without_evaluation(values: dict[str, Any]) -> dict[str, Any]:
     """Return a config that trains without evaluating."""
     values = {key: value for key, value in copy.deepcopy(values).items() if key not in EVALUATION}
     if isinstance(values.get("amopo"), dict):
-        values["amopo"].pop("eval_table", None)
+        for key in ("eval_table", "generate_samples", "sample_settings"):
+            values["amopo"].pop(key, None)
     return values
 
 

@@ -14,6 +14,13 @@ from axolotl_amopo.commands.kit.models import (
 from axolotl_amopo.data.rows import Message
 from axolotl_amopo.data.tokenizer import ChatTokenizer
 from axolotl_amopo.errors import AMoPOError, DataError
+from axolotl_amopo.model.generate import (
+    Seeded,
+    continue_prompts,
+    generation_config,
+    stop_tokens,
+    until_stop,
+)
 from axolotl_amopo.steering.steering import Settings
 
 # Called with the number of prompts that were just answered.
@@ -44,66 +51,46 @@ class TransformersEngine:
 
     def __init__(self, trained: TrainedModel, chat: ChatTokenizer, *, base: bool = False):
         self.model = load_model(trained, base=base)
-        own = self.model.generation_config.eos_token_id
-        own = own if isinstance(own, list) else [own]
-        self.stops = sorted(stop_ids(chat) | {stop for stop in own if stop is not None})
+        self.stops = stop_tokens(self.model, *stop_ids(chat))
         self.longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, progress: Progress = ignore_progress
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        progress: Progress = ignore_progress,
+        draws: Sequence[Seeded] | None = None,
     ) -> list[list[int]]:
         """Return the continuation of each prompt, with the stop token that ended it.
 
         Args:
             prompts: token ids.
             progress: called with the number of prompts that were just answered.
+            draws: temperature and seed of each, in place of those of `sampling`.
 
         Raises:
             DataError: for a prompt that leaves no room for an answer.
         """
         import torch
-        from transformers import GenerationConfig
 
-        pad = self.stops[0]
-        drawing: dict[str, Any] = {"do_sample": False}
-        if sampling.temperature:
-            drawing = {
-                "do_sample": True,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": 0,
-            }
-        config = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=self.stops,
-            pad_token_id=pad,
-            **drawing,
-        )
+        longest = max(map(len, prompts), default=0)
+        if self.longest and longest >= self.longest:
+            raise DataError(
+                f"a prompt of {longest} tokens leaves no room for an answer: the model takes "
+                f"{self.longest}."
+            )
+        temperature = 0.0 if draws else sampling.temperature
+        config = generation_config(self.stops, sampling.max_new_tokens, temperature, sampling.top_p)
         torch.manual_seed(sampling.seed)
-        # Longest first: a batch that does not fit into memory fails at once.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-        answers: list[list[int]] = [[] for _ in prompts]
-        for start in range(0, len(order), sampling.batch_size):
-            batch = order[start : start + sampling.batch_size]
-            width = len(prompts[batch[0]])
-            if self.longest and width >= self.longest:
-                raise DataError(
-                    f"a prompt of {width} tokens leaves no room for an answer: the model takes "
-                    f"{self.longest}."
-                )
-            ids = [[pad] * (width - len(prompts[i])) + prompts[i] for i in batch]
-            mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]
-            device = self.model.device
-            with torch.inference_mode():
-                made = self.model.generate(
-                    input_ids=torch.tensor(ids, device=device),  # [B, T]
-                    attention_mask=torch.tensor(mask, device=device),
-                    generation_config=config,
-                )
-            for i, row in zip(batch, made[:, width:].tolist(), strict=True):
-                answers[i] = until_stop(row, self.stops)
-            progress(len(batch))
-        return answers
+        return continue_prompts(
+            self.model,
+            prompts,
+            config,
+            sampling.batch_size,
+            progress,
+            draws=draws,
+            top_p=sampling.top_p,
+        )
 
 
 class VLLMEngine:
@@ -127,20 +114,28 @@ class VLLMEngine:
         self.adapter = LoRARequest("amopo", 1, str(trained.folder.resolve())) if adapted else None
 
     def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, progress: Progress = ignore_progress
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        progress: Progress = ignore_progress,
+        draws: Sequence[Seeded] | None = None,
     ) -> list[list[int]]:
         """Return the continuation of each prompt, see `TransformersEngine.generate`."""
         from vllm import SamplingParams
 
+        every = draws or [Seeded(sampling.temperature, sampling.seed)] * len(prompts)
         made = self.model.generate(
             [{"prompt_token_ids": ids} for ids in prompts],
-            SamplingParams(
-                max_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=sampling.seed,
-                stop_token_ids=self.stops,
-            ),
+            [
+                SamplingParams(
+                    max_tokens=sampling.max_new_tokens,
+                    temperature=one.temperature,
+                    top_p=sampling.top_p,
+                    seed=one.seed,
+                    stop_token_ids=self.stops,
+                )
+                for one in every
+            ],
             lora_request=self.adapter,
             use_tqdm=False,
         )
@@ -222,9 +217,3 @@ def choose_engine(backend: str) -> type[TransformersEngine] | type[VLLMEngine]:
 def stop_ids(chat: ChatTokenizer) -> set[int]:
     """Return the tokens that end an answer: EOS, and that with which the template ends a turn."""
     return {chat.tokenizer.eos_token_id, chat.end_id()}
-
-
-def until_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
-    """Return ids up to the first of the stop tokens, that one included."""
-    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-    return ids[: end + 1]

@@ -8,6 +8,7 @@ Example:
 
 import importlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,6 +19,10 @@ from axolotl_amopo.errors import AMoPOError, ConfigError
 from axolotl_amopo.steering.steering import FILE, Steering
 from axolotl_amopo.steering.template import unsteered
 
+# A model's name on the hub, mostly with its owner's before it.
+HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
+ADAPTER = "adapter_config.json"
+MODEL_FILES = (ADAPTER, "config.json")
 # Of a file that torch does not load.
 NO_WEIGHTS = "its weights' file holds more than weights, which could be code"
 
@@ -42,6 +47,11 @@ class TrainedModel:
             return self.yaml_steering
         return Steering.load(self.folder)
 
+    @property
+    def has_steering(self) -> bool:
+        """Return whether anything says what the model can be asked for."""
+        return self.yaml_steering is not None or (self.folder / FILE).exists()
+
     def base_folder(self) -> str:
         """Return the base model's folder or hub name.
 
@@ -53,20 +63,9 @@ class TrainedModel:
                 f"{self.folder}: is a whole model, which doesn't say what it was trained from; "
                 "name its base with --base-model."
             )
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.constants import HF_HUB_OFFLINE
-
-        if (Path(self.base) / "config.json").is_file():
+        if (Path(self.base) / "config.json").is_file() or is_on_hub(self.base):
             return self.base
-        # A hub's name has one slash and no file of its own here; offline, only what is cached.
-        is_name = self.base.count("/") <= 1 and not self.base.startswith((".", "/", "~"))
-        try:
-            if is_name and isinstance(try_to_load_from_cache(self.base, "config.json"), str):
-                return self.base
-        except ValueError:  # nothing that a hub could have
-            is_name = False
-        if is_name and not HF_HUB_OFFLINE and not Path(self.base).exists():
-            return self.base
+        is_name = HUB_NAME.fullmatch(self.base)
         raise AMoPOError(
             f"{self.folder}: its base model '{self.base}' is no model folder as seen from "
             f"{Path.cwd()}{' and not in the hub cache' if is_name else ''}; run the command from "
@@ -74,18 +73,47 @@ class TrainedModel:
         )
 
 
-def find_model(model_or_config: str, base_model: str | None = None) -> TrainedModel:
+def is_on_hub(name: str) -> bool:
+    """Return whether a model of that name may be had: from the hub's cache, or where one may ask.
+
+    A hub's name has at most one slash and no file of its own here.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if not HUB_NAME.fullmatch(name):
+        return False
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return True
+    except ValueError:  # nothing that a hub could have
+        return False
+    return not HF_HUB_OFFLINE and not Path(name).exists()
+
+
+def find_model(
+    model_or_config: str,
+    base_model: str | None = None,
+    *,
+    from_hub: bool = False,
+    untuned: bool = False,
+) -> TrainedModel:
     """Return the model of a folder, or of the YAML of its training; nothing is loaded.
 
     Args:
         base_model: replaces the base model that the folder or the YAML names.
+        from_hub: whether it may be a model's name on the hub.
+        untuned: whether a YAML that has not been trained yet stands for its base model, asked as
+            its training would ask it.
 
     Raises:
         AMoPOError: where there is no model, or no `rl: amopo` in the YAML.
     """
     path = Path(model_or_config)
     if path.is_file() and path.suffix in (".yml", ".yaml"):
-        return _of_yaml(path, base_model)
+        return _of_yaml(path, base_model, untuned)
+    if from_hub and not path.exists() and is_on_hub(model_or_config):
+        return TrainedModel(path, None, False)
     if not path.is_dir():
         raise AMoPOError(
             f"{path}: is neither a model's folder nor a YAML file; name the output_dir of a "
@@ -97,12 +125,12 @@ def find_model(model_or_config: str, base_model: str | None = None) -> TrainedMo
 def _of_folder(
     folder: Path, base_model: str | None, yaml_steering: Steering | None = None
 ) -> TrainedModel:
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER).is_file():
         try:
-            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            config = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
             named = config["base_model_name_or_path"]
         except (ValueError, KeyError, TypeError) as error:
-            raise AMoPOError(f"{folder}/adapter_config.json: is broken ({error!r}).") from None
+            raise AMoPOError(f"{folder}/{ADAPTER}: is broken ({error!r}).") from None
         return TrainedModel(folder, base_model or named, True, yaml_steering)
     if (folder / "config.json").is_file():
         return TrainedModel(folder, base_model, False, yaml_steering)
@@ -112,13 +140,16 @@ def _of_folder(
     )
 
 
-def _of_yaml(path: Path, base_model: str | None) -> TrainedModel:
+def _of_yaml(path: Path, base_model: str | None, untuned: bool) -> TrainedModel:
     from axolotl.cli.config import load_cfg
 
     cfg = load_cfg(str(path), is_preprocess=True)
     if not (cfg.amopo and cfg.amopo.enabled):
         raise ConfigError(f"{path}: has no `rl: amopo`; name a config that does, or a folder.")
     folder = Path(cfg.output_dir)
+    if untuned and not any((folder / name).is_file() for name in MODEL_FILES):
+        start = base_model or cfg.base_model
+        return TrainedModel(Path(start), start, False, steering_of(cfg, path))
     if not folder.is_dir():
         raise ConfigError(f"{path}: its output_dir, {folder}, is not there; train first.")
     steering = None if (folder / FILE).exists() else steering_of(cfg, path)
@@ -190,7 +221,7 @@ def chat_tokenizer(trained: TrainedModel, tokenizer: Any) -> ChatTokenizer:
     """
     kwargs: dict[str, Any] = {}
     eot_tokens: tuple[str, ...] = ()
-    if trained.yaml_steering or (trained.folder / FILE).exists():
+    if trained.has_steering:
         steering = trained.steering
         kwargs, eot_tokens = steering.chat_template_kwargs, tuple(steering.eot_tokens)
     template = chat_template(tokenizer, trained.folder)
@@ -211,7 +242,7 @@ def load_model(trained: TrainedModel, *, base: bool = False) -> Any:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     gpu = torch.accelerator.is_available()
-    whole = trained.base_folder() if trained.is_adapter or base else trained.folder
+    whole = trained.base_folder() if trained.is_adapter or base else str(trained.folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             whole, dtype="auto" if gpu else torch.float32, device_map="auto" if gpu else None

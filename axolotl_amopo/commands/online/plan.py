@@ -37,6 +37,7 @@ SET_HERE = {
     "auto_resume_from_checkpoints": "the command goes on by itself",
     "hub_model_id": "every round would be uploaded under that name",
 }
+RATED = "rated.jsonl"
 # So many vectors of weights are drawn per round, unless told otherwise.
 DRAWS = 8
 
@@ -204,7 +205,7 @@ def round_config(plan: Online, number: int) -> dict[str, Any]:
     first = 1 if plan.file.train_on == "all" else number
     values = plan.base | {
         "datasets": [
-            {"path": str(plan.folder(k) / "rated.jsonl"), "split": "train", "type": "amopo.rated"}
+            {"path": str(plan.folder(k) / RATED), "split": "train", "type": "amopo.rated"}
             for k in range(first, number + 1)
         ],
         "val_set_size": 0,

@@ -14,7 +14,7 @@ import yaml
 
 from axolotl_amopo.commands.kit.launch import last_lines, run_command
 from axolotl_amopo.commands.kit.questions import read_prompts
-from axolotl_amopo.commands.online.plan import Online, drawn_rows, round_config, spread
+from axolotl_amopo.commands.online.plan import RATED, Online, drawn_rows, round_config, spread
 from axolotl_amopo.errors import AMoPOError
 
 OURS = ("axolotl-amopo",)
@@ -22,6 +22,7 @@ STATE = "online.json"
 DONE = "stages.jsonl"
 LOCK = "lock"
 PAGE = "steered.html"
+START = "start.yml"
 
 Say = Callable[[str], None]
 
@@ -44,7 +45,7 @@ def stages(plan: Online, number: int) -> list[Stage]:
     file, folder = plan.file, plan.folder(number)
     config = str(folder / "config.yml")
     # What the first round begins with is the config's own model, steered as its YAML says.
-    model = [config, "--base"] if number == 1 else [str(plan.model(number - 1))]
+    model = [str(folder / START), "--base"] if number == 1 else [str(plan.model(number - 1))]
     drawing = options(
         input=folder / "prompts.jsonl",
         output=folder / "candidates.jsonl",
@@ -56,7 +57,7 @@ def stages(plan: Online, number: int) -> list[Stage]:
         seed=file.seed + number,
     )
     asked = [part for one in spread(plan, number) for part in ("--spread", one)]
-    rating = options(raters=file.raters, output=folder / "rated.jsonl")
+    rating = options(raters=file.raters, output=folder / RATED)
     candidates = str(folder / "candidates.jsonl")
     made = [
         Stage("generate", [*OURS, "generate", *model, *drawing, *asked, "--resume", "--json"]),
@@ -126,10 +127,20 @@ def prepare(plan: Online, prompts: list[dict[str, Any]], number: int) -> None:
     rows = drawn_rows(plan, prompts, number)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / "prompts.jsonl").write_text(text, encoding="utf-8")
-    config = yaml.safe_dump(round_config(plan, number), sort_keys=False, allow_unicode=True)
-    (folder / "config.yml").write_text(config, encoding="utf-8")
+    config = round_config(plan, number)
+    write_yaml(folder / "config.yml", config)
+    if number == 1:
+        # By which `generate` knows how the untuned model is asked; nothing is rated yet.
+        entry = config["datasets"][0] | {"path": str(folder / "prompts.jsonl")}
+        write_yaml(folder / START, config | {"datasets": [entry]})
     if "steer" not in finished(folder):
         (folder / PAGE).unlink(missing_ok=True)  # of a stage that was stopped
+
+
+def write_yaml(path: Path, values: dict[str, Any]) -> None:
+    """Write a config."""
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def run_stage(folder: Path, stage: Stage, lock: int, say: Say) -> dict[str, Any]:

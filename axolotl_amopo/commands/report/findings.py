@@ -20,6 +20,7 @@ from axolotl_amopo.training.runs import (
     Change,
     TrainingRun,
     format_margin,
+    sampled,
     series,
 )
 
@@ -48,6 +49,10 @@ UNIFORM = 0.05
 LOSS_RISES = 0.05
 SHARE_FALLS = 0.03  # of pairs: an accuracy that falls by less is noise
 LENGTH_RISES = 0.05
+# Of the model's own answers: a larger share of repeated 4-grams than before by so much, answers of
+# less than this share of their length, and so many more that don't end, as a share.
+REPEATS, SHRINKS, RUNS_ON = 0.2, 1 / 3, 0.5
+SAMPLE_METRICS = ("tokens", "repetition", "unfinished")
 # Without the number of pairs: an accuracy this close to a half is chance.
 CHANCE = 0.05
 # An interval at least this wide to either side says that pairs are too few to tell.
@@ -531,6 +536,38 @@ def _less_length(run: TrainingRun) -> Iterator[str]:
         yield "write length_normalised: true (with a larger rl_beta)"
 
 
+def samples_collapse(run: TrainingRun) -> Iterator[Finding]:
+    """Find answers of the model's own that repeat themselves, shrink or no longer end."""
+    found: list[str] = []
+    repeats, when = False, ""
+    for name in sampled(run.evals):
+        ends = [e for e in run.evals if f"samples/{name}/tokens" in e]
+        was, now = (
+            [end.get(f"samples/{name}/{what}", math.nan) for what in SAMPLE_METRICS]
+            for end in (ends[0], ends[-1])
+        )
+        length, again, cut = zip(was, now, strict=True)
+        parts = []
+        if again[1] - again[0] > REPEATS:
+            repeats = True
+            parts.append(f"repeat {again[1]:.0%} of their 4-grams ({again[0]:.0%})")
+        if length[1] < SHRINKS * length[0]:
+            parts.append(f"have {length[1]:.0f} tokens ({length[0]:.0f})")
+        if cut[1] - cut[0] >= RUNS_ON:
+            parts.append(f"are cut off in {cut[1]:.0%} ({cut[0]:.0%})")
+        if parts:
+            found.append(f"asked for {name}, they {' and '.join(parts)}")
+            when = f"at step {ends[-1]['step']:g} (in brackets at step {ends[0]['step']:g})"
+    if found:
+        yield Finding(
+            "samples-collapse",
+            "problem" if repeats else "warning",
+            f"The model's answers to held-out prompts changed, {when}: {'; '.join(found)}.",
+            "Read them in _amopo_samples.jsonl; where they fell apart, take an earlier checkpoint. "
+            f"{_keep_chosen_likely(run)}.",
+        )
+
+
 def nothing_moved(run: TrainingRun) -> Iterator[Finding]:
     """Find a run in which no reward and no margin moved."""
     early = run.status == "in progress" and run.max_steps and run.step < run.max_steps / 4
@@ -634,6 +671,7 @@ CHECKS: tuple[Callable[[TrainingRun], Iterator[Finding]], ...] = (
     chosen_falls,
     chance,
     length_grows,
+    samples_collapse,
     weights_uniform,
     weights_masked,
     unshared,

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from axolotl_amopo.commands.kit import plots as kit
-from axolotl_amopo.training.runs import TrainingRun, series
+from axolotl_amopo.training.runs import TrainingRun, sampled, series
 
 # Paul Tol's "muted" colours, which stay apart for the colour-blind, with grey; black is `overall`.
 COLOURS = (
@@ -139,6 +139,10 @@ class Board:
         for i, name in enumerate(self.couples):
             self.colours.setdefault(name, COLOURS[i % len(COLOURS)])
             self.markers.setdefault(name, MARKERS[i % len(MARKERS)])
+        self.settings = sampled(entry for run in runs for entry in run.evals)
+        for i, name in enumerate(self.settings):
+            self.colours.setdefault(name, COLOURS[-1 - i % len(COLOURS)])
+            self.markers.setdefault(name, MARKERS[-1 - i % len(MARKERS)])
 
     def plots(self) -> Iterator[Plot]:
         """Yield all figures for which something was logged."""
@@ -153,6 +157,7 @@ class Board:
             ("prob", "Mean probability of the responses' tokens", "", self._each("prob")),
             ("rewards", "Rewards of the two responses", "", self._rewards),
             ("longer_wins", "Longer response has the higher reward", LENGTH, self._longer),
+            ("samples", "The model's own answers to held-out prompts", SAMPLES, self._samples),
             ("learning_rate", "Learning rate", "", self._total("learning_rate")),
             ("grad_norm", "Gradient norm", "", self._total("grad_norm", log=True)),
         ):
@@ -185,6 +190,10 @@ class Board:
         if figure:
             _shares(figure.axes[0])
         return figure
+
+    def _samples(self) -> Figure | None:
+        panels = [("tokens", "tokens"), ("share of 4-grams that are repeated", "repetition")]
+        return self._lines(panels, self.settings, "samples/{}/{}") if self.settings else None
 
     def _weight(self) -> Figure | None:
         if not self._weights_vary():
@@ -372,6 +381,9 @@ WEIGHT = "Dotted: all prompts the same."
 SHARE = "As solved for each step: mgda's sum to 1, cagrad's are the weights and a correction."
 COSINE = "Below 0 a step for one of the two is a step against the other."
 LENGTH = "A line that climbs says that the model learns to prefer length."
+SAMPLES = (
+    "A line per setting that the model is asked for. The first evaluation's model is the base."
+)
 
 
 def _line_styles(count: int) -> list[object]:

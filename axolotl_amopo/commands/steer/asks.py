@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.steering.front import simplex
-from axolotl_amopo.steering.steering import OVERALL, Settings, Steering, Weights, written
+from axolotl_amopo.steering.steering import Settings, Steering, Weights, written
 
 # plain: no instruction. best: all dimensions at their best. sweep: one dimension at one number.
 # front: weights of all dimensions.
@@ -52,10 +52,8 @@ def asks_of(
     """
     swept = [steering.dimension(name) for name in dimensions]
     made = [Ask("plain", {})]
-    if steering.overall:
-        made.append(Ask("best", {OVERALL: None}))
-    elif steering.one_prompt and not steering.weighted:
-        made.append(Ask("best", {d.name: None for d in steering.dimensions}))
+    if steering.overall or (steering.one_prompt and not steering.weighted):
+        made.append(Ask("best", steering.everything()))
     for dimension in swept if only != "front" else ():
         numbers: list[float | None] = [None]
         if steering.takes_numbers:
