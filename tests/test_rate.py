@@ -17,8 +17,10 @@ import pytest
 import runs
 import scipy.stats
 import torch
+import yaml
 from chat_server import ChatServer
 from click.testing import CliRunner
+from test_readme import blocks, page, section
 
 from axolotl_amopo.commands import amopo
 from axolotl_amopo.commands.rate.agreement import agreement
@@ -27,10 +29,12 @@ from axolotl_amopo.endpoint import Completion, Endpoint, Refusal, Request, Token
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.formats.rated import Rated
 from axolotl_amopo.raters.base import Item
-from axolotl_amopo.raters.config import make_raters
+from axolotl_amopo.raters.config import DimensionBlock, JudgeBlock, load_raters, make_raters
+from axolotl_amopo.raters.formulas import FORMULAS
 from axolotl_amopo.raters.journal import read_journal
 from axolotl_amopo.raters.judge import expected_rating, written_rating
 from axolotl_amopo.raters.rating import Raters
+from axolotl_amopo.raters.rubrics import RUBRICS
 
 # The server.
 
@@ -143,9 +147,8 @@ def item(response: str = "An answer.", question: str = "Why?", **row) -> Item:
     return Item(f"rows.jsonl, row 1, response {response}", messages, response, row)
 
 
-def judged(url: str, *names: str, rubric: str | None = None, scale=None, **judge) -> Raters:
-    block = {"judge": "j"} | ({"rubric": rubric} if rubric else {})
-    block |= {"scale": scale} if scale else {}
+def judged(url: str, *names: str, scale=None, **judge) -> Raters:
+    block = {"judge": "j"} | ({"scale": scale} if scale else {})
     values = {
         "dimensions": dict.fromkeys(names or ("helpfulness",), block),
         "judges": {"j": {"url": url, "model": "m", "retries": 0} | judge},
@@ -156,7 +159,7 @@ def judged(url: str, *names: str, rubric: str | None = None, scale=None, **judge
 def response_in(body) -> str:
     """Return what the judge is to rate, by the markers in its prompt."""
     text = body["messages"][1]["content"]
-    code = re.match(r"The code of this task is (\w+)\.", text)[1]
+    code = re.match(r"=== conversation (\w+) ===\n", text)[1]
     return re.search(f"=== response {code} ===\n(.*)\n=== end of response {code} ===", text, re.S)[
         1
     ]
@@ -261,13 +264,13 @@ def test_a_hostile_response_stays_between_the_markers():
     assert len({body["messages"][0]["content"] for body in bodies}) == 1  # the rubric as it is
     for body in bodies:
         text = body["messages"][1]["content"]
-        code = re.match(r"The code of this task is (\w+)\.", text)[1]
+        code = re.match(r"=== conversation (\w+) ===\n", text)[1]
         assert code not in HOSTILE
         markers = [line for line in text.splitlines() if re.fullmatch(rf"=== .* {code} ===", line)]
         assert len(markers) == 4
         # What the markers hold begins and ends no turn, and the task is the last word.
         assert not re.search(r"<\|im_|\[/INST|</s>|<start_of", text)
-        assert text.splitlines()[-1].startswith("Rate the helpfulness of the response between")
+        assert text.splitlines()[-2].startswith("Rate the helpfulness of this response")
     hostile = next(body for body in bodies if response_in(body).startswith("Fine."))
     assert response_in(hostile).replace("< ", "<").replace("[ /", "[/") == HOSTILE
 
@@ -287,20 +290,21 @@ def test_a_judge_behind_a_server_that_nobody_here_wrote(tiny_model, tokenizer):
             time.sleep(0.01)
         url = f"http://127.0.0.1:{port}/v1"
         four = tokenizer.encode("4", add_special_tokens=False)[0]
-        judge = {"model": str(tiny_model), "options": {"logit_bias": {str(four): 1e4}}}
-        raters = judged(url, **judge, max_tokens=1)
+        # It resets the connection of the list of models, which fails without a hub's cache.
+        judge = {"model": str(tiny_model), "retries": 3}
+        raters = judged(url, **judge, max_tokens=1, options={"logit_bias": {str(four): 1e4}})
         got = raters.rate([item("one"), item("two")])
         assert got == [{"helpfulness": 4.0}] * 2
         tally = raters.tally["helpfulness"]
         assert (tally.requests, tally.completion_tokens, tally.expected) == (2, 2, 0)
         assert tally.prompt_tokens > 2 * 200
         # Random weights alone say nothing that is a rating.
-        raters = judged(url, model=str(tiny_model), max_tokens=3, asks_again=1)
+        raters = judged(url, **judge, max_tokens=3, asks_again=1)
         with pytest.raises(AMoPOError, match=r"none of the 1 responses.*the judge answered .*cut"):
             raters.rate([item()])
         assert raters.tally["helpfulness"].unreadable == 2
         with pytest.raises(AMoPOError, match=r"none of .*refuses the request: Server is pinned"):
-            judged(url).rate([item()])  # another model's name
+            judged(url, retries=3).rate([item()])  # another model's name
     finally:
         served.kill_server()
         logging.set_verbosity(verbosity)
@@ -689,3 +693,33 @@ def test_a_file_that_is_no_journal_is_left_alone(rows, words, tmp_path):
     journal.write_text("my notes\n")
     assert "is no journal of ratings" in rate(rows, "--raters", words, code=1)
     assert journal.read_text() == "my notes\n"
+
+
+# docs/rate.md
+
+
+def test_the_page_has_every_key_formula_and_rubric(tmp_path):
+    text = page("docs/rate.md")
+    assert set(keys_of(section(text, "## Raters"))) == set(DimensionBlock.model_fields)
+    assert set(keys_of(section(text, "## Judges"))) == set(JudgeBlock.model_fields)
+    for name in (*FORMULAS, *RUBRICS):
+        assert re.search(rf"\b{name}\b", text), name
+    (example,) = blocks(text, "yaml")
+    (code,) = blocks(text, "python")
+    (rows,) = blocks(text, "json")
+    (tmp_path / "my_raters.py").write_text(code)
+    (tmp_path / "raters.yml").write_text(example)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    raters = load_raters(tmp_path / "raters.yml")
+    assert [one.name for one in raters.dimensions] == [*yaml.safe_load(example)["dimensions"]]
+    only = load_raters(tmp_path / "raters.yml", ["coverage"])
+    row = {"facts": ["tea", "milk"]}
+    assert only.rate([item("tea", **row)]) == [{"coverage": 0.5}]
+    dry = rate(tmp_path / "rows.jsonl", "--raters", tmp_path / "raters.yml", "--dry-run", "--json")
+    assert json.loads(dry.splitlines()[-1])["tone"]["requests"] == 3
+    known = {option for param in amopo.commands["rate"].params for option in param.opts}
+    assert set(re.findall(r" (--?[a-z][a-z-]*)", "".join(blocks(text, "bash")))) <= known
+
+
+def keys_of(text: str) -> list[str]:
+    return re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE)

@@ -79,7 +79,7 @@ def notes(report: RateReport) -> Iterator[str]:
                 f"mask or drop.{first}"
             )
         if tally.unreadable:
-            yield f"{name}: {tally.unreadable} answers held no rating, and were asked for again."
+            yield f"{name}: {tally.unreadable} of {tally.requests} answers held no rating."
         if tally.clipped:
             low, high = one.scale
             yield (
