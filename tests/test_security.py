@@ -28,6 +28,7 @@ from axolotl_amopo.config.dimensions import Dimension
 from axolotl_amopo.data.rows import Row, Source
 from axolotl_amopo.data.tokenizer import ChatTokenizer
 from axolotl_amopo.errors import CONTROL, AMoPOError, DataError, visible
+from axolotl_amopo.raters.reward_model import RewardModelRater
 from axolotl_amopo.steering.steering import FILE, SteeredDimension, Steering
 
 # Clears the screen, sets a title, a C1 code, and a carriage return over what stands there.
@@ -197,10 +198,10 @@ def hostile_model(kind: str, tiny_model: Path, folder: Path, trap: Path) -> Path
     return folder
 
 
-@pytest.mark.parametrize("by", ["generate", "score"])
+@pytest.mark.parametrize("by", ["generate", "score", "rate"])
 @pytest.mark.parametrize("kind", ["adapter", "weights", "code"])
 def test_a_model_runs_no_code(kind, by, tiny_model, tokenizer, tmp_path, trap, monkeypatch):
-    """Load it as `generate`, `chat` and `template` do, and as `score` and `compare`.
+    """Load it as `generate`, `chat` and `template` do, as `score` and `compare`, and as `rate`.
 
     Without a terminal nobody can say that it may.
     """
@@ -209,6 +210,8 @@ def test_a_model_runs_no_code(kind, by, tiny_model, tokenizer, tmp_path, trap, m
     with pytest.raises(AMoPOError, match="can't be loaded"):
         if by == "generate":
             load_model(find_model(str(folder)))
+        elif by == "rate":
+            RewardModelRater(str(folder), [], {}).prepare()
         else:
             load_policy(DictDefault(base_model=str(tiny_model)), tokenizer, str(folder))
 

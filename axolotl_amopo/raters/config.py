@@ -173,7 +173,7 @@ def make_raters(values: Any, where: str, folder: Path, only: Sequence[str] = ())
         rubrics = {one.name: block.rubric for one, block in members}
         dimensions = [one for one, _ in members]
         raters.append(_judge(judges[name], dimensions, rubrics))
-    return Raters(raters)
+    return Raters(raters, only or list(file.dimensions))
 
 
 def _dimension(name: str, block: DimensionBlock, at: str) -> RatedDimension:

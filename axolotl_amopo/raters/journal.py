@@ -33,16 +33,14 @@ class Journal:
         Raises:
             AMoPOError: where the disk takes no more.
         """
-        if rating.value is not None:
-            self.known[key] = rating.value
-        if self.file is None:
-            return
         line: dict[str, Any] = {"key": key, "dimension": dimension, "value": rating.value}
         if rating.prompt_tokens:
             line["tokens"] = [rating.prompt_tokens, rating.completion_tokens]
         if rating.problem:
             line["problem"] = rating.problem
         self._write(line)
+        if rating.value is not None:
+            self.known[key] = rating.value
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.file is None:
@@ -51,6 +49,8 @@ class Journal:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
         except OSError as error:
+            with contextlib.suppress(OSError):  # closing writes once more what did not fit
+                self.file.close()
             raise AMoPOError(f"{self.path}: can't be written ({error.strerror}).") from None
 
 

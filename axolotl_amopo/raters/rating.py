@@ -64,25 +64,31 @@ class Raters:
     """Rate on all dimensions of a file of raters.
 
     `tally` has the counts of the last call of `rate`, by dimension.
+
+    Args:
+        raters: in the order in which they are asked.
+        order: of the dimensions' names, for reports.
     """
 
-    def __init__(self, raters: Sequence[Rater]):
+    def __init__(self, raters: Sequence[Rater], order: Sequence[str] = ()):
         self.raters = list(raters)
+        self.order = list(order)
         self.tally: dict[str, Tally] = {}
 
     @property
     def dimensions(self) -> list[RatedDimension]:
         """Return all dimensions."""
-        return [one for rater in self.raters for one in rater.dimensions]
+        found = [one for rater in self.raters for one in rater.dimensions]
+        return sorted(found, key=lambda one: one.name in self.order and self.order.index(one.name))
 
     @property
     def provenance(self) -> dict[str, Any]:
         """Return who rates each dimension: kind, model or version, rubric's hash. No secret."""
         made_by = f"axolotl-amopo {version('axolotl-amopo')}"
+        raters = {one.name: rater for rater in self.raters for one in rater.dimensions}
         return {
-            one.name: rater.provenance(one.name) | {"by": made_by}
-            for rater in self.raters
-            for one in rater.dimensions
+            one.name: raters[one.name].provenance(one.name) | {"by": made_by}
+            for one in self.dimensions
         }
 
     def estimate(self, items: Sequence[Item], journal: Path | None = None) -> dict[str, Estimate]:

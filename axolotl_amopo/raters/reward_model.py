@@ -10,6 +10,7 @@ head's output as it is.
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from axolotl_amopo.config.files import digest
@@ -67,12 +68,18 @@ class RewardModelRater:
             return
         on_gpu = torch.accelerator.is_available()
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.name)
+            # Without a word on it, transformers would ask at the terminal.
+            self.tokenizer = AutoTokenizer.from_pretrained(self.name, trust_remote_code=False)
             self.model, about = AutoModelForSequenceClassification.from_pretrained(
-                self.name, dtype="auto" if on_gpu else torch.float32, output_loading_info=True
+                self.name,
+                dtype="auto" if on_gpu else torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
             )
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, UnpicklingError) as error:
             reason = str(error).strip().splitlines()[0]
+            if isinstance(error, UnpicklingError):  # torch says how to load it nevertheless
+                reason = "its weights are no weights"
             raise AMoPOError(
                 f"{self.name}: can't be loaded as a reward model ({reason}); name a folder or a "
                 "hub's name of a sequence classification model."
@@ -185,5 +192,5 @@ def _version(name: str) -> str:
     with contextlib.suppress(OSError, ValueError):
         from transformers import AutoConfig
 
-        return str(AutoConfig.from_pretrained(name)._commit_hash)
+        return str(AutoConfig.from_pretrained(name, trust_remote_code=False)._commit_hash)
     return ""

@@ -1,6 +1,6 @@
 """Write the prompts of WebNLG 2020 into two files: those of the rounds, and those held out.
 
-    python experiments/online/prompts.py ../shared/data/webnlg2020/rated.jsonl experiments/online/work
+    python experiments/online/prompts.py RATED.jsonl experiments/online/work
 
 People's ratings are left out: the rounds rate what the model writes by exact counts.
 """

@@ -1,11 +1,10 @@
 """Print ratings, and what they would take, for people at a terminal."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from rich.markup import escape
 
-from axolotl_amopo.commands.kit.text import percent, plain_table, terminal
+from axolotl_amopo.commands.kit.text import percent, plain_table, rater_name, terminal
 from axolotl_amopo.commands.rate.rate import RatedDimensionReport, RateReport
 from axolotl_amopo.raters.base import Estimate
 
@@ -48,12 +47,6 @@ def print_report(report: RateReport, output: str) -> None:
     console.print(escape(f"Written: {output}"), soft_wrap=True)
 
 
-def rater_name(provenance: Mapping[str, Any]) -> str:
-    """Return which rater it was, in a few words."""
-    kind = provenance["rater"]
-    return f"{kind} {provenance.get(kind) or provenance.get('model')}".replace("_", " ", 1)
-
-
 def totals(report: RateReport) -> Iterator[str]:
     """Yield what was asked and paid."""
     tallies = [one.tally for one in report.dimensions]
@@ -79,7 +72,7 @@ def notes(report: RateReport) -> Iterator[str]:
                 f"mask or drop.{first}"
             )
         if tally.unreadable:
-            yield f"{name}: {tally.unreadable} answers held no rating, and were asked for again."
+            yield f"{name}: {tally.unreadable} of {tally.requests} answers held no rating."
         if tally.clipped:
             low, high = one.scale
             yield (
