@@ -1,18 +1,24 @@
 """`axolotl amopo online`: what a round does, and that rounds go on where they were stopped."""
 
 import json
+import os
 import shutil
+import signal
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from click.testing import CliRunner
 from runs import LORA, config, train, write_config, write_jsonl
 
 from axolotl_amopo.commands import amopo
+from axolotl_amopo.commands.kit.launch import run_command
 from axolotl_amopo.commands.online import stages as running
 from axolotl_amopo.commands.online.plan import drawn_rows, read_online, round_config, spread
-from axolotl_amopo.commands.online.stages import finished, only_one, stages
+from axolotl_amopo.commands.online.stages import MARK, finished, left_over, only_one, stages
 from axolotl_amopo.errors import AMoPOError
 
 RATERS = """
@@ -151,15 +157,17 @@ def test_a_bad_plan_is_refused_before_anything_runs(tmp_path, base, changes, mes
 
 
 @pytest.fixture
-def here(monkeypatch):
+def here(monkeypatch, tmp_path):
     """Runs stages in this process; `here.stop` names one that is to fail, `here.ran` has them."""
+
+    output = tmp_path / "online"
 
     class Here:
         def __init__(self):
             self.ran, self.stop = [], None
 
-        def __call__(self, arguments, *, out, err, pass_fds):
-            assert len(pass_fds) == 1  # the lock
+        def __call__(self, arguments, *, out, err, environment):
+            assert environment[MARK] == str(output.resolve())
             program, *rest = arguments
             self.ran.append(rest[0])
             if self.stop == (rest[0], self.ran.count(rest[0])):
@@ -238,6 +246,28 @@ def test_two_at_once_are_refused(tmp_path):
     ):
         pass
     with only_one(tmp_path / "online"):
+        pass
+
+
+def test_what_a_killed_launcher_leaves_is_seen(tmp_path):
+    """Its own processes are started without our file descriptors, and in a session of theirs."""
+    output = tmp_path / "online"
+    code = (
+        "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; "
+        "print(0, flush=True); time.sleep(60)'], start_new_session=True)"
+    )
+    with (tmp_path / "log").open("w") as log:
+        arguments = [sys.executable, "-c", code]
+        assert not run_command(arguments, out=log, environment={MARK: str(output.resolve())})
+    (left,) = left_over(output)
+    try:
+        with pytest.raises(AMoPOError, match=f"kill {left}$"), only_one(output):
+            pass
+    finally:
+        os.kill(left, signal.SIGKILL)
+    while psutil.pid_exists(left) and psutil.Process(left).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    with only_one(output):
         pass
 
 

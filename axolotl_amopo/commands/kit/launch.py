@@ -6,16 +6,21 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from types import MappingProxyType
+from typing import IO
 
 DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 LAST_LINES = 5
 
 
 def run_command(
-    arguments: Sequence[str], *, out: IO | None = None, err: IO | None = None, **options: Any
+    arguments: Sequence[str],
+    *,
+    out: IO | None = None,
+    err: IO | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Run a command of this environment, and return its exit code.
 
@@ -24,19 +29,18 @@ def run_command(
     Args:
         arguments: `axolotl` or `axolotl-amopo`, and what follows.
         out, err: where it prints; None: where this process prints.
-        options: of `subprocess.run`.
+        environment: is added to this process's.
     """
     folder = Path(sys.executable).parent
-    environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         arguments,
-        env=environment,
+        env={**os.environ, "PATH": path, **environment},
         stdin=subprocess.DEVNULL,
         stdout=out,
         stderr=err,
         preexec_fn=end_with_parent,
         check=False,
-        **options,
     )
     return done.returncode
 

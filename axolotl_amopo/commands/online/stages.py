@@ -2,10 +2,9 @@
 
 import fcntl
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ OURS = ("axolotl-amopo",)
 STATE = "online.json"
 DONE = "stages.jsonl"
 LOCK = "lock"
+# In the environment of all that a stage starts: the folder of the rounds.
+MARK = "AXOLOTL_AMOPO_ROUNDS"
 PAGE = "steered.html"
 START = "start.yml"
 
@@ -107,7 +108,7 @@ def run_rounds(plan: Online, say: Say) -> list[dict[str, Any]]:
         AMoPOError: where a stage fails, the folder belongs to another plan, or another process is
             at work in it.
     """
-    with only_one(plan.output) as lock:
+    with only_one(plan.output):
         check_same(plan)
         prompts = [prompt.row for prompt in read_prompts(Path(plan.file.prompts))]
         told = []
@@ -115,7 +116,7 @@ def run_rounds(plan: Online, say: Say) -> list[dict[str, Any]]:
             prepare(plan, prompts, number)
             facts: dict[str, Any] = {"round": number}
             for stage in stages(plan, number):
-                facts[stage.name] = run_stage(plan.folder(number), stage, lock, say)
+                facts[stage.name] = run_stage(plan.folder(number), stage, say)
             told.append(facts)
         return told
 
@@ -143,11 +144,8 @@ def write_yaml(path: Path, values: dict[str, Any]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def run_stage(folder: Path, stage: Stage, lock: int, say: Say) -> dict[str, Any]:
+def run_stage(folder: Path, stage: Stage, say: Say) -> dict[str, Any]:
     """Run a stage that is not complete yet, and return its facts.
-
-    Args:
-        lock: of `only_one`; the stage's processes hold it too.
 
     Raises:
         AMoPOError: where it fails, with the end of what it printed.
@@ -164,7 +162,7 @@ def run_stage(folder: Path, stage: Stage, lock: int, say: Say) -> dict[str, Any]
             stage.command,
             out=out if stage.tells_facts else err,
             err=err,
-            pass_fds=[lock],
+            environment={MARK: str(folder.parent.resolve())},
         )
     if code:
         raise AMoPOError(
@@ -228,23 +226,40 @@ def check_same(plan: Online) -> None:
 
 
 @contextmanager
-def only_one(output: Path) -> Iterator[int]:
-    """Keep a folder for this process and what it starts, as long as one of them lives.
-
-    Gives the lock's file descriptor.
+def only_one(output: Path) -> Iterator[None]:
+    """Keep a folder for this process.
 
     Raises:
-        AMoPOError: where another has it.
+        AMoPOError: where another is at work there, or what an earlier one has started.
     """
     output.mkdir(parents=True, exist_ok=True)
-    file = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    with (output / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise AMoPOError(
                 f"{output}: another process is at work there; wait for it, or end it."
             ) from None
-        yield file
-    finally:
-        os.close(file)
+        if left := left_over(output):
+            pids = " ".join(map(str, left))
+            raise AMoPOError(
+                f"{output}: a command that was stopped has left processes at work there; wait for "
+                f"them, or end them: kill {pids}"
+            )
+        yield
+
+
+def left_over(output: Path) -> list[int]:
+    """Return the processes of an earlier start's stages.
+
+    A launcher's own processes live on when it is killed, and take no lock of ours with them, but
+    they have its environment.
+    """
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.environ().get(MARK) == str(output.resolve()):
+                found.append(process.pid)
+    return found
