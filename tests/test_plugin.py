@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import runs
 from axolotl.integrations import base
+from pydantic import ValidationError
 
 from axolotl_amopo.config.axolotl_keys import NO_EFFECT, check_axolotl_keys
 from axolotl_amopo.config.block import (
@@ -14,11 +15,13 @@ from axolotl_amopo.config.block import (
     AMoPOConfig,
     hyperparameter_model,
     known_keys,
+    read_beta,
     read_block,
 )
 from axolotl_amopo.config.overrides import passed_on
 from axolotl_amopo.errors import ConfigError
 from axolotl_amopo.objectives import OBJECTIVES, SimPO
+from axolotl_amopo.objectives.amopo import AMoPO
 from axolotl_amopo.objectives.gradients import Gradients
 from axolotl_amopo.objectives.settings import admitted
 from axolotl_amopo.objectives.terms import Anchor, Contrast, Offset
@@ -298,3 +301,17 @@ def test_overrides_of_a_sweep_and_of_the_command_line(tmp_path, tiny_model, inst
     swept = runs.write_config(tmp_path, values | {"amopo.gama": 1.0}, "swept.yml")
     with pytest.raises(ConfigError, match=r"amopo.gama: unknown key. Did you mean 'gamma'\?"):
         runs.load(swept)
+
+
+def test_the_papers_settings_outlive_our_defaults(monkeypatch):
+    own = {"preset"}
+    paper = AMoPOConfig(preset="paper")
+    assert paper.model_dump(exclude=own) == AMoPOConfig().model_dump(exclude=own)  # as of today
+    monkeypatch.setattr(AMoPO, "defaults", {"winner": "per_dimension", "gamma": 0.5})
+    assert (AMoPOConfig().winner, AMoPOConfig().gamma) == ("per_dimension", 0.5)
+    paper = AMoPOConfig(preset="paper")
+    assert (paper.winner, paper.gamma, paper.weighting) == ("overall", 2.0, "gaussian")
+    assert AMoPOConfig(preset="paper", gamma=1.5).gamma == 1.5
+    assert read_beta({}, paper) == 0.8 and read_beta({"rl_beta": 2.0}, paper) == 2.0
+    with pytest.raises(ValidationError, match="preset: paper is of objective amopo, not of dpo"):
+        AMoPOConfig(preset="paper", objective="dpo")

@@ -23,6 +23,21 @@ from axolotl_amopo.objectives import OBJECTIVES, Objective, Setting
 from axolotl_amopo.objectives.settings import admitted
 
 DEFAULT_OBJECTIVE = "amopo"
+# Settings by name, for keys that the block does not set. `paper` is AMoPO as arXiv 2506.07165
+# describes it, section 3, whatever our defaults become; beta is axolotl's `rl_beta`.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "objective": "amopo",
+        "beta": 0.8,
+        "gamma": 2.0,
+        "weighting": "gaussian",
+        "overall": True,
+        "winner": "overall",
+        "prompts": "per_criterion",
+        "rating_in_prompt": "chosen",
+        "instruction_place": "before",
+    }
+}
 # Fields of the block that the plugin fills in.
 INTERNAL = {"enabled", "datasets"}
 
@@ -68,6 +83,10 @@ class AMoPOConfig(BaseModel):
     # `read_hyperparameters`. So it reads, dumps and copies them as it does the fields.
     model_config = ConfigDict(extra="allow")
 
+    preset: Literal["paper"] | None = Field(
+        default=None,
+        description="paper: AMoPO's settings as its paper has them, for keys that are not set here",
+    )
     objective: str = Field(
         default=DEFAULT_OBJECTIVE, description=f"The loss: {', '.join(OBJECTIVES)}"
     )
@@ -241,9 +260,17 @@ class AMoPOConfig(BaseModel):
         """
         if not isinstance(block, Mapping):
             return block
+        preset = PRESETS.get(str(block.get("preset")), {})
+        named = {key: value for key, value in preset.items() if key != "beta"}
+        block = {**block, **{k: v for k, v in named.items() if block.get(k) is None}}
         name = block.get("objective") or DEFAULT_OBJECTIVE
         if not isinstance(name, str) or name not in OBJECTIVES:
             return block  # refused by `check_objective`
+        if preset and name != preset["objective"]:
+            raise ValueError(
+                f"preset: {block['preset']} is of objective {preset['objective']}, not of {name}; "
+                "remove one of the two"
+            )
         # A null is a key that is not set: axolotl drops it when it hands the config on.
         defaults = {k: v for k, v in OBJECTIVES[name].defaults.items() if block.get(k) is None}
         if block.get("weights_per_row"):
@@ -466,6 +493,8 @@ def read_beta(cfg: Mapping[str, Any], config: AMoPOConfig) -> float:
         ConfigError: where it is not a number above 0.
     """
     beta, default = cfg.get("rl_beta"), config.make_objective().beta
+    if config.preset:
+        default = PRESETS[config.preset]["beta"]
     if beta is None:
         return default
     number = isinstance(beta, (int, float)) and not isinstance(beta, bool)

@@ -19,8 +19,9 @@ from axolotl_amopo.config.files import digest, local_files
 ROWS_VERSION = 4
 
 # Keys of the block that change the loss, not the rows; as every hyperparameter of an objective
-# does. Of `objective` the rows know its defaults, which other keys of the block have taken.
+# does. Of `preset` and `objective` the rows know what other keys of the block have taken.
 NOT_IN_ROWS = {
+    "preset",
     "objective",
     "weights",
     "reference",

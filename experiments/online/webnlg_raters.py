@@ -13,3 +13,16 @@ def coverage(item: Item) -> float:
     folded = item.response.casefold()
     found = [subject in folded and thing in folded for subject, _, thing in triples]
     return sum(found) / len(found)
+
+
+def fluency(item: Item) -> float:
+    """Return 100 less what the grammar checker Harper (`harper-py`) finds per 100 words.
+
+    Spelling is left out: it takes names for mistakes.
+    """
+    import harper
+
+    linter = harper.Linter()
+    linter.set_lint_config(linter.get_lint_config() | {"SpellCheck": False})
+    found = linter.lint(item.response, language="plaintext")
+    return 100 - min(100.0, 100 * len(found) / max(1, len(item.response.split())))
