@@ -351,6 +351,15 @@ def test_tables_by_hand(tmp_path: Path) -> None:
     assert lines[-1] == "(Differences: from `a`. 8 of 9 runs, `plans/p.yml`.)"
 
 
+def test_the_page_of_evidence_says_what_the_rows_say(capsys) -> None:
+    assert evidence.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_large_numbers_are_shown_whole() -> None:
+    assert str(summary.Mean(55786.6, 247.51, 5)) == "55,787 ± 248"
+    assert str(summary.Mean(0.0312, 0.0061, 5)) == "0.031 ± 0.006"
+
+
 def test_the_plans_can_be_run_and_the_rows_are_theirs() -> None:
     plans = [
         results.read_plan(path)

@@ -59,7 +59,8 @@ class Mean(NamedTuple):
     def __str__(self) -> str:
         if not self.count:
             return "-"
-        return f"{self.value:.3f}" + (f" ± {self.half:.3f}" if self.count > 1 else "")
+        shown = ",.0f" if abs(self.value) >= 1000 else ".3f"
+        return f"{self.value:{shown}}" + (f" ± {self.half:{shown}}" if self.count > 1 else "")
 
 
 class Difference(NamedTuple):
