@@ -31,7 +31,7 @@ from axolotl_amopo.formats.rated import Rated
 from axolotl_amopo.raters.base import Item
 from axolotl_amopo.raters.config import DimensionBlock, JudgeBlock, load_raters, make_raters
 from axolotl_amopo.raters.formulas import FORMULAS
-from axolotl_amopo.raters.journal import read_journal
+from axolotl_amopo.raters.journal import open_journal, read_journal
 from axolotl_amopo.raters.judge import expected_rating, written_rating
 from axolotl_amopo.raters.rating import Raters
 from axolotl_amopo.raters.rubrics import RUBRICS
@@ -134,6 +134,11 @@ def test_a_key_goes_to_the_server_it_is_for_and_nowhere_else(monkeypatch):
         server.reply = lambda body: told
         with pytest.raises(AMoPOError, match=r"look at MY_KEY \(wrong key: \(hidden\)\)"):
             list(Endpoint(server.url, "m", key_env="MY_KEY").complete([ask("a")]))
+    password = judged("http://me:sk-mine@127.0.0.1:9/v1")
+    assert "sk-mine" not in json.dumps(password.provenance)
+    with pytest.raises(AMoPOError) as error:
+        password.rate([item()])
+    assert "sk-mine" not in str(error.value)
     monkeypatch.delenv("MY_KEY")
     with pytest.raises(AMoPOError, match="the environment variable MY_KEY"):
         Endpoint("http://x/v1", "m", key_env="MY_KEY")
@@ -693,6 +698,11 @@ def test_a_file_that_is_no_journal_is_left_alone(rows, words, tmp_path):
     journal.write_text("my notes\n")
     assert "is no journal of ratings" in rate(rows, "--raters", words, code=1)
     assert journal.read_text() == "my notes\n"
+
+
+def test_two_do_not_pay_for_the_same(rows, words, tmp_path):
+    with open_journal(tmp_path / "rows-rated.jsonl.journal"):
+        assert "another process is rating into it" in rate(rows, "--raters", words, code=1)
 
 
 # docs/rate.md
