@@ -529,6 +529,7 @@ def test_what_is_written_trains_and_says_who_rated(rows, words, tokenizer, tmp_p
     source = Source("rated", ["brevity"], {"brevity": (0, 9)})
     read_back = [Rated.read(None, Row(row, i, source)) for i, row in enumerate([one, two, three])]
     assert [one.ratings for one in read_back[0].responses] == [{"brevity": 1}, {"brevity": 2}]
+    assert "ratings are" not in rate(rows, "--raters", words, "--force")
     assert "is there already; name another, or add --force" in rate(rows, "--raters", words, code=1)
     rate(rows, "--raters", words, "--force", "--quiet", "--limit", 1)
     assert len(read(tmp_path / "rows-rated.jsonl")) == 1
@@ -627,6 +628,10 @@ def test_the_quick_way_and_a_key_that_is_never_written(rows, tmp_path, monkeypat
         said = rate(rows, *quick, "--judge-key-env", "MY_KEY")
         assert server.keys == {"Bearer sk-secret"}
     assert "honesty: 3 of 4 responses have no rating" in said
+    same = runs.write_jsonl(tmp_path / "same.jsonl", [ROWS[0], ROWS[0]])
+    words = {"dimensions": {"d": {"formula": "words", "scale": [8, 9]}}}
+    said = rate(same, "--raters", runs.write_config(tmp_path, words, "same.yml"))
+    assert "d: 4 of 4 ratings are 8: they prefer nothing." in said
     first, second = read(tmp_path / "rows-rated.jsonl")[0]["responses"]
     assert first["scores"] == {"safety": 4, "honesty": 4} and second["scores"] == {}
     about = first["raters"]["safety"]
