@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
+from axolotl_amopo.config.redact import redact_urls
 from axolotl_amopo.errors import AMoPOError
 
 # So many requests refused, and none answered: the server means all of them.
@@ -90,8 +91,8 @@ class Endpoint:
         self._key = os.environ.get(key_env, "") if key_env else ""
         if key_env and not self._key:
             raise AMoPOError(
-                f"{url}: the environment variable {key_env}, which is to hold its key, is not set; "
-                f"write export {key_env}=... first."
+                f"{redact_urls(url)}: the environment variable {key_env}, which is to hold its "
+                f"key, is not set; write export {key_env}=... first."
             )
         # With a key of None the client would send the one in OPENAI_API_KEY, to any server.
         self.client = OpenAI(
@@ -188,7 +189,7 @@ class Endpoint:
 
     @property
     def _name(self) -> str:
-        return f"{self.url} ({self.model})"
+        return f"{redact_urls(self.url)} ({self.model})"
 
     def _sentence(self, error: Exception, answered: int) -> AMoPOError:
         import openai

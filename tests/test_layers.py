@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "axolotl_amopo"
 ALLOWED = {
     "errors": set(),
     "example": set(),
-    "endpoint": set(),
+    "endpoint": {"config"},
     "objectives": set(),
     "loss": {"objectives"},
     "model": {"objectives"},

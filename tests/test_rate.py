@@ -31,7 +31,7 @@ from axolotl_amopo.formats.rated import Rated
 from axolotl_amopo.raters.base import Item
 from axolotl_amopo.raters.config import DimensionBlock, JudgeBlock, load_raters, make_raters
 from axolotl_amopo.raters.formulas import FORMULAS
-from axolotl_amopo.raters.journal import read_journal
+from axolotl_amopo.raters.journal import open_journal, read_journal
 from axolotl_amopo.raters.judge import expected_rating, written_rating
 from axolotl_amopo.raters.rating import Raters
 from axolotl_amopo.raters.rubrics import RUBRICS
@@ -134,6 +134,11 @@ def test_a_key_goes_to_the_server_it_is_for_and_nowhere_else(monkeypatch):
         server.reply = lambda body: told
         with pytest.raises(AMoPOError, match=r"look at MY_KEY \(wrong key: \(hidden\)\)"):
             list(Endpoint(server.url, "m", key_env="MY_KEY").complete([ask("a")]))
+    password = judged("http://me:sk-mine@127.0.0.1:9/v1")
+    assert "sk-mine" not in json.dumps(password.provenance)
+    with pytest.raises(AMoPOError) as error:
+        password.rate([item()])
+    assert "sk-mine" not in str(error.value)
     monkeypatch.delenv("MY_KEY")
     with pytest.raises(AMoPOError, match="the environment variable MY_KEY"):
         Endpoint("http://x/v1", "m", key_env="MY_KEY")
@@ -524,6 +529,7 @@ def test_what_is_written_trains_and_says_who_rated(rows, words, tokenizer, tmp_p
     source = Source("rated", ["brevity"], {"brevity": (0, 9)})
     read_back = [Rated.read(None, Row(row, i, source)) for i, row in enumerate([one, two, three])]
     assert [one.ratings for one in read_back[0].responses] == [{"brevity": 1}, {"brevity": 2}]
+    assert "ratings are" not in rate(rows, "--raters", words, "--force")
     assert "is there already; name another, or add --force" in rate(rows, "--raters", words, code=1)
     rate(rows, "--raters", words, "--force", "--quiet", "--limit", 1)
     assert len(read(tmp_path / "rows-rated.jsonl")) == 1
@@ -622,6 +628,10 @@ def test_the_quick_way_and_a_key_that_is_never_written(rows, tmp_path, monkeypat
         said = rate(rows, *quick, "--judge-key-env", "MY_KEY")
         assert server.keys == {"Bearer sk-secret"}
     assert "honesty: 3 of 4 responses have no rating" in said
+    same = runs.write_jsonl(tmp_path / "same.jsonl", [ROWS[0], ROWS[0]])
+    words = {"dimensions": {"d": {"formula": "words", "scale": [8, 9]}}}
+    said = rate(same, "--raters", runs.write_config(tmp_path, words, "same.yml"))
+    assert "d: 4 of 4 ratings are 8: they prefer nothing." in said
     first, second = read(tmp_path / "rows-rated.jsonl")[0]["responses"]
     assert first["scores"] == {"safety": 4, "honesty": 4} and second["scores"] == {}
     about = first["raters"]["safety"]
@@ -693,6 +703,11 @@ def test_a_file_that_is_no_journal_is_left_alone(rows, words, tmp_path):
     journal.write_text("my notes\n")
     assert "is no journal of ratings" in rate(rows, "--raters", words, code=1)
     assert journal.read_text() == "my notes\n"
+
+
+def test_two_do_not_pay_for_the_same(rows, words, tmp_path):
+    with open_journal(tmp_path / "rows-rated.jsonl.journal"):
+        assert "another process is rating into it" in rate(rows, "--raters", words, code=1)
 
 
 # docs/rate.md

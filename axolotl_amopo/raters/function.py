@@ -84,10 +84,8 @@ class FunctionRater:
             value = self.function(item)
         except Exception as error:
             return Rating(None, f"{self.name} raised {type(error).__name__}: {error}")
-        if value is None:
-            return Rating(None, f"{self.name} returned None")
         try:
-            number = float(value)
+            number = float(value)  # of None, which is an answer too, there is none
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):

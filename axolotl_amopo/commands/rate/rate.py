@@ -1,6 +1,7 @@
 """Rate the responses of a file."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ class RatedDimensionReport:
     mean: float
     lowest: float
     highest: float
+    commonest: tuple[float, int]  # the rating that most responses have, and how many
     agreement: Agreement | None  # with people; None where they rated fewer than two responses
 
 
@@ -109,6 +111,7 @@ def rate_file(
                 sum(values) / len(values),
                 min(values),
                 max(values),
+                Counter(values).most_common(1)[0],
                 _with_people(rows, ratings, one.name),
             )
         )

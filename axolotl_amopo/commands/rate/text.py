@@ -8,6 +8,9 @@ from axolotl_amopo.commands.kit.text import percent, plain_table, rater_name, te
 from axolotl_amopo.commands.rate.rate import RatedDimensionReport, RateReport
 from axolotl_amopo.raters.base import Estimate
 
+# From this share of equal ratings on, a dimension hardly tells responses apart.
+MOSTLY = 0.9
+
 
 def print_report(report: RateReport, output: str) -> None:
     """Print a table of the ratings, one of how they agree with people's, and notes."""
@@ -85,8 +88,9 @@ def notes(report: RateReport) -> Iterator[str]:
                 f"{name}: {tally.expected} ratings are means over probabilities and {asked} in all "
                 "were asked for; the others are the numbers that were written."
             )
-        if one.lowest == one.highest and tally.rated > 1:
-            yield f"{name}: all ratings are {one.lowest:.3g}: they prefer nothing."
+        value, count = one.commonest
+        if tally.rated > 1 and count >= MOSTLY * tally.rated:
+            yield f"{name}: {count} of {tally.rated} ratings are {value:.3g}: they prefer nothing."
         elif tally.alike and tally.alike == tally.rated:
             yield (
                 f"{name}: all draws of a response are alike; does the server sample? "
