@@ -6,14 +6,17 @@ import re
 import pytest
 import runs
 import torch
+import yaml
 from axolotl.integrations.base import PluginManager
 from transformers import AutoModelForCausalLM
 
 from axolotl_amopo.commands.kit.generator import Generator, Sampling
 from axolotl_amopo.commands.kit.models import find_model
+from axolotl_amopo.config.before_launch import check_before_launch
 from axolotl_amopo.config.block import AMoPOConfig
-from axolotl_amopo.errors import AMoPOError
+from axolotl_amopo.errors import AMoPOError, visible
 from axolotl_amopo.steering.steering import Steering, Weights, read_settings, written
+from axolotl_amopo.training import samples
 from axolotl_amopo.training.samples import FILE, repetition, settings_of
 
 TOKENS = 12
@@ -61,7 +64,11 @@ def run(tmp_path_factory, tiny_model, data):
     """A run of full fine-tuning that saves its model."""
     folder = tmp_path_factory.mktemp("run")
     block = {"generate_samples": 2}
-    trainer = runs.train(settings(folder, tiny_model, data, block, learning_rate=0.05))
+    path, said = settings(folder, tiny_model, data, block, learning_rate=0.05), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples.LOG, "info", lambda line, *values: said.append(line % values))
+        trainer = runs.train(path)
+    trainer.said = said
     return folder, trainer
 
 
@@ -86,6 +93,15 @@ def test_answers_are_those_of_generate(run, tiny_model):
             assert row["tokens"] == len(made) and row["finished"] == generator.finished(made)
             assert row["repetition"] == repetition(made)
     assert [row["answer"] for row in rows[:4]] != [row["answer"] for row in rows[4:]]
+
+
+def test_the_log_says_it(run):
+    folder, trainer = run
+    rows, (first, last) = table(folder), evaluations(trainer)
+    key, (begun, ended) = "eval_samples/overall/tokens", trainer.said
+    assert begun.startswith("Samples at step 0:") and "(at step" not in begun
+    assert f"overall: {last[key]:.1f} tokens (at step 0: {first[key]:.1f})" in ended
+    assert f"  Is it? | none | {' '.join(visible(rows[-3]['answer']).split())}\n" in ended
 
 
 def test_metrics_are_means_beside_the_first(run):
@@ -138,7 +154,9 @@ def test_axolotls_own_keys(tmp_path, tiny_model, data):
         ({"generate_samples": True, "generation_temperature": 0}, (3, 128, False)),
         ({"generate_samples": False}, (0, 50, True)),  # off: axolotl's defaults, which nobody reads
     ]:
-        cfg = runs.load(settings(tmp_path, tiny_model, data, {}, **keys))
+        path = settings(tmp_path, tiny_model, data, {}, **keys)
+        check_before_launch(yaml.safe_load(path.read_text(encoding="utf-8")))
+        cfg = runs.load(path)
         found = cfg.amopo.generate_samples, cfg.generation_max_new_tokens, cfg.generation_do_sample
         assert found == expected
         assert not cfg.generate_samples  # or axolotl would take samples of its own

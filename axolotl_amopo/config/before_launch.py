@@ -25,6 +25,7 @@ from axolotl_amopo.config.devices import check_parallel
 from axolotl_amopo.config.files import check_files, check_json_lines, check_yaml
 from axolotl_amopo.config.overrides import apply_overrides
 from axolotl_amopo.config.parse import parse_block
+from axolotl_amopo.config.samples import check_samples, move_samples
 from axolotl_amopo.config.together import check_needs
 
 # Keys of axolotl's schema whose option has another name: `type_of_model` for `model_type`.
@@ -47,8 +48,10 @@ def check_before_launch(cfg: dict, *, with_data: bool = True) -> None:
         return
     check_yaml(cfg.get("axolotl_config_path"))
     apply_overrides(cfg)
+    move_samples(cfg)
     config = parse_block(AMoPOConfig, plain(cfg.get("amopo")), "amopo")
     check_needs(config)
+    check_samples(cfg, config, with_data=with_data)
     check_axolotl_keys(cfg, _known_keys(cfg))
     check_parallel(cfg)
     check_parts(cfg, config)

@@ -104,6 +104,10 @@ def settings_of(config: AMoPOConfig, steering: Steering | None) -> list[Settings
     return [one if text else {} for text, one in reversed(by_text.items())]
 
 
+#: By settings, the first and the last evaluation's entry in the trainer's log.
+Ends = dict[str, tuple[dict[str, float], dict[str, float]]]
+
+
 class Samples(TrainerCallback):
     """Takes samples, on every process, and shows them on the main one.
 
@@ -121,6 +125,9 @@ class Samples(TrainerCallback):
         self.began = self.spent = 0.0  # seconds
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.eval_dataset is None:
+            LOG.warning("amopo.generate_samples: nothing to answer; hold more prompts out.")
+            return
         cfg, tokenizer = self.trainer.axolotl_cfg, self.trainer.processing_class
         chat = ChatTokenizer(
             tokenizer,
@@ -240,19 +247,21 @@ class Samples(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not (state.is_world_process_zero and self.prompts and self.trainer.is_in_train):
             return
-        key = f"eval_samples/{written(self.settings[0])}/tokens"
-        entries = [entry for entry in state.log_history if key in entry]  # of a resumed run too
-        first, last = entries[0], entries[-1]
-        rows = self._rows({"step": state.global_step, "epoch": state.epoch}, first)
+        # The first entry of each setting, which a resumed run may have had from the start or not.
+        ends: Ends = {}
+        for name in map(written, self.settings):
+            entries = [e for e in state.log_history if f"eval_samples/{name}/tokens" in e]
+            ends[name] = entries[0], entries[-1]
+        rows = self._rows({"step": state.global_step, "epoch": state.epoch}, ends)
         for row in rows:
             append(Path(args.output_dir) / FILE, row)
-        LOG.info("%s", visible(self._text(rows, first, last)))
+        LOG.info("%s", visible(self._text(rows, ends)))
         texts = [
             row | {name: shortened(row[name]) for name in ("prompt", "answer")} for row in rows
         ]
         self.trackers.table(NAME, texts, state.global_step, markdown_table(texts))
 
-    def _rows(self, when: dict[str, Any], first: dict[str, float]) -> list[dict[str, Any]]:
+    def _rows(self, when: dict[str, Any], ends: Ends) -> list[dict[str, Any]]:
         decode, count = self.trainer.processing_class.decode, len(self.settings)
         rows = []
         for i, ids in enumerate(self.answers):
@@ -267,27 +276,24 @@ class Samples(TrainerCallback):
                     "tokens": len(ids),
                     "repetition": repetition(ids),
                     "finished": self._finished(ids),
-                    "tokens_first": first[f"eval_samples/{name}/tokens"],
-                    "repetition_first": first[f"eval_samples/{name}/repetition"],
+                    "tokens_first": ends[name][0][f"eval_samples/{name}/tokens"],
+                    "repetition_first": ends[name][0][f"eval_samples/{name}/repetition"],
                 }
             )
         return rows
 
-    def _text(
-        self, rows: list[dict[str, Any]], first: dict[str, float], last: dict[str, float]
-    ) -> str:
+    def _text(self, rows: list[dict[str, Any]], ends: Ends) -> str:
         """Return what the log says: means beside the first ones, and the beginning of each text."""
-        step, started = rows[0]["step"], first["step"]
-        then = f", in brackets those at step {started}" if first is not last else ""
-        lines = [f"Samples at step {step}{then}:"]
-        for settings in map(written, self.settings):
+        lines = [f"Samples at step {rows[0]['step']}:"]
+        for settings, (first, last) in ends.items():
             name = f"eval_samples/{settings}/"
-            length, again = f"{last[name + 'tokens']:.1f}", f"{last[name + 'repetition']:.1%}"
-            if then:
-                length += f" ({first[name + 'tokens']:.1f})"
-                again += f" ({first[name + 'repetition']:.1%})"
+            then = ("", "")
+            if first is not last:
+                length, again = first[name + "tokens"], first[name + "repetition"]
+                then = f" (at step {first['step']}: {length:.1f})", f" ({again:.1%})"
             lines.append(
-                f"  {settings}: {length} tokens, {again} of 4-grams repeated, "
+                f"  {settings}: {last[name + 'tokens']:.1f} tokens{then[0]}, "
+                f"{last[name + 'repetition']:.1%} of 4-grams repeated{then[1]}, "
                 f"{last[name + 'unfinished']:.0%} of the answers cut off"
             )
         for row in rows:
