@@ -53,7 +53,10 @@ OBJECTIVES = {
 FIRST_LOSS = dict.fromkeys(("reference", "adapter off", "gradients", "cos_dpo"), ln(2))
 FIRST_LOSS |= {"lambda_dpo": ln(3)}
 # Those that answer held-out prompts at each evaluation, an odd number of them.
-SAMPLED, SAMPLES = ("full", "adapter off"), {"generate_samples": 5, "sample_settings": ["none"]}
+SAMPLED, SAMPLES = (
+    ("full", "parts", "adapter off"),
+    {"generate_samples": 5, "sample_settings": ["none"]},
+)
 # All responses of a prompt are one row.
 GROUPED = ("groups", "lambda_dpo", "ric")
 # Processes: rows of a forward pass, passes of an optimizer step, what else.

@@ -189,9 +189,9 @@ def test_answers_that_are_not_as_many_everywhere_are_refused():
 
 RATERS = """
 dimensions:
-  helpfulness: {function: "my_raters:vowels", scale: [0, 1]}
+  helpfulness: {function: "steer_raters:vowels", scale: [0, 1]}
   toxicity: {formula: characters, scale: [0, 200], direction: lower}
-  is_safe: {function: "my_raters:first", scale: [0, 1]}
+  is_safe: {function: "steer_raters:first", scale: [0, 1]}
 """
 FUNCTIONS = """
 def vowels(item):
@@ -209,7 +209,7 @@ def run(*arguments):
 @pytest.fixture
 def files(tmp_path):
     (tmp_path / "raters.yml").write_text(RATERS, encoding="utf-8")
-    (tmp_path / "my_raters.py").write_text(FUNCTIONS, encoding="utf-8")
+    (tmp_path / "steer_raters.py").write_text(FUNCTIONS, encoding="utf-8")
     rows = [{"prompt": text, "id": i} for i, text in enumerate(["Why?", "Who was it?", "Where?"])]
     write_jsonl(tmp_path / "q.jsonl", rows)
     return tmp_path
@@ -272,7 +272,7 @@ def test_the_whole_command_and_going_on(files, adapter, monkeypatch):
     assert path.read_text(encoding="utf-8") == whole
     forced = run(adapter, *options(files), "--force", "--no-base", "--only", "front")
     assert forced.exit_code == 0 and "2 questions are few" in forced.stdout, forced.output
-    assert "helpfulness: rated 0 to 1, by function my_raters:vowels" in forced.stdout
+    assert "helpfulness: rated 0 to 1, by function steer_raters:vowels" in forced.stdout
     assert max(map(len, forced.stdout.splitlines()[:-1])) <= 80  # the last one is a path
     assert not path.exists()
 
