@@ -21,6 +21,7 @@ class Ask:
     settings: Settings
     dimension: str | None = None  # of a sweep
     number: float | None = None  # of a sweep; None where training had no numbers
+    by_weight: bool = False  # whether the number is a weight, and no rating
 
     @property
     def name(self) -> str:
@@ -58,7 +59,9 @@ def asks_of(
         numbers: list[float | None] = [None]
         if steering.takes_numbers:
             numbers = [*thinned(steering.tries(dimension), points)]
-        made += [Ask("sweep", {dimension.name: n}, dimension.name, n) for n in numbers]
+        made += [
+            Ask("sweep", {dimension.name: n}, dimension.name, n, steering.weighted) for n in numbers
+        ]
     names = [d.name for d in steering.dimensions]
     has_front = steering.takes_weights and len(names) > 1 and set(names) == set(dimensions)
     if only == "front" and not has_front:
