@@ -1,6 +1,7 @@
 """`axolotl amopo steer`: what asking changes, by hand and through the whole command."""
 
 import json
+import resource
 import shutil
 from dataclasses import replace
 
@@ -67,6 +68,21 @@ def test_a_model_of_weights_is_asked_by_weights():
     asks = asks_of(weighted, NAMES)
     numbers = [ask.number for ask in asks if ask.dimension == "is_safe"]
     assert numbers == [0, 0.2, 0.5, 0.8, 1] and not any(ask.kind == "best" for ask in asks)
+
+
+def test_the_only_dimension_has_all_the_weight():
+    alone = steering(
+        prompts=["is_safe"],
+        dimensions=[steering().dimension("is_safe")],
+        one_prompt=True,
+        weighted=True,
+        rating_in_prompt="none",
+    )
+    asks = asks_of(alone, ["is_safe"])
+    assert [(ask.kind, ask.settings) for ask in asks] == [
+        ("plain", {}),
+        ("sweep", {"is_safe": None}),
+    ]
 
 
 def test_a_model_without_instructions_is_asked_plainly():
@@ -381,6 +397,19 @@ def test_models_join_those_that_are_there(files, adapter, base, tmp_path, monkey
     changed = run(adapter, *short, "--model", f"later={other}")
     assert changed.exit_code == 1 and "with another later" in changed.output
     assert run(adapter, *short).exit_code == 0
+
+
+def test_a_full_disk_is_said_and_begun_again(files, adapter, monkeypatch):
+    """Here before the first model is loaded: no file may become larger than its first bytes."""
+    monkeypatch.setattr(TransformersEngine, "__init__", None)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+    try:
+        done = run(adapter, *options(files))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.exit_code == 1 and "can't be written (File too large)" in done.output, done.output
+    assert not list((files / "steered").iterdir())
 
 
 def test_names_are_those_of_files(files, adapter, tmp_path):

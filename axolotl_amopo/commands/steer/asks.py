@@ -57,7 +57,9 @@ def asks_of(
         made.append(Ask("best", steering.everything()))
     for dimension in swept if only != "front" else ():
         numbers: list[float | None] = [None]
-        if steering.takes_numbers:
+        # A dimension alone has all the weight, whatever number stands there.
+        alone = steering.weighted and len(steering.dimensions) == 1
+        if steering.takes_numbers and not alone:
             numbers = [*thinned(steering.tries(dimension), points)]
         made += [
             Ask("sweep", {dimension.name: n}, dimension.name, n, steering.weighted) for n in numbers

@@ -130,7 +130,11 @@ def _read(path: Path, whole: int, asks: int) -> list[Said]:
 def _write(path: Path, text: str) -> None:
     """Write a file whole or not at all: a full disk or a kill leaves what was there."""
     unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+    except OSError:
+        unfinished.unlink()
+        raise
     unfinished.replace(path)
 
 
@@ -173,5 +177,6 @@ def check_same(folder: Path, common: dict[str, Any], asked: Sequence[Asked], for
             raise AMoPOError(f"{folder}: is there and holds other files; name another --output.")
         for name in models:  # who knows what they answer
             (folder / "answers" / f"{name}.jsonl").unlink(missing_ok=True)
-    (folder / "answers").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     _write(path, json.dumps({**common, "models": known | models}, indent=2) + "\n")
+    (folder / "answers").mkdir(exist_ok=True)
