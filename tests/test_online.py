@@ -18,7 +18,14 @@ from axolotl_amopo.commands import amopo
 from axolotl_amopo.commands.kit.launch import run_command
 from axolotl_amopo.commands.online import stages as running
 from axolotl_amopo.commands.online.plan import drawn_rows, read_online, round_config, spread
-from axolotl_amopo.commands.online.stages import MARK, finished, left_over, only_one, stages
+from axolotl_amopo.commands.online.stages import (
+    MARK,
+    Stage,
+    finished,
+    left_over,
+    only_one,
+    stages,
+)
 from axolotl_amopo.errors import AMoPOError
 
 RATERS = """
@@ -94,6 +101,16 @@ def test_a_whole_model_is_the_next_rounds_base(tmp_path):
     assert "reference" not in second["amopo"]  # SimPO has none
     assert "reference" not in [stage.name for stage in stages(plan, 2)]
     assert len(second["datasets"]) == 2
+    # It does not say what it was trained from, which `steer` asks beside it.
+    for k in (1, 2):
+        command = stages(plan, k)[-1].command
+        assert command[command.index("--base-model") + 1] == first["base_model"]
+
+
+def test_one_dimension_may_stand_without_a_list(tmp_path):
+    base = BASE | {"amopo": BLOCK | {"dimensions": "vowels"}}
+    plan = read_online(write_plan(tmp_path, base, measure=None))
+    assert [one["name"] for one in plan.base["amopo"]["dimensions"]] == ["vowels"]
 
 
 def test_a_reference_of_the_users_stays(tmp_path):
@@ -136,6 +153,22 @@ def test_weights_are_drawn_anew_in_each_round(tmp_path):
             {},
             "vowels.scale: is [1, 5], and its rater's is [0.0, 1.0]",
         ),
+        (BASE | {"amopo": {"dimensions": "honesty"}}, {}, "no rater covers 'honesty'"),
+        (BASE | {"amopo": {"dimensions": 5}}, {}, "amopo.dimensions: "),
+        (BASE | {"amopo": ["vowels"]}, {}, "amopo: must be a block of keys"),
+        (
+            BASE | {"amopo": {"dimensions": [{"name": "vowels", "scale": 5}]}},
+            {},
+            "vowels.scale: is 5, and its rater's is [0.0, 1.0]",
+        ),
+        (BASE, {"measure": {"samples": 2}}, "samples above 1 go with a temperature"),
+        (
+            BASE | {"amopo": BLOCK | {"dimensions": ["vowels"]}},
+            {},
+            "online.yml, measure: there is no front to ask for",
+        ),
+        (BASE | {"base_model": None}, {}, "base_model: is missing"),
+        (BASE, {"prompts_per_round": 6}, "prompts_per_round: 6 is more than the 5"),
         (BASE, {"rater": "x"}, "rater: unknown key. Did you mean 'raters'?"),
         (BASE, {"prompts": "no.jsonl"}, "prompts: there is no file no.jsonl"),
         (BASE, {"temperatures": [0, 1]}, "must be above 0"),
@@ -230,12 +263,56 @@ def test_two_rounds_stopped_and_gone_on_with(tmp_path, base, here):
     other = CliRunner().invoke(amopo, ["online", str(path)])
     assert other.exit_code == 1 and "begun with other responses" in other.output
 
+    # Nor do other prompts in the same file change what a round has read.
+    write_plan(tmp_path, BASE, ask="weights", draws=2)
+    read = (folder / "round-1" / "prompts.jsonl").read_bytes()
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Other {i}?", "id": i} for i in range(5)])
+    other = CliRunner().invoke(amopo, ["online", str(path)])
+    assert other.exit_code == 1 and "other content of prompts" in other.output, other.output
+    forced = CliRunner().invoke(amopo, ["online", str(path), "--force"])
+    assert forced.exit_code == 0 and here.ran == [], forced.output
+    assert (folder / "round-1" / "prompts.jsonl").read_bytes() == read
+
 
 def test_a_dry_run_shows_every_command(tmp_path, here):
-    path = write_plan(tmp_path, BASE)
+    path = write_plan(tmp_path, BASE, ask="weights")
     done = CliRunner().invoke(amopo, ["online", str(path), "--dry-run"])
     assert done.exit_code == 0 and done.stdout.count("axolotl train") == 2, done.output
+    drawing = next(line for line in done.stdout.splitlines() if "generate" in line)
+    assert "--spread 'weights vowels=" in drawing  # as a shell takes it
     assert not here.ran and not (tmp_path / "online").exists()
+
+
+def test_a_plan_may_be_mended_until_a_response_is_drawn(tmp_path, here):
+    here.stop = ("generate", 1)
+    path = write_plan(tmp_path, BASE)
+    assert "generate ended with 1" in CliRunner().invoke(amopo, ["online", str(path)]).output
+    here.ran = []
+    path = write_plan(tmp_path, BASE | {"learning_rate": 1e-4})
+    assert "generate ended with 1" in CliRunner().invoke(amopo, ["online", str(path)]).output
+    config = yaml.safe_load((tmp_path / "online" / "round-1" / "config.yml").read_text("utf-8"))
+    assert config["learning_rate"] == 1e-4
+    (tmp_path / "online" / "round-1" / "candidates.jsonl").write_text("{}\n", encoding="utf-8")
+    path = write_plan(tmp_path, BASE)
+    mended = CliRunner().invoke(amopo, ["online", str(path)])
+    assert "begun with other learning_rate" in mended.output and "--force" in mended.output
+
+
+def test_a_stage_is_behind_a_round_whatever_is_before_its_line(tmp_path, here, monkeypatch):
+    """A full disk cut the line before; someone wrote another by hand."""
+    (tmp_path / "stages.jsonl").write_text('[]\n{"seconds": 1}\n{"stage": "gen', encoding="utf-8")
+    stage = Stage("train", ["axolotl", "train", "it"])
+    monkeypatch.setattr(running, "run_command", lambda *a, **k: 0)
+    running.run_stage(tmp_path, stage, lambda text: None)
+    assert list(finished(tmp_path)) == ["train"]
+
+
+def test_an_output_that_is_a_file(tmp_path, here):
+    path = write_plan(tmp_path, BASE)
+    (tmp_path / "online").write_text("mine", encoding="utf-8")
+    done = CliRunner().invoke(amopo, ["online", str(path)])
+    assert done.exit_code == 1 and "can't be made a folder" in done.output, done.output
+    assert (tmp_path / "online").read_text(encoding="utf-8") == "mine"
 
 
 def test_two_at_once_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """`axolotl amopo steer`: what asking changes, by hand and through the whole command."""
 
 import json
+import resource
 import shutil
 from dataclasses import replace
 
@@ -11,9 +12,16 @@ from runs import steering, write_jsonl
 
 from axolotl_amopo.commands import amopo
 from axolotl_amopo.commands.kit.generator import TransformersEngine
+from axolotl_amopo.commands.kit.models import find_model
 from axolotl_amopo.commands.steer.asks import asks_of, thinned
-from axolotl_amopo.commands.steer.collect import Said
-from axolotl_amopo.commands.steer.measure import Rated, measure, notes, rank_correlation
+from axolotl_amopo.commands.steer.collect import Asked, Said, _read, check_same
+from axolotl_amopo.commands.steer.measure import (
+    Rated,
+    SteerReport,
+    measure,
+    notes,
+    rank_correlation,
+)
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.steering.steering import Weights
 
@@ -60,6 +68,21 @@ def test_a_model_of_weights_is_asked_by_weights():
     asks = asks_of(weighted, NAMES)
     numbers = [ask.number for ask in asks if ask.dimension == "is_safe"]
     assert numbers == [0, 0.2, 0.5, 0.8, 1] and not any(ask.kind == "best" for ask in asks)
+
+
+def test_the_only_dimension_has_all_the_weight():
+    alone = steering(
+        prompts=["is_safe"],
+        dimensions=[steering().dimension("is_safe")],
+        one_prompt=True,
+        weighted=True,
+        rating_in_prompt="none",
+    )
+    asks = asks_of(alone, ["is_safe"])
+    assert [(ask.kind, ask.settings) for ask in asks] == [
+        ("plain", {}),
+        ("sweep", {"is_safe": None}),
+    ]
 
 
 def test_a_model_without_instructions_is_asked_plainly():
@@ -162,6 +185,36 @@ def test_missing_ratings_count_for_nothing_and_are_told():
     assert f"{len(asks)} ratings are missing" in " ".join(notes([made], 40))
 
 
+def test_more_weight_of_a_dimension_asks_for_its_better_end():
+    """Lower toxicity is better, so a model follows where more weight gives less of it."""
+    weighted = TWO.model_copy(
+        update={"prompts": ["helpfulness", "toxicity"], "one_prompt": True, "weighted": True}
+    )
+    asks = asks_of(weighted, ["helpfulness", "toxicity"], only="sweep")
+
+    def less_with_weight(ask, prompt):
+        return {"helpfulness": 3.0, "toxicity": 2 - 4 * (ask.number or 0)}
+
+    _, toxic = measure("m", *answers(less_with_weight, asks=asks), SCALES).curves
+    assert (toxic.rank_correlation, toxic.monotone) == (pytest.approx(1), True)
+    assert toxic.rank_interval == pytest.approx((1, 1))
+    assert toxic.span.change == -4 and toxic.means[0] > toxic.means[-1]
+
+
+def test_a_dimension_of_which_one_level_alone_is_rated():
+    def once(ask, prompt):
+        rated = ask.kind == "sweep" and ask.number == 1
+        return {"helpfulness": 2.0 if rated else None, "toxicity": 0.0}
+
+    made = measure("m", *answers(once), SCALES)
+    assert not made.curves[0].monotone and np.isnan(made.curves[0].rank_correlation)
+    report = SteerReport(40, 1, ["helpfulness"], {}, [], {}, [made])
+    told = json.loads(json.dumps(report.to_json(), allow_nan=False))["models"][0]
+    assert told["curves"][0]["rank_correlation"] is None
+    assert told["plain"]["helpfulness"] == {"change": None, "interval": [None, None]}
+    assert told["front"]["volume"] is None
+
+
 def test_what_a_reader_should_know():
     asks, said, ratings = answers(follows, prompts=4)
     cut = [Said(one.ask, one.prompt, 0, one.text, False) for one in said]
@@ -183,6 +236,48 @@ def test_answers_that_are_not_as_many_everywhere_are_refused():
     asks, said, ratings = answers(follows)
     with pytest.raises(ValueError, match="answers are not"):
         measure("m", asks, said[1:], ratings[1:], SCALES)
+
+
+# Answers that a file keeps
+
+
+def test_lines_of_answers_end_with_a_line_feed_alone(tmp_path):
+    """Other ends of lines, and a character that a kill cut, are no reason to ask again."""
+    path = tmp_path / "m.jsonl"
+    lines = [
+        json.dumps(
+            {
+                "response": f"one\u2028two\x85{prompt}",
+                "amopo": {"finished": True},
+                "steer": {"ask": ask, "prompt": prompt, "sample": 0},
+            },
+            ensure_ascii=False,
+        )
+        for ask in (0, 1)
+        for prompt in (0, 1)
+    ]
+    whole = "\n".join(lines[:2]) + "\n"
+    path.write_bytes((whole + lines[2] + "\n" + lines[3]).encode()[:-12] + "é".encode()[:1])
+    found = _read(path, 2, 2)
+    assert [(one.ask, one.text[-5:]) for one in found] == [(0, "two\x850"), (0, "two\x851")]
+    assert path.read_text(encoding="utf-8") == whole
+
+
+def test_a_full_disk_leaves_the_answers(tmp_path, monkeypatch):
+    path = tmp_path / "m.jsonl"
+    row = {"response": "a", "amopo": {"finished": True}}
+    rows = [row | {"steer": {"ask": ask, "prompt": 0, "sample": 0}} for ask in (0, 1)]
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows) + "{", encoding="utf-8")
+    before = path.read_bytes()
+
+    def full(self, text, **options):
+        self.write_bytes(b"")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(path), "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        _read(path, 1, 2)
+    assert path.read_bytes() == before
 
 
 # The command
@@ -265,7 +360,11 @@ def test_the_whole_command_and_going_on(files, adapter, monkeypatch):
     assert json.loads(again.stdout.splitlines()[-1]) == report
     assert path.read_text(encoding="utf-8") == whole
 
-    # Other questions in the same folder are another measurement.
+    # Other questions in the same folder, or other tools beside them, are another measurement.
+    rows = [json.loads(line) for line in (files / "q.jsonl").open(encoding="utf-8")]
+    write_jsonl(files / "q.jsonl", [row | {"tools": [{"type": "function"}]} for row in rows])
+    other = run(adapter, *options(files))
+    assert other.exit_code == 1 and "other prompts" in other.output, other.output
     write_jsonl(files / "q.jsonl", [{"prompt": "How?", "id": 1}, {"prompt": "When?", "id": 2}])
     other = run(adapter, *options(files))
     assert other.exit_code == 1 and "other prompts" in other.output and "--force" in other.output
@@ -298,6 +397,51 @@ def test_models_join_those_that_are_there(files, adapter, base, tmp_path, monkey
     changed = run(adapter, *short, "--model", f"later={other}")
     assert changed.exit_code == 1 and "with another later" in changed.output
     assert run(adapter, *short).exit_code == 0
+
+
+def test_a_full_disk_is_said_and_begun_again(files, adapter, monkeypatch):
+    """Here before the first model is loaded: no file may become larger than its first bytes."""
+    monkeypatch.setattr(TransformersEngine, "__init__", None)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+    try:
+        done = run(adapter, *options(files))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.exit_code == 1 and "can't be written (File too large)" in done.output, done.output
+    assert not list((files / "steered").iterdir())
+
+
+def test_names_are_those_of_files(files, adapter, tmp_path):
+    """A model in a folder called base must not have its answers in the base's file."""
+    own = tmp_path / "base"
+    shutil.copytree(adapter, own)
+    done = run(own, *options(files), "--dry-run")
+    assert "tuned: 15 x 3 answers" in done.stdout and "base: 15 x 3" in done.stdout, done.output
+    for name in ("../elsewhere", "a/b", ".."):
+        done = run(own, *options(files), "--model", f"{name}={adapter}")
+        assert done.exit_code == 1 and "can't be the name of a file" in done.output, done.output
+    assert not (files / "steered").exists()
+
+
+def test_other_words_of_the_instruction_are_another_measurement(adapter, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(adapter, copy)
+    asks = asks_of(steering(), NAMES)
+
+    def check(force=False):
+        check_same(tmp_path / "kept", {"prompts": []}, [Asked("m", find_model(copy), asks)], force)
+
+    check()
+    answers = tmp_path / "kept" / "answers" / "m.jsonl"
+    answers.touch()
+    check()
+    steering(template="Be {{ dimension }}.").save(copy)
+    with pytest.raises(AMoPOError, match="with another m"):
+        check()
+    (tmp_path / "kept" / "steer.json").unlink()  # nobody knows what the answers are to
+    check(force=True)
+    assert not answers.exists()
 
 
 def test_a_dry_run_loads_no_model(files, adapter, monkeypatch):

@@ -1,6 +1,7 @@
 """Click options, errors, exit codes and output streams that several commands share."""
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -17,6 +18,8 @@ from axolotl_amopo.errors import AMoPOError, wants_traceback
 
 # The exit code where a command found what it was asked to look for, e.g. by `report --fail-on`.
 EXIT_FOUND = 3
+# What the system says of a disk, or a user's share of it, that takes no more.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EXITS = "Exits with 0 when done, 1 on an error, 2 on wrong use"
 
 
@@ -45,6 +48,13 @@ class Command(click.Command):
             if wants_traceback():
                 raise
             raise click.ClickException(str(error)) from None
+        except OSError as error:
+            if error.errno not in FULL or wants_traceback():
+                raise
+            raise click.ClickException(
+                f"{error.filename or 'a file'}: can't be written ({error.strerror}); make room, "
+                "and run it again."
+            ) from None
 
 
 # A command whose help fits 80 columns and ends with its exit codes.

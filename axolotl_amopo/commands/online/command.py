@@ -1,5 +1,6 @@
 """The click command `axolotl amopo online`."""
 
+import shlex
 from pathlib import Path
 
 import click
@@ -12,9 +13,19 @@ from axolotl_amopo.errors import visible
 @click.argument("online_file", metavar="ONLINE_YML", type=click.Path(exists=True, dir_okay=False))
 @click.option("--rounds", type=click.IntRange(1), metavar="N", help="Stop after so many rounds.")
 @click.option("--dry-run", is_flag=True, help="Show every round's commands; run none.")
+@click.option(
+    "--force", is_flag=True, help="Go on with a plan that has changed; what is done stays."
+)
 @JSON
 @QUIET
-def online(online_file: str, rounds: int | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
+def online(
+    online_file: str,
+    rounds: int | None,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Go in rounds: draw responses, rate them, train on them, measure.
 
     \b
@@ -36,7 +47,9 @@ def online(online_file: str, rounds: int | None, dry_run: bool, as_json: bool, q
             plan.file.rounds = min(rounds, plan.file.rounds)
         if not dry_run:
             told = run_rounds(
-                plan, lambda text: None if quiet else click.echo(visible(text), err=True)
+                plan,
+                lambda text: None if quiet else click.echo(visible(text), err=True),
+                force=force,
             )
     if dry_run:
         commands = {
@@ -48,7 +61,7 @@ def online(online_file: str, rounds: int | None, dry_run: bool, as_json: bool, q
             for name, each in commands.items():
                 click.echo(f"{name}:")
                 for one in each:
-                    click.echo(f"  {visible(' '.join(one))}")
+                    click.echo(f"  {visible(shlex.join(one))}")
         return
     write_json(told, as_json=as_json)
     if not (quiet or as_json):

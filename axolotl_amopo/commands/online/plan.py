@@ -14,14 +14,15 @@ Paths are seen from the folder in which the command runs.
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from axolotl_amopo.commands.steer.asks import asks_of
 from axolotl_amopo.config.block import AMoPOConfig
 from axolotl_amopo.config.files import check_yaml, read_yaml
 from axolotl_amopo.config.parse import parse_block
-from axolotl_amopo.errors import ConfigError
+from axolotl_amopo.errors import AMoPOError, ConfigError
 from axolotl_amopo.raters.base import RatedDimension
 from axolotl_amopo.steering.steering import Steering, Weights, written
 
@@ -53,6 +54,17 @@ class Measurement(BaseModel):
     samples: int = Field(default=1, ge=1)
     temperature: float = Field(default=0.0, ge=0)
     max_new_tokens: int = Field(default=256, ge=1)
+
+    @model_validator(mode="after")
+    def check_samples(self) -> Self:
+        """Return it.
+
+        Raises:
+            ValueError: for several answers per prompt that would be equal.
+        """
+        if self.samples > 1 and not self.temperature:
+            raise ValueError("samples above 1 go with a temperature, or they are all alike")
+        return self
 
 
 class OnlineFile(BaseModel):
@@ -147,10 +159,13 @@ def read_online(path: Path, dimensions: list[RatedDimension] | None = None) -> O
     for key, why in SET_HERE.items():
         if base.get(key):
             raise ConfigError(f"{config}, {key}: remove it; {why}.")
-    block = dict(base.get("amopo") or {})
-    block["dimensions"] = [
-        _with_scale(one, dimensions, config) for one in block.get("dimensions") or []
-    ]
+    if not base.get("base_model"):
+        raise ConfigError(f"{config}, base_model: is missing.")
+    block = base.get("amopo") or {}
+    if isinstance(block, dict) and (given := block.get("dimensions")):
+        listed = [given] if isinstance(given, str) else given
+        if isinstance(listed, list):  # else it is refused below
+            block = block | {"dimensions": [_with_scale(one, dimensions, config) for one in listed]}
     parsed = parse_block(AMoPOConfig, block, f"{config}, amopo")
     if "initial" in parsed.references and len(parsed.references) > 1:
         raise ConfigError(
@@ -169,6 +184,12 @@ def read_online(path: Path, dimensions: list[RatedDimension] | None = None) -> O
             f"{path}, ask: this objective's prompts take no weights; write ask: spread, or take "
             "objective: cos_dpo."
         )
+    if file.held_out:  # what can't be measured is said before anything is trained
+        names = [dimension.name for dimension in steering.dimensions]
+        try:
+            asks_of(steering, names, file.measure.points, file.measure.only)
+        except AMoPOError as error:
+            raise ConfigError(f"{path}, measure: {error}") from None
     return Online(path, file, base | {"amopo": block}, parsed, steering)
 
 
@@ -188,7 +209,7 @@ def _with_scale(given: Any, dimensions: list[RatedDimension], config: Path) -> d
         )
     for key, own in (("scale", list(rater.scale)), ("direction", rater.direction)):
         value = made.setdefault(key, own)
-        if (list(value) if key == "scale" else value) != own:
+        if value != own:
             raise ConfigError(
                 f"{where}, {rater.name}.{key}: is {value}, and its rater's is {own}; remove it."
             )

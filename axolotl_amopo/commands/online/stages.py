@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +15,8 @@ import yaml
 from axolotl_amopo.commands.kit.launch import last_lines, run_command
 from axolotl_amopo.commands.kit.questions import read_prompts
 from axolotl_amopo.commands.online.plan import RATED, Online, drawn_rows, round_config, spread
-from axolotl_amopo.errors import AMoPOError
+from axolotl_amopo.config.files import digest
+from axolotl_amopo.errors import AMoPOError, DataError
 
 OURS = ("axolotl-amopo",)
 STATE = "online.json"
@@ -85,6 +87,8 @@ def steering(plan: Online, number: int) -> list[str]:
         batch_size=file.batch_size,
         backend=file.backend,
         seed=file.seed,
+        # A whole model does not say what it was trained from.
+        base_model=None if plan.base.get("adapter") else plan.base["base_model"],
     )
     named = [part for one in others for part in ("--model", one)]
     return [*OURS, "steer", str(plan.model(1)), *named, *measuring, "--json"]
@@ -98,19 +102,24 @@ def options(**values: Any) -> list[str]:
     ]
 
 
-def run_rounds(plan: Online, say: Say) -> list[dict[str, Any]]:
+def run_rounds(plan: Online, say: Say, *, force: bool = False) -> list[dict[str, Any]]:
     """Run what is missing of all rounds, and return what each stage has told.
 
     Args:
         say: is told what is done, line by line.
+        force: go on with a plan that has changed.
 
     Raises:
         AMoPOError: where a stage fails, the folder belongs to another plan, or another process is
             at work in it.
     """
+    # All that can fail does so before there is a folder, or a model has been trained.
+    prompts = read_rows(plan.file.prompts)
+    drawn_rows(plan, prompts, 1)
+    if plan.file.held_out:
+        read_rows(plan.file.held_out)
     with only_one(plan.output):
-        check_same(plan)
-        prompts = [prompt.row for prompt in read_prompts(Path(plan.file.prompts))]
+        check_same(plan, force=force)
         told = []
         for number in range(1, plan.file.rounds + 1):
             prepare(plan, prompts, number)
@@ -121,20 +130,42 @@ def run_rounds(plan: Online, say: Say) -> list[dict[str, Any]]:
         return told
 
 
+def read_rows(path: str) -> list[dict[str, Any]]:
+    """Return the rows of a file of prompts.
+
+    Raises:
+        DataError: for a row that is no prompt, or has several questions.
+    """
+    prompts = read_prompts(Path(path))
+    for prompt in prompts:
+        if prompt.later:
+            raise DataError(
+                f"{prompt.where}: has several questions; write it as messages, up to the question "
+                "to answer."
+            )
+    return [prompt.row for prompt in prompts]
+
+
 def prepare(plan: Online, prompts: list[dict[str, Any]], number: int) -> None:
     """Write a round's prompts and its config."""
     folder = plan.folder(number)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = drawn_rows(plan, prompts, number)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / "prompts.jsonl").write_text(text, encoding="utf-8")
-    config = round_config(plan, number)
-    write_yaml(folder / "config.yml", config)
-    if number == 1:
-        # By which `generate` knows how the untuned model is asked; nothing is rated yet.
-        entry = config["datasets"][0] | {"path": str(folder / "prompts.jsonl")}
-        write_yaml(folder / START, config | {"datasets": [entry]})
-    if "steer" not in finished(folder):
+    done = finished(folder)
+    if all(stage.name in done for stage in stages(plan, number)):
+        return
+    # What a stage has read stays as it was then.
+    if "generate" not in done:
+        rows = drawn_rows(plan, prompts, number)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / "prompts.jsonl").write_text(text, encoding="utf-8")
+    if "train" not in done:
+        config = round_config(plan, number)
+        write_yaml(folder / "config.yml", config)
+        if number == 1:
+            # By which `generate` knows how the untuned model is asked; nothing is rated yet.
+            entry = config["datasets"][0] | {"path": str(folder / "prompts.jsonl")}
+            write_yaml(folder / START, config | {"datasets": [entry]})
+    if "steer" not in done:
         (folder / PAGE).unlink(missing_ok=True)  # of a stage that was stopped
 
 
@@ -156,7 +187,7 @@ def run_stage(folder: Path, stage: Stage, say: Say) -> dict[str, Any]:
     began = time.monotonic()
     log, answer = folder / f"{stage.name}.log", folder / f"{stage.name}.json"
     with log.open("w", encoding="utf-8") as err, answer.open("w", encoding="utf-8") as out:
-        err.write(f"$ {' '.join(stage.command)}\n")
+        err.write(f"$ {shlex.join(stage.command)}\n")
         err.flush()
         code = run_command(
             stage.command,
@@ -175,8 +206,11 @@ def run_stage(folder: Path, stage: Stage, say: Say) -> dict[str, Any]:
         facts |= said if isinstance(said, dict) else {"taken": said}
     else:
         answer.unlink()
-    with (folder / DONE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"stage": stage.name, "command": stage.command, **facts}) + "\n")
+    line = json.dumps({"stage": stage.name, "command": stage.command, **facts})
+    done = folder / DONE
+    cut = done.is_file() and not done.read_bytes().endswith(b"\n")  # by a kill, or a full disk
+    with done.open("a", encoding="utf-8") as file:
+        file.write("\n" * cut + line + "\n")
     say(f"{folder.name}: {stage.name} done in {facts['seconds']:.0f} s")
     return facts
 
@@ -190,29 +224,46 @@ def finished(folder: Path) -> dict[str, dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             facts = json.loads(line)
-        except ValueError:  # a line that a kill cut off: its stage is run again
-            continue
-        made[facts.pop("stage")] = facts
+            made[facts.pop("stage")] = facts
+        except (ValueError, KeyError, AttributeError, TypeError):
+            continue  # a line that a kill or an editor cut: its stage is run again
     return made
 
 
-def check_same(plan: Online) -> None:
+def check_same(plan: Online, *, force: bool = False) -> None:
     """Refuse to go on in a folder with another plan; more rounds are the same plan.
+
+    So is any plan as long as no response is drawn.
+
+    Args:
+        force: go on with the other plan; what is done stays.
 
     Raises:
         AMoPOError: naming what differs.
     """
     path = plan.output / STATE
-    facts = {"online": plan.file.model_dump(exclude={"rounds", "output"}), "config": plan.base}
+    files = {key: getattr(plan.file, key) for key in ("raters", "prompts", "held_out")}
+    facts = {
+        "online": plan.file.model_dump(exclude={"rounds", "output"}),
+        "config": plan.base,
+        "content": {f"content of {key}": digest(Path(p)) for key, p in files.items() if p},
+    }
     facts = json.loads(json.dumps(facts, default=str))
     if not path.exists():
-        others = [one.name for one in plan.output.iterdir() if one.name != LOCK]
+        ours = (LOCK, f"{STATE}.unfinished")
+        others = [one.name for one in plan.output.iterdir() if one.name not in ours]
         if others:
             raise AMoPOError(f"{plan.output}: is there and holds {others[0]}; name another output.")
-        path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        _write(path, facts)
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if before != facts:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AMoPOError(f"{path}: is broken ({error}); name another output.") from None
+    if before == facts:
+        return
+    drawn = any(one.stat().st_size for one in plan.output.glob("round-*/candidates.jsonl"))
+    if drawn and not force:
         differ = [
             key
             for part in facts
@@ -220,9 +271,17 @@ def check_same(plan: Online) -> None:
             if facts[part].get(key) != before.get(part, {}).get(key)
         ]
         raise AMoPOError(
-            f"{plan.output}: was begun with other {', '.join(differ)}; write them as they were, or "
-            "name another output."
+            f"{plan.output}: was begun with other {', '.join(differ)}; write them as they were, "
+            "name another output, or add --force to go on with the new ones: what is done stays."
         )
+    _write(path, facts)
+
+
+def _write(path: Path, facts: dict[str, Any]) -> None:
+    """Write a file of JSON whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 @contextmanager
@@ -230,9 +289,13 @@ def only_one(output: Path) -> Iterator[None]:
     """Keep a folder for this process.
 
     Raises:
-        AMoPOError: where another is at work there, or what an earlier one has started.
+        AMoPOError: where another is at work there, or what an earlier one has started, and for a
+            folder that can't be made.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AMoPOError(f"{output}: can't be made a folder ({error.strerror}).") from None
     with (output / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -39,9 +39,11 @@ def measured(steer: dict[str, Any]) -> TextTable:
     fronts = any(model["front"] for model in steer["models"])
     rows = []
     for model in sorted(steer["models"], key=lambda one: one["name"] != BASE):
-        cells = [f"{one['change']:.2f}" for one in model["plain"].values()]
+        means = [one["change"] for one in model["plain"].values()]
+        cells = ["" if mean is None else f"{mean:.2f}" for mean in means]
         if fronts:
-            cells.append(f"{model['front']['volume']:.3f}" if model["front"] else "")
+            volume = model["front"] and model["front"]["volume"]
+            cells.append("" if volume is None else f"{volume:.3f}")
         rows.append([model["name"], *cells])
     headings = ["model", *steer["models"][0]["plain"], *(["volume of the front"] * fronts)]
     return TextTable("On held-out prompts, without any instruction", headings, rows)

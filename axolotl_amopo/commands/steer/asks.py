@@ -21,6 +21,7 @@ class Ask:
     settings: Settings
     dimension: str | None = None  # of a sweep
     number: float | None = None  # of a sweep; None where training had no numbers
+    by_weight: bool = False  # whether the number is a weight, and no rating
 
     @property
     def name(self) -> str:
@@ -56,9 +57,13 @@ def asks_of(
         made.append(Ask("best", steering.everything()))
     for dimension in swept if only != "front" else ():
         numbers: list[float | None] = [None]
-        if steering.takes_numbers:
+        # A dimension alone has all the weight, whatever number stands there.
+        alone = steering.weighted and len(steering.dimensions) == 1
+        if steering.takes_numbers and not alone:
             numbers = [*thinned(steering.tries(dimension), points)]
-        made += [Ask("sweep", {dimension.name: n}, dimension.name, n) for n in numbers]
+        made += [
+            Ask("sweep", {dimension.name: n}, dimension.name, n, steering.weighted) for n in numbers
+        ]
     names = [d.name for d in steering.dimensions]
     has_front = steering.takes_weights and len(names) > 1 and set(names) == set(dimensions)
     if only == "front" and not has_front:

@@ -45,7 +45,11 @@ class Asked:
             "weights": [
                 [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files
             ],
-            "asks": [ask.to_json() for ask in self.asks],
+            "base": self.trained.base,
+            "asks": [
+                ask.to_json() | {"instruction": self.trained.steering.instruction(ask.settings)}
+                for ask in self.asks
+            ],
         }
 
 
@@ -103,19 +107,35 @@ def _read(path: Path, whole: int, asks: int) -> list[Said]:
         return []
     found: dict[int, list[Said]] = {i: [] for i in range(asks)}
     kept = dict.fromkeys(range(asks), "")
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    text = path.read_text(encoding="utf-8", errors="replace")  # a kill may cut a character
+    for line in text.split("\n"):  # not splitlines: answers may hold other ends of lines
+        if not line:
+            continue
         try:
             row = json.loads(line)
             said = Said(**row["steer"], text=row["response"], finished=row["amopo"]["finished"])
             found[said.ask].append(said)
-            kept[said.ask] += line
+            kept[said.ask] += line + "\n"
         except json.JSONDecodeError:
             continue  # a line that a kill cut off
         except (KeyError, TypeError) as error:
             raise AMoPOError(f"{path}: is no file of this command ({error!r}); move it.") from None
     complete = [i for i in range(asks) if len(found[i]) == whole]
-    path.write_text("".join(kept[i] for i in complete), encoding="utf-8")
+    whole_text = "".join(kept[i] for i in complete)
+    if whole_text != text:
+        _write(path, whole_text)
     return [said for i in complete for said in found[i]]
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a full disk or a kill leaves what was there."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+    except OSError:
+        unfinished.unlink()
+        raise
+    unfinished.replace(path)
 
 
 def check_same(folder: Path, common: dict[str, Any], asked: Sequence[Asked], force: bool) -> None:
@@ -152,7 +172,11 @@ def check_same(folder: Path, common: dict[str, Any], asked: Sequence[Asked], for
         for name in known if other else changed:
             (folder / "answers" / f"{name}.jsonl").unlink(missing_ok=True)
         known = {} if other else known
-    elif folder.exists() and any(folder.iterdir()) and not force:
-        raise AMoPOError(f"{folder}: is there and holds other files; name another --output.")
-    (folder / "answers").mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**common, "models": known | models}, indent=2) + "\n", "utf-8")
+    elif folder.exists() and any(folder.iterdir()):
+        if not force:
+            raise AMoPOError(f"{folder}: is there and holds other files; name another --output.")
+        for name in models:  # who knows what they answer
+            (folder / "answers" / f"{name}.jsonl").unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(path, json.dumps({**common, "models": known | models}, indent=2) + "\n")
+    (folder / "answers").mkdir(exist_ok=True)

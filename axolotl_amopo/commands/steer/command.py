@@ -144,7 +144,8 @@ def steer(
         raters = load_raters(raters_file)
         prompts = read_prompts(source)
         first = find_model(model, base_model)
-        named = [(first.folder.resolve().name, first)]
+        own = first.folder.resolve().name
+        named = [(own if own != steering.BASE else "tuned", first)]
         taken = {steering.BASE, named[0][0]}
         named += [(name, find_model(path)) for name, path in parse_models(others, taken)]
         if dry_run:

@@ -51,7 +51,7 @@ class Curve:
     levels: list[float]
     means: list[float]  # on the rater's scale
     intervals: list[Interval]
-    rank_correlation: float
+    rank_correlation: float  # of what follows the request: of weights, the better end of the scale
     rank_interval: Interval
     monotone: bool
     span: Effect  # from the lowest number asked for to the highest
@@ -96,8 +96,8 @@ class SteerReport:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report for programs."""
-        return asdict(self)
+        """Return the report for programs, with null for what no rating tells: JSON has no NaN."""
+        return _without_nan(asdict(self))
 
 
 def measure(
@@ -141,9 +141,10 @@ def measure(
         if len(sweep) > 1:
             levels = [float(asks[i].number or 0.0) for i in sweep]
             obtained = values[sweep][..., k]  # [L, P, S]
-            made.curves.append(
-                curve(dimension.name, levels, obtained, draws, means.change(first, last, k))
-            )
+            # More weight asks for better ratings, which may be the lower ones.
+            falls = dimension.lower and asks[last].by_weight
+            span = means.change(first, last, k)
+            made.curves.append(curve(dimension.name, levels, obtained, draws, span, falls=falls))
     points = [i for i, ask in enumerate(asks) if ask.kind in ("front", "best")]
     if any(asks[i].kind == "front" for i in points):
         made.front = front(
@@ -210,7 +211,13 @@ class Means:
 
 
 def curve(
-    name: str, levels: list[float], obtained: np.ndarray, draws: np.ndarray, span: Effect
+    name: str,
+    levels: list[float],
+    obtained: np.ndarray,
+    draws: np.ndarray,
+    span: Effect,
+    *,
+    falls: bool = False,
 ) -> Curve:
     """Return a dimension's curve.
 
@@ -218,19 +225,23 @@ def curve(
         levels: [L] the numbers asked for, lowest first.
         obtained: [L, P, S] ratings, NaN where there is none.
         draws: [R, P].
+        falls: whether ratings are to fall where the numbers rise.
     """
     asked = np.broadcast_to(np.array(levels)[:, None, None], obtained.shape)
+    followed = -obtained if falls else obtained
     given = ~np.isnan(obtained)
-    seen = steered(asked[given], obtained[given])
+    seen = None
+    if given.any((1, 2)).sum() > 1:  # else raters left too little
+        seen = steered(asked[given], followed[given])
     of_prompts = _mean(obtained, 2)  # [L, P]
     return Curve(
         name,
         levels,
         [float(_mean(row, 0)) for row in of_prompts],
         [_interval(_mean(row[draws], 1)) for row in of_prompts],
-        seen.rank_correlation,
-        _interval(np.array([rank_correlation(asked[:, d], obtained[:, d]) for d in draws])),
-        seen.monotone,
+        seen.rank_correlation if seen else float("nan"),
+        _interval(np.array([rank_correlation(asked[:, d], followed[:, d]) for d in draws])),
+        seen.monotone if seen else False,
         span,
     )
 
@@ -263,7 +274,8 @@ def front(
 
     def volume(places: np.ndarray | slice) -> float:
         points = _mean(shares[:, places], 1)
-        return hypervolume(points[~np.isnan(points).any(1)].tolist(), worst, best)
+        points = points[~np.isnan(points).any(1)]
+        return hypervolume(points.tolist(), worst, best) if len(points) else float("nan")
 
     return Front(
         _mean(shares, 1).tolist(),
@@ -299,6 +311,14 @@ def _mean(values: np.ndarray, axis: int) -> Any:
     given = ~np.isnan(values)
     count = given.sum(axis)
     return np.where(given, values, 0.0).sum(axis) / np.where(count, count, np.nan)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def _interval(values: np.ndarray) -> Interval:

@@ -50,10 +50,15 @@ def plan_asks(
 
     Raises:
         AMoPOError: for a model that knows none of the dimensions that are rated, or rates one the
-            other way round.
+            other way round, and for a name that is there twice or can't be a file's.
     """
     made = []
+    taken = {BASE} if with_base else set()
     for name, trained in named:
+        if name in taken or name != Path(name).name or name in ("", ".."):
+            why = "is taken" if name in taken else "can't be the name of a file"
+            raise AMoPOError(f"{trained.folder}: the name '{name}' {why}; name it otherwise.")
+        taken.add(name)
         steering = trained.steering
         dimensions = covered(name, steering, raters)
         made.append(Asked(name, trained, asks_of(steering, dimensions, points, only)))
@@ -129,7 +134,7 @@ def steer(
     prompts = drawn(prompts, limit, seed)
     asked = plan_asks(named, raters, points, with_base=with_base, only=only)
     common = {
-        "prompts": [prompt.messages for prompt in prompts],
+        "prompts": [[prompt.messages, prompt.tools] for prompt in prompts],
         "samples": samples,
         "sampling": {k: v for k, v in vars(sampling).items() if k != "batch_size"},
     }

@@ -10,10 +10,11 @@ from axolotl_amopo.commands.steer.measure import WORDS, Effect, Interval, Steere
 
 ABOUT = (
     "Rank correlation: Spearman's, of the number asked for and the rating obtained, over answers: "
-    "1 follows, 0 does not. Span: mean rating at the highest number asked for, less that at the "
-    "lowest. In brackets 95 % intervals, bootstrap over questions; a star: the interval is on one "
-    "side of 0. Volume: share of all "
-    "compromises that one of the points beats, 0 to 1."
+    "1 follows, 0 does not. Where the number is a weight and lower ratings are better, it is of "
+    "falling ratings, and so is 'never turns back'. Span: mean rating at the highest number asked "
+    "for, less that at the lowest. In brackets 95 % intervals, bootstrap over questions; a star: "
+    "the interval is on one side of 0. Volume: share of all compromises that one of the "
+    "points beats, 0 to 1."
 )
 
 
@@ -36,7 +37,7 @@ def tables(report: SteerReport) -> Iterator[TextTable]:
     if curves:
         yield TextTable(
             "Asked and obtained",
-            ["model", "dimension", "rank correlation", "span", "never falls"],
+            ["model", "dimension", "rank correlation", "span", "never turns back"],
             [
                 [
                     model.name,
