@@ -230,6 +230,19 @@ def test_ranks_are_spearmans():
     y[0] = np.nan
     assert rank_correlation(x, y) == pytest.approx(spearmanr(x[1:], y[1:]).statistic)
     assert rank_correlation(x, np.ones(50)) == 0
+    assert np.isnan(rank_correlation(x, np.full(50, np.nan)))  # a resample without ratings
+
+
+def test_resamples_without_ratings_do_not_widen_intervals():
+    """All ratings are of 1 question in 4; of 4, a third of the resamples lack it."""
+
+    def of_one(ask, prompt):
+        return {"helpfulness": ask.number if prompt == 0 else None, "toxicity": 0.0}
+
+    asks = asks_of(TWO, ["helpfulness", "toxicity"], only="sweep")[2:7]
+    asks = [asks_of(TWO, ["helpfulness"])[0], *asks]
+    made = measure("m", *answers(of_one, prompts=4, asks=asks), SCALES)
+    assert made.curves[0].rank_interval == pytest.approx((1, 1))
 
 
 def test_answers_that_are_not_as_many_everywhere_are_refused():

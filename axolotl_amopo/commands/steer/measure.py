@@ -247,14 +247,16 @@ def curve(
 
 
 def rank_correlation(asked: np.ndarray, obtained: np.ndarray) -> float:
-    """Return Spearman's rank correlation; 0 where one of the two does not vary.
+    """Return Spearman's rank correlation; 0 where one of the two does not vary, NaN of nothing.
 
     Args:
         asked, obtained: of equal shape; NaN among the obtained is left out.
     """
     given = ~np.isnan(obtained)
+    if not given.any():
+        return float("nan")
     x, y = rankdata(asked[given]), rankdata(obtained[given])
-    spread = x.std() * y.std() if given.any() else 0.0
+    spread = x.std() * y.std()
     return float(((x - x.mean()) * (y - y.mean())).mean() / spread) if spread else 0.0
 
 
