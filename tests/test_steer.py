@@ -174,6 +174,21 @@ def test_the_front_takes_lower_as_better_where_it_is():
     assert "weights" in made.front.asked[-1]
 
 
+def test_a_front_of_noise_alone_is_not_better_than_one_point():
+    """All asks give the same on average: half of both, so the volume is a quarter."""
+    inside = 0
+    for seed in range(5):
+        draws = np.random.default_rng(seed)
+
+        def noise(ask, prompt, draws=draws):
+            return {"helpfulness": draws.uniform(1, 5), "toxicity": draws.uniform(-2, 2)}
+
+        asks = asks_of(TWO, ["helpfulness", "toxicity"], only="front")
+        low, high = measure("m", *answers(noise, asks=asks), SCALES).front.interval
+        inside += low <= 0.25 <= high
+    assert inside >= 4
+
+
 def test_missing_ratings_count_for_nothing_and_are_told():
     def sometimes(ask, prompt):
         return follows(ask, prompt) | ({"helpfulness": None} if prompt == 0 else {})

@@ -279,12 +279,11 @@ def front(
         points = points[~np.isnan(points).any(1)]
         return hypervolume(points.tolist(), worst, best) if len(points) else float("nan")
 
-    return Front(
-        _mean(shares, 1).tolist(),
-        asked,
-        volume(slice(None)),
-        _interval(np.array([volume(places) for places in draws[: RESAMPLES // 4]])),
-    )
+    whole = volume(slice(None))
+    low, high = _interval(np.array([volume(places) for places in draws[: RESAMPLES // 4]]))
+    # The best of noisy points is too good, and in a resample by as much again: so the interval is
+    # the basic bootstrap's (Davison & Hinkley 1997, section 5.2), which turns the error round.
+    return Front(_mean(shares, 1).tolist(), asked, whole, (2 * whole - high, 2 * whole - low))
 
 
 def notes(models: Sequence[Steered], prompts: int) -> list[str]:
