@@ -263,8 +263,18 @@ def test_two_rounds_stopped_and_gone_on_with(tmp_path, base, here):
     other = CliRunner().invoke(amopo, ["online", str(path)])
     assert other.exit_code == 1 and "begun with other responses" in other.output
 
-    # Nor do other prompts in the same file change what a round has read.
+    # A stage without its line is repeated, and no other.
     write_plan(tmp_path, BASE, ask="weights", draws=2)
+    lines = (folder / "round-2" / "stages.jsonl").read_text(encoding="utf-8").splitlines(True)
+    kept = [line for line in lines if json.loads(line)["stage"] != "rate"]
+    (folder / "round-2" / "stages.jsonl").write_text("".join(kept), encoding="utf-8")
+    (folder / "round-2" / "rated.jsonl").unlink()
+    repeated = CliRunner().invoke(amopo, ["online", str(path)])
+    assert repeated.exit_code == 0 and here.ran == ["rate"], repeated.output
+    assert [json.loads(line) for line in (folder / "round-2" / "rated.jsonl").open()] == rows
+    here.ran = []
+
+    # Other prompts in the same file do not change what a round has read.
     read = (folder / "round-1" / "prompts.jsonl").read_bytes()
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Other {i}?", "id": i} for i in range(5)])
     other = CliRunner().invoke(amopo, ["online", str(path)])

@@ -174,6 +174,21 @@ def test_the_front_takes_lower_as_better_where_it_is():
     assert "weights" in made.front.asked[-1]
 
 
+def test_a_front_of_noise_alone_is_not_better_than_one_point():
+    """All asks give the same on average: half of both, so the volume is a quarter."""
+    inside = 0
+    for seed in range(5):
+        draws = np.random.default_rng(seed)
+
+        def noise(ask, prompt, draws=draws):
+            return {"helpfulness": draws.uniform(1, 5), "toxicity": draws.uniform(-2, 2)}
+
+        asks = asks_of(TWO, ["helpfulness", "toxicity"], only="front")
+        low, high = measure("m", *answers(noise, asks=asks), SCALES).front.interval
+        inside += low <= 0.25 <= high
+    assert inside >= 4
+
+
 def test_missing_ratings_count_for_nothing_and_are_told():
     def sometimes(ask, prompt):
         return follows(ask, prompt) | ({"helpfulness": None} if prompt == 0 else {})
@@ -230,6 +245,19 @@ def test_ranks_are_spearmans():
     y[0] = np.nan
     assert rank_correlation(x, y) == pytest.approx(spearmanr(x[1:], y[1:]).statistic)
     assert rank_correlation(x, np.ones(50)) == 0
+    assert np.isnan(rank_correlation(x, np.full(50, np.nan)))  # a resample without ratings
+
+
+def test_resamples_without_ratings_do_not_widen_intervals():
+    """All ratings are of 1 question in 4; of 4, a third of the resamples lack it."""
+
+    def of_one(ask, prompt):
+        return {"helpfulness": ask.number if prompt == 0 else None, "toxicity": 0.0}
+
+    asks = asks_of(TWO, ["helpfulness", "toxicity"], only="sweep")[2:7]
+    asks = [asks_of(TWO, ["helpfulness"])[0], *asks]
+    made = measure("m", *answers(of_one, prompts=4, asks=asks), SCALES)
+    assert made.curves[0].rank_interval == pytest.approx((1, 1))
 
 
 def test_answers_that_are_not_as_many_everywhere_are_refused():

@@ -247,14 +247,16 @@ def curve(
 
 
 def rank_correlation(asked: np.ndarray, obtained: np.ndarray) -> float:
-    """Return Spearman's rank correlation; 0 where one of the two does not vary.
+    """Return Spearman's rank correlation; 0 where one of the two does not vary, NaN of nothing.
 
     Args:
         asked, obtained: of equal shape; NaN among the obtained is left out.
     """
     given = ~np.isnan(obtained)
+    if not given.any():
+        return float("nan")
     x, y = rankdata(asked[given]), rankdata(obtained[given])
-    spread = x.std() * y.std() if given.any() else 0.0
+    spread = x.std() * y.std()
     return float(((x - x.mean()) * (y - y.mean())).mean() / spread) if spread else 0.0
 
 
@@ -277,12 +279,11 @@ def front(
         points = points[~np.isnan(points).any(1)]
         return hypervolume(points.tolist(), worst, best) if len(points) else float("nan")
 
-    return Front(
-        _mean(shares, 1).tolist(),
-        asked,
-        volume(slice(None)),
-        _interval(np.array([volume(places) for places in draws[: RESAMPLES // 4]])),
-    )
+    whole = volume(slice(None))
+    low, high = _interval(np.array([volume(places) for places in draws[: RESAMPLES // 4]]))
+    # The best of noisy points is too good, and in a resample by as much again: so the interval is
+    # the basic bootstrap's (Davison & Hinkley 1997, section 5.2), which turns the error round.
+    return Front(_mean(shares, 1).tolist(), asked, whole, (2 * whole - high, 2 * whole - low))
 
 
 def notes(models: Sequence[Steered], prompts: int) -> list[str]:
