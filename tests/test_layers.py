@@ -33,7 +33,7 @@ ALLOWED = {
 FOR_ALL = {"errors", "example", ""}
 # A command imports none of the others, only what they share; but `init` asks `plan` what fits.
 SHARED_BY_COMMANDS = "kit"
-ASKS = {"init": "plan", "online": "steer"}
+ASKS = {"init": "plan"}
 
 
 def imports(path: Path) -> set[str]:

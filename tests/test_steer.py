@@ -13,7 +13,6 @@ from runs import steering, write_jsonl
 from axolotl_amopo.commands import amopo
 from axolotl_amopo.commands.kit.generator import TransformersEngine
 from axolotl_amopo.commands.kit.models import find_model
-from axolotl_amopo.commands.steer.asks import asks_of, thinned
 from axolotl_amopo.commands.steer.collect import Asked, Said, _read, check_same
 from axolotl_amopo.commands.steer.measure import (
     Rated,
@@ -23,6 +22,7 @@ from axolotl_amopo.commands.steer.measure import (
     rank_correlation,
 )
 from axolotl_amopo.errors import AMoPOError
+from axolotl_amopo.steering.asks import asks_of, thinned
 from axolotl_amopo.steering.steering import Weights
 
 KINDS = ("sweep", "front")
@@ -187,6 +187,18 @@ def test_a_front_of_noise_alone_is_not_better_than_one_point():
         low, high = measure("m", *answers(noise, asks=asks), SCALES).front.interval
         inside += low <= 0.25 <= high
     assert inside >= 4
+
+
+def test_the_front_is_of_the_models_own_dimensions():
+    """What is rated besides changes no volume."""
+    more = [*SCALES, Rated("style", (0, 1))]
+    asks, said, ratings = answers(
+        lambda a, p: {"helpfulness": 3, "toxicity": -1, "style": (p % 2) * 1.0}
+    )
+    made = measure("m", asks, said, ratings, more)
+    assert made.front.dimensions == ["helpfulness", "toxicity"]
+    assert made.front.volume == pytest.approx(0.5 * 0.75)
+    assert "style" in made.plain and "style" in made.effects["helpfulness"]
 
 
 def test_missing_ratings_count_for_nothing_and_are_told():

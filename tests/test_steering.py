@@ -710,6 +710,7 @@ def test_generate_refuses_before_it_answers(folder, arguments, message):
     ("arguments", "message"),
     [
         (["--weights", "is_safe=1", "--overall"], "leave --dimension and --overall out"),
+        (["--top-p", "0.9"], "with --temperature above 0 alone"),
         (["--weights", "is_safe=1", "--sweep", "toxicity"], "write --sweep-weight"),
         (["--sweep-weight", "is_safe", "-d", "toxicity"], "not with --dimension or --overall"),
     ],

@@ -21,6 +21,7 @@ from axolotl_amopo.commands.kit.options import (
     QUIET,
     WEIGHTS,
     check_free,
+    check_top_p,
     command,
     library_output,
     quiet_transformers,
@@ -179,6 +180,7 @@ def generate(
                 raise click.UsageError(f"{option} goes with --candidates.")
         if model is None:
             raise click.UsageError("Missing argument 'MODEL_OR_CONFIG'.")
+        check_top_p(sampling["top_p"], sampling["temperature"])
     elif sweep or sweep_weight or dimensions or overall or weights:
         raise click.UsageError("--candidates are asked for by --spread: write that alone.")
     elif style != "jsonl":

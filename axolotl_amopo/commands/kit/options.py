@@ -219,3 +219,13 @@ def parse_models(values: tuple[str, ...], taken: set[str]) -> list[tuple[str, st
             )
         found[name] = path
     return list(found.items())
+
+
+def check_top_p(top_p: float, temperature: float) -> None:
+    """Refuse `--top-p` where the likeliest token is taken whatever it says.
+
+    Raises:
+        click.UsageError: for one without a temperature.
+    """
+    if top_p < 1 and not temperature:
+        raise click.UsageError("--top-p has an effect with --temperature above 0 alone.")

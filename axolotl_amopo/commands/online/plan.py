@@ -18,12 +18,12 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from axolotl_amopo.commands.steer.asks import asks_of
 from axolotl_amopo.config.block import AMoPOConfig
 from axolotl_amopo.config.files import check_yaml, read_yaml
 from axolotl_amopo.config.parse import parse_block
 from axolotl_amopo.errors import AMoPOError, ConfigError
 from axolotl_amopo.raters.base import RatedDimension
+from axolotl_amopo.steering.asks import asks_of
 from axolotl_amopo.steering.steering import Steering, Weights, written
 
 # Set by the rounds themselves.

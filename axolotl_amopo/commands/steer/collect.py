@@ -10,8 +10,8 @@ from axolotl_amopo.commands.kit.answers import Answer, answer_prompts, answer_ro
 from axolotl_amopo.commands.kit.generator import Generator, Progress, Sampling
 from axolotl_amopo.commands.kit.models import TrainedModel
 from axolotl_amopo.commands.kit.questions import Prompt
-from axolotl_amopo.commands.steer.asks import Ask
 from axolotl_amopo.errors import AMoPOError
+from axolotl_amopo.steering.asks import Ask
 
 WEIGHTS = ("*.safetensors", "*.bin")
 

@@ -11,6 +11,7 @@ from axolotl_amopo.commands.kit.options import (
     MODEL,
     QUIET,
     check_free,
+    check_top_p,
     command,
     library_output,
     parse_models,
@@ -133,6 +134,7 @@ def steer(
     take others.
     """
     check_free(html, force)
+    check_top_p(sampling["top_p"], sampling["temperature"])
     with library_output(quiet=False, as_json=True):
         from axolotl_amopo.commands.kit.generator import Sampling
         from axolotl_amopo.commands.kit.models import find_model

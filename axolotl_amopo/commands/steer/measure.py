@@ -8,8 +8,8 @@ import numpy as np
 from scipy.stats import rankdata
 
 from axolotl_amopo.commands.kit.margins import FEW_PROMPTS, RESAMPLES, percentiles
-from axolotl_amopo.commands.steer.asks import Ask
 from axolotl_amopo.commands.steer.collect import Said
+from axolotl_amopo.steering.asks import Ask
 from axolotl_amopo.steering.effect import steered
 from axolotl_amopo.steering.front import hypervolume
 
@@ -61,6 +61,7 @@ class Curve:
 class Front:
     """Hold the points of a sweep of weights, and the volume below them."""
 
+    dimensions: list[str]  # [D]
     points: list[list[float]]  # [F][D] shares of the way from the worst rating to the best
     asked: list[str]
     volume: float  # of the box between the worst and the best of all dimensions
@@ -146,10 +147,13 @@ def measure(
             span = means.change(first, last, k)
             made.curves.append(curve(dimension.name, levels, obtained, draws, span, falls=falls))
     points = [i for i, ask in enumerate(asks) if ask.kind in ("front", "best")]
-    if any(asks[i].kind == "front" for i in points):
-        made.front = front(
-            [asks[i].name for i in points], _mean(values[points], 2), dimensions, draws
-        )
+    weighed = {name for ask in asks if ask.kind == "front" for name in ask.settings}
+    if weighed:
+        # What raters rate besides is no part of the compromise.
+        axes = [k for k, dimension in enumerate(dimensions) if dimension.name in weighed]
+        obtained = _mean(values[points][..., axes], 2)
+        own = [dimensions[k] for k in axes]
+        made.front = front([asks[i].name for i in points], obtained, own, draws)
     return made
 
 
@@ -266,7 +270,8 @@ def front(
     """Return the front of several asks.
 
     Args:
-        obtained: [F, P, D + 1] mean ratings per prompt.
+        obtained: [F, P, D] mean ratings per prompt.
+        dimensions: [D].
         draws: [R, P].
     """
     shares = np.stack(
@@ -283,7 +288,9 @@ def front(
     low, high = _interval(np.array([volume(places) for places in draws[: RESAMPLES // 4]]))
     # The best of noisy points is too good, and in a resample by as much again: so the interval is
     # the basic bootstrap's (Davison & Hinkley 1997, section 5.2), which turns the error round.
-    return Front(_mean(shares, 1).tolist(), asked, whole, (2 * whole - high, 2 * whole - low))
+    interval = max(0.0, 2 * whole - high), min(1.0, 2 * whole - low)
+    names = [dimension.name for dimension in dimensions]
+    return Front(names, _mean(shares, 1).tolist(), asked, whole, interval)
 
 
 def notes(models: Sequence[Steered], prompts: int) -> list[str]:

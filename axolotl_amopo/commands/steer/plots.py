@@ -35,11 +35,10 @@ def _plots(report: SteerReport) -> Iterator[tuple[str, Markup]]:
         if model.effects:
             caption = f"{model.name}: what changes, as a share of each scale"
             yield caption, matrix(report, model)
-    if any(model.front for model in report.models):
-        pairs = [*combinations(range(len(report.dimensions)), 2)][:MOST_FRONTS]
-        for x, y in pairs:
-            caption = f"Compromises: {report.dimensions[x]} and {report.dimensions[y]}"
-            yield caption, front(report, x, y, colours)
+    fronts = [model.front for model in report.models if model.front]
+    names = list(dict.fromkeys(name for one in fronts for name in one.dimensions))
+    for x, y in [*combinations(names, 2)][:MOST_FRONTS]:
+        yield f"Compromises: {x} and {y}", front(report, x, y, colours)
 
 
 def curves(report: SteerReport, name: str, colours: dict[str, str]) -> Markup:
@@ -82,18 +81,19 @@ def matrix(report: SteerReport, model: Steered) -> Markup:
     return kit.page_svg(axes)
 
 
-def front(report: SteerReport, x: int, y: int, colours: dict[str, str]) -> Markup:
+def front(report: SteerReport, x: str, y: str, colours: dict[str, str]) -> Markup:
     """Draw two dimensions of the points that weights reach, and the line of those unbeaten."""
     axes = kit.canvas(3.0)
     for model in report.models:
-        if model.front is None:
+        if model.front is None or not {x, y} <= {*model.front.dimensions}:
             continue
-        points = [(point[x], point[y]) for point in model.front.points]
+        first, second = map(model.front.dimensions.index, (x, y))
+        points = [(point[first], point[second]) for point in model.front.points]
         colour = colours[model.name]
         label = kit.plain_label(model.name, 18)
         axes.plot(*zip(*points, strict=True), "o", color=colour, alpha=0.7, label=label)
         axes.step(*zip(*pareto(points), strict=True), where="post", color=colour, linewidth=1)
-    names = [kit.plain_label(report.dimensions[k], 24) for k in (x, y)]
-    axes.set(xlabel=f"{names[0]}, 0 the worst, 1 the best", ylabel=names[1])
+    across, up = kit.plain_label(x, 24), kit.plain_label(y, 24)
+    axes.set(xlabel=f"{across}, 0 the worst, 1 the best", ylabel=up)
     kit.legend(axes)
     return kit.page_svg(axes)

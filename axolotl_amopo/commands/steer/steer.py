@@ -16,12 +16,12 @@ from axolotl_amopo.commands.kit.answers import GREEDY
 from axolotl_amopo.commands.kit.generator import Progress, Sampling
 from axolotl_amopo.commands.kit.models import TrainedModel
 from axolotl_amopo.commands.kit.questions import Prompt
-from axolotl_amopo.commands.steer.asks import Kind, asks_of
 from axolotl_amopo.commands.steer.collect import Asked, Said, check_same, collect
 from axolotl_amopo.commands.steer.measure import Rated, Steered, SteerReport, measure, notes
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.raters.base import Item
 from axolotl_amopo.raters.rating import Raters
+from axolotl_amopo.steering.asks import Kind, asks_of
 from axolotl_amopo.steering.steering import Steering
 
 BASE = "base"
