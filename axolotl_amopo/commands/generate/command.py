@@ -25,6 +25,7 @@ from axolotl_amopo.commands.kit.options import (
     command,
     library_output,
     quiet_transformers,
+    sampling_options,
     steering_settings,
     write_json,
 )
@@ -85,19 +86,7 @@ FORMATS = ("jsonl", "alpaca_eval", "arena_hard", "mt_bench")
 @click.option("--name", metavar="TEXT", help="The model's name in the output; else its folder's.")
 @click.option("--base", is_flag=True, help="Answer with the untuned base, to compare.")
 @BASE_MODEL
-@click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True)
-@click.option(
-    "--temperature", type=click.FloatRange(0), default=0.0, help="0, the default: the likeliest."
-)
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "transformers", "vllm"]),
-    default="auto",
-    help="auto: vLLM on a GPU where it is installed.",
-)
+@sampling_options(max_new_tokens=512)
 @FORCE
 @QUIET
 @JSON

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,43 @@ WEIGHTS = click.option(
 )
 FORCE = click.option("--force", is_flag=True, help="Overwrite the output where there is one.")
 FORCE_FILES = click.option("--force", is_flag=True, help="Overwrite files that are there.")
+
+
+SAMPLING = (
+    click.option(
+        "--temperature",
+        type=click.FloatRange(0),
+        default=0.0,
+        help="0, the default: the likeliest.",
+    ),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0),
+    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True),
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", "transformers", "vllm"]),
+        default="auto",
+        help="auto: vLLM on a GPU where it is installed.",
+    ),
+)
+
+
+def sampling_options(max_new_tokens: int) -> Callable[[Any], Any]:
+    """Return a decorator that adds the options of `kit.generator.Sampling`, and the backend.
+
+    Args:
+        max_new_tokens: the default of that option.
+    """
+    longest = click.option(
+        "--max-new-tokens", type=click.IntRange(1), default=max_new_tokens, show_default=True
+    )
+
+    def decorate(function: Any) -> Any:
+        for option in reversed((longest, *SAMPLING)):
+            function = option(function)
+        return function
+
+    return decorate
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from axolotl_amopo.commands.kit.options import (
     library_output,
     parse_models,
     quiet_transformers,
+    sampling_options,
     write_json,
 )
 
@@ -77,19 +78,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     show_default=True,
     help="Answers per question and number; above 1 with --temperature.",
 )
-@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
-@click.option(
-    "--temperature", type=click.FloatRange(0), default=0.0, help="0, the default: the likeliest."
-)
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "transformers", "vllm"]),
-    default="auto",
-    help="auto: vLLM on a GPU where it is installed.",
-)
+@sampling_options(max_new_tokens=256)
 @click.option("--dry-run", is_flag=True, help="Show what would be asked; load no model.")
 @click.option("--html", type=FILE, metavar="FILE", help="Write a page with plots.")
 @click.option(
