@@ -55,7 +55,7 @@ class Refusal(NamedTuple):
 
 
 class Endpoint:
-    """A model behind a URL.
+    """Ask a model behind a URL.
 
     Args:
         url: up to and with `/v1`.
@@ -153,8 +153,10 @@ class Endpoint:
                         failed = failed or error
                         continue
                     yield place, reply
-        if failed:
-            raise self._sentence(failed, answered) from None
+        if isinstance(failed, AMoPOError):
+            raise failed
+        if failed:  # which AXOLOTL_AMOPO_TRACEBACK=1 shows beside the sentence
+            raise self._sentence(failed, answered) from failed
 
     def _ask(self, request: Request) -> Completion:
         import openai
@@ -195,8 +197,6 @@ class Endpoint:
         import openai
 
         match error:
-            case AMoPOError():
-                return error
             case openai.APIConnectionError():
                 return self._unreachable(error, answered)
             case openai.AuthenticationError() | openai.PermissionDeniedError():

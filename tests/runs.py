@@ -38,7 +38,7 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
 
 
 def steering(**changes: Any) -> Any:
-    """What a model of three dimensions can be asked for."""
+    """Return the steering of a model of three dimensions; `changes` replace its fields."""
     from axolotl_amopo.config.instructions import DEFAULT_INSTRUCTION, DEFAULT_OVERALL_INSTRUCTION
     from axolotl_amopo.steering.steering import SteeredDimension, Steering
 

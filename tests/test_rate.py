@@ -26,7 +26,7 @@ from axolotl_amopo.commands import amopo
 from axolotl_amopo.commands.rate.agreement import agreement
 from axolotl_amopo.data.rows import Row, Source
 from axolotl_amopo.endpoint import Completion, Endpoint, Refusal, Request, Token
-from axolotl_amopo.errors import AMoPOError
+from axolotl_amopo.errors import TRACEBACK, AMoPOError
 from axolotl_amopo.formats.rated import Rated
 from axolotl_amopo.raters.base import Item
 from axolotl_amopo.raters.config import DimensionBlock, JudgeBlock, load_raters, make_raters
@@ -90,8 +90,11 @@ def test_no_server():
         url = server.url
     endpoint = Endpoint(url, "m", retries=0)
     for call in (endpoint.check, lambda: list(endpoint.complete([ask("a")]))):
-        with pytest.raises(AMoPOError, match=r"does not answer \(.*refused\); is the server"):
+        with pytest.raises(
+            AMoPOError, match=r"does not answer \(.*refused\); is the server"
+        ) as error:
             call()
+    assert error.value.__cause__  # of `complete`: what AXOLOTL_AMOPO_TRACEBACK=1 shows
 
 
 def test_what_came_before_a_server_stops_is_kept():
@@ -347,7 +350,7 @@ def test_values_beyond_the_scale_are_its_ends_and_counted():
     assert (values, tally.clipped) == ([2, 3], 1)
 
 
-def test_a_function_rates_and_its_failures_are_counted(tmp_path):
+def test_a_function_rates_and_its_failures_are_counted(tmp_path, monkeypatch):
     (tmp_path / "raters_of_test.py").write_text(
         "def share(item):\n"
         "    if item.response == 'None': return None\n"
@@ -367,6 +370,9 @@ def test_a_function_rates_and_its_failures_are_counted(tmp_path):
     ):
         with pytest.raises(AMoPOError, match=f"d: none of the 1 responses.*{words}"):
             rate_with(block, one, folder=tmp_path)
+    monkeypatch.setenv(TRACEBACK, "1")  # who writes a rater wants to see where it fails
+    with pytest.raises(KeyError, match="good"):
+        rate_with(block, item("no such row"), folder=tmp_path)
 
 
 @pytest.fixture(scope="module")

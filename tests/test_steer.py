@@ -190,7 +190,7 @@ def test_a_front_of_noise_alone_is_not_better_than_one_point():
 
 
 def test_the_front_is_of_the_models_own_dimensions():
-    """What is rated besides changes no volume."""
+    """Ratings of another dimension change no volume."""
     more = [*SCALES, Rated("style", (0, 1))]
     asks, said, ratings = answers(
         lambda a, p: {"helpfulness": 3, "toxicity": -1, "style": (p % 2) * 1.0}
@@ -240,6 +240,11 @@ def test_a_dimension_of_which_one_level_alone_is_rated():
     assert told["curves"][0]["rank_correlation"] is None
     assert told["plain"]["helpfulness"] == {"change": None, "interval": [None, None]}
     assert told["front"]["volume"] is None
+
+
+def test_a_front_without_a_rating_has_no_interval():
+    made = measure("m", *answers(lambda a, p: {"helpfulness": 3, "toxicity": None}), SCALES)
+    assert all(np.isnan(value) for value in (made.front.volume, *made.front.interval))
 
 
 def test_what_a_reader_should_know():

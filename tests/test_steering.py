@@ -993,7 +993,7 @@ def test_candidates(folder, questions, tmp_path, generator):
 
 
 def test_candidates_go_on(folder, questions, tmp_path):
-    """What is done stays, half a line goes, and what comes is what would have come."""
+    """Whole rows stay, half a line is cut, and the rest is drawn as in one uninterrupted run."""
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     options = [folder, "--input", questions, "--candidates", 2]
     draw(*options, "--output", whole)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 from axolotl_amopo.data.rows import Message
+from axolotl_amopo.errors import wants_traceback
 
 
 class Item(NamedTuple):
@@ -93,6 +94,44 @@ class Rater(Protocol):
             AMoPOError: where no more tasks can be done.
         """
         ...
+
+
+class LocalRater:
+    """Rate one dimension, response by response, in this process and for nothing."""
+
+    dimension: RatedDimension
+    name: str  # of what computes the ratings
+    draws = 1
+
+    @property
+    def dimensions(self) -> list[RatedDimension]:
+        """Return the one dimension."""
+        return [self.dimension]
+
+    def estimate(self, task: Task) -> Estimate:
+        """Return nothing: no server is asked."""
+        return Estimate()
+
+    def prepare(self) -> None:
+        """Need nothing."""
+
+    def rate(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Rating]]:
+        """Yield each response's rating.
+
+        Raises:
+            Exception: of the computation, where the environment asks for tracebacks.
+        """
+        for place, task in enumerate(tasks):
+            try:
+                yield place, self.rating(task.item)
+            except Exception as error:  # code of the user's, or a library's of an odd text
+                if wants_traceback():
+                    raise
+                yield place, Rating(None, f"{self.name} raised {type(error).__name__}: {error}")
+
+    def rating(self, item: Item) -> Rating:
+        """Return the rating of a response; what it raises says that there is none."""
+        raise NotImplementedError
 
 
 def short_hash(value: Any) -> str:

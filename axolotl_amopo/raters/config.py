@@ -41,7 +41,7 @@ JUDGE_SCALE = (1.0, 5.0)
 
 
 class Price(BaseModel):
-    """What a million tokens cost, in any currency."""
+    """Hold what a million tokens cost, in any currency."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -50,7 +50,7 @@ class Price(BaseModel):
 
 
 class JudgeBlock(BaseModel):
-    """A judge: a server, a model, and how it is asked."""
+    """Describe a judge: a server, a model, and how it is asked."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -71,7 +71,7 @@ class JudgeBlock(BaseModel):
 
 
 class DimensionBlock(BaseModel):
-    """A dimension: one rater, and its scale."""
+    """Describe a dimension: one rater, and its scale."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -91,7 +91,7 @@ class DimensionBlock(BaseModel):
 
 
 class RatersFile(BaseModel):
-    """The whole file."""
+    """Hold the whole file."""
 
     model_config = ConfigDict(extra="forbid")
 

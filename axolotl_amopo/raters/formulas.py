@@ -5,13 +5,13 @@
 {formula: language, language: en}
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
 from axolotl_amopo.data.rows import find
-from axolotl_amopo.raters.base import Estimate, Item, RatedDimension, Rating, Task
+from axolotl_amopo.raters.base import Item, LocalRater, RatedDimension, Rating
 
 
 def characters(text: str) -> float:
@@ -74,7 +74,7 @@ FORMULAS = {
 
 
 @dataclass
-class FormulaRater:
+class FormulaRater(LocalRater):
     """Rate by a formula.
 
     Args:
@@ -84,12 +84,10 @@ class FormulaRater:
     dimension: RatedDimension
     name: str
     argument: str | None = None
-    draws = 1
     clips = True
 
     def __post_init__(self) -> None:
         self.formula = FORMULAS[self.name]
-        self.dimensions = [self.dimension]
         self.reads_row = self.formula.needs == "reference"
 
     def identity(self, dimension: str) -> dict[str, Any]:
@@ -103,19 +101,8 @@ class FormulaRater:
 
     provenance = identity
 
-    def estimate(self, task: Task) -> Estimate:
-        """Return nothing: it costs nothing."""
-        return Estimate()
-
-    def prepare(self) -> None:
-        """Need nothing."""
-
-    def rate(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Rating]]:
-        """Yield the formula's value of each response."""
-        for place, task in enumerate(tasks):
-            yield place, self._rating(task.item)
-
-    def _rating(self, item: Item) -> Rating:
+    def rating(self, item: Item) -> Rating:
+        """Return the formula's value of a response."""
         arguments: list[Any] = []
         if self.formula.needs == "reference":
             found = find(item.row, str(self.argument))
@@ -129,7 +116,4 @@ class FormulaRater:
             arguments = [references]
         elif self.formula.needs:
             arguments = [self.argument]
-        try:
-            return Rating(float(self.formula.compute(item.response, *arguments)))
-        except Exception as error:  # langdetect's, of a text without a letter
-            return Rating(None, f"{self.name} raised {type(error).__name__}: {error}")
+        return Rating(float(self.formula.compute(item.response, *arguments)))

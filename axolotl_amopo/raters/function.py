@@ -11,14 +11,14 @@ looked for beside the YAML, behind all that is installed.
 import importlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from axolotl_amopo.config.files import digest
 from axolotl_amopo.errors import ConfigError
-from axolotl_amopo.raters.base import Estimate, Item, RatedDimension, Rating, Task
+from axolotl_amopo.raters.base import Item, LocalRater, RatedDimension, Rating
 
 
 def find_function(name: str, folder: Path, where: str) -> tuple[Callable[[Item], Any], str]:
@@ -38,7 +38,7 @@ def find_function(name: str, folder: Path, where: str) -> tuple[Callable[[Item],
         raise ConfigError(
             f"{where}: {module_name} can't be imported ({type(error).__name__}: {error}); the "
             f"file must be in {folder} or installed."
-        ) from None
+        ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ConfigError(f"{where}: {module_name} has no function '{attribute}'.")
@@ -47,19 +47,15 @@ def find_function(name: str, folder: Path, where: str) -> tuple[Callable[[Item],
 
 
 @dataclass
-class FunctionRater:
+class FunctionRater(LocalRater):
     """Rate by a function of the user's."""
 
     dimension: RatedDimension
     name: str  # module:function
     function: Callable[[Item], Any]
     code: str  # the hash of its module
-    draws = 1
     reads_row = True
     clips = False
-
-    def __post_init__(self) -> None:
-        self.dimensions = [self.dimension]
 
     def identity(self, dimension: str) -> dict[str, Any]:
         """Return the function's name, and the hash of the file that it is in."""
@@ -67,25 +63,13 @@ class FunctionRater:
 
     provenance = identity
 
-    def estimate(self, task: Task) -> Estimate:
-        """Return nothing: what the function does is its own affair."""
-        return Estimate()
-
-    def prepare(self) -> None:
-        """Need nothing: it is imported."""
-
-    def rate(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Rating]]:
-        """Yield what the function returns for each response."""
-        for place, task in enumerate(tasks):
-            yield place, self._rating(task.item)
-
-    def _rating(self, item: Item) -> Rating:
+    def rating(self, item: Item) -> Rating:
+        """Return what the function returns for a response."""
+        value = self.function(item)
+        if value is None:
+            return Rating(None, f"{self.name} returned None")
         try:
-            value = self.function(item)
-        except Exception as error:
-            return Rating(None, f"{self.name} raised {type(error).__name__}: {error}")
-        try:
-            number = float(value)  # of None, which is an answer too, there is none
+            number = float(value)
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):

@@ -1,4 +1,4 @@
-"""What a judge is told of a dimension where the user writes no rubric of their own."""
+"""Tell a judge what a dimension means, where the user writes no rubric."""
 
 from typing import NamedTuple
 

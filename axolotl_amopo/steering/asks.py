@@ -1,4 +1,4 @@
-"""What a model is asked for, to see whether it gives it."""
+"""List what to ask a model for, to see whether it gives it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

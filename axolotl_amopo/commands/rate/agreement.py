@@ -1,4 +1,4 @@
-"""How far ratings agree with those that people gave: rank correlation, and pairs of one prompt."""
+"""Compare ratings with those that people gave: rank correlation, and pairs of one prompt."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -288,7 +288,8 @@ def front(
     low, high = _interval(np.array([volume(places) for places in draws[: RESAMPLES // 4]]))
     # The best of noisy points is too good, and in a resample by as much again: so the interval is
     # the basic bootstrap's (Davison & Hinkley 1997, section 5.2), which turns the error round.
-    interval = max(0.0, 2 * whole - high), min(1.0, 2 * whole - low)
+    ends = np.clip([2 * whole - high, 2 * whole - low], 0.0, 1.0)  # NaN stays NaN
+    interval = float(ends[0]), float(ends[1])
     names = [dimension.name for dimension in dimensions]
     return Front(names, _mean(shares, 1).tolist(), asked, whole, interval)
 
