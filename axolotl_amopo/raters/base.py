@@ -29,7 +29,7 @@ class RatedDimension:
 
 
 class Task(NamedTuple):
-    """Name what is to be rated, and the how manieth time."""
+    """Name what is to be rated, and which of several draws it is."""
 
     item: Item
     dimension: str

@@ -79,7 +79,8 @@ class Raters:
     def dimensions(self) -> list[RatedDimension]:
         """Return all dimensions."""
         found = [one for rater in self.raters for one in rater.dimensions]
-        return sorted(found, key=lambda one: one.name in self.order and self.order.index(one.name))
+        places = {name: place for place, name in enumerate(self.order)}
+        return sorted(found, key=lambda one: places.get(one.name, 0))
 
     @property
     def provenance(self) -> dict[str, Any]:
