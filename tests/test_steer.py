@@ -463,9 +463,14 @@ def test_names_are_those_of_files(files, adapter, tmp_path):
     shutil.copytree(adapter, own)
     done = run(own, *options(files), "--dry-run")
     assert "tuned: 15 x 3 answers" in done.stdout and "base: 15 x 3" in done.stdout, done.output
+    done = run(f"mine={own}", *options(files), "--dry-run")
+    assert "mine: 15 x 3 answers" in done.stdout and "tuned" not in done.stdout, done.output
+    done = run(f"base={own}", *options(files), "--dry-run")
+    assert done.exit_code == 2 and "'base' is taken" in done.output, done.output
     for name in ("../elsewhere", "a/b", ".."):
-        done = run(own, *options(files), "--model", f"{name}={adapter}")
-        assert done.exit_code == 1 and "can't be the name of a file" in done.output, done.output
+        for models in ([f"{name}={adapter}"], [own, "--model", f"{name}={adapter}"]):
+            done = run(*models, *options(files))
+            assert done.exit_code == 1 and "can't be the name of a file" in done.output, done.output
     assert not (files / "steered").exists()
 
 

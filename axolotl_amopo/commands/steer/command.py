@@ -8,7 +8,6 @@ import click
 from axolotl_amopo.commands.kit.options import (
     BASE_MODEL,
     JSON,
-    MODEL,
     QUIET,
     check_free,
     check_top_p,
@@ -24,7 +23,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @command()
-@MODEL
+@click.argument("model", metavar="[NAME=]MODEL_OR_CONFIG")
 @click.option(
     "--raters",
     "raters_file",
@@ -134,10 +133,15 @@ def steer(
 
         raters = load_raters(raters_file)
         prompts = read_prompts(source)
-        first = find_model(model, base_model)
-        own = first.folder.resolve().name
-        named = [(own if own != steering.BASE else "tuned", first)]
-        taken = {steering.BASE, named[0][0]}
+        if "=" in model and not Path(model).exists():
+            [(own, model)] = parse_models((model,), {steering.BASE})
+            first = find_model(model, base_model)
+        else:
+            first = find_model(model, base_model)
+            own = first.folder.resolve().name
+            own = own if own != steering.BASE else "tuned"
+        named = [(own, first)]
+        taken = {steering.BASE, own}
         named += [(name, find_model(path)) for name, path in parse_models(others, taken)]
         if dry_run:
             asked = steering.plan_asks(named, raters, points, with_base=not no_base, only=only)
