@@ -3,10 +3,12 @@
     python experiments/evidence.py            # writes what stands between the page's marks
     python experiments/evidence.py --check    # writes nothing; exits with 1 where it would
 
-A mark names a plan of the world and the measures of a table, or the kind of a plot:
+A mark names a plan of the world and the measures of a table, or the kind of a plot; or a file that
+`axolotl amopo steer --json` wrote, and the title of one of its tables or plots:
 
     <!-- table objectives: score worst ungrammatical -->
     <!-- plot steering: steering -->
+    <!-- steer online/steered.json: Compromises by weights -->
 
 What follows a mark up to `<!-- end -->` is replaced. No figure of the page's tables is typed by
 hand, and those in its sentences are in its tables.
@@ -23,11 +25,19 @@ sys.path.insert(0, str(Path(__file__).parent / "world"))
 import results
 import run
 import summary
+from matplotlib import rc_context
+from pydantic import TypeAdapter
 
-ROOT = Path(__file__).parent.parent
+from axolotl_amopo.commands.kit.plots import INK
+from axolotl_amopo.commands.steer.measure import SteerReport
+from axolotl_amopo.commands.steer.plots import draw_plots
+from axolotl_amopo.commands.steer.text import tables
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
 PAGE = ROOT / "docs" / "evidence.md"
 IMAGES = ROOT / "docs" / "images"
-MARK = re.compile(r"<!-- (table|plot) (\w+): ([^>]+?) -->\n.*?<!-- end -->", re.DOTALL)
+MARK = re.compile(r"<!-- (table|plot|steer) (\S+): ([^>]+?) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def written(page: str, rows: dict) -> tuple[str, dict[Path, str]]:
@@ -39,23 +49,40 @@ def written(page: str, rows: dict) -> tuple[str, dict[Path, str]]:
 
     Raises:
         PlanError: for a mark that names no plan.
-        ValueError: for a kind of plot that the plan's results have none of.
+        ValueError: for a table or a plot that the results have none of.
     """
     plots: dict[Path, str] = {}
 
+    def drawn(path: Path, caption: str, figure: str) -> str:
+        plots[path] = figure
+        return f"![{caption}](images/{path.name})"
+
     def block(mark: re.Match) -> str:
         kind, name, what = mark.groups()
-        plan = results.read_plan(results.HERE / "plans" / f"{name}.yml")
-        mine = results.rows_of(plan, run.keys_of(plan), rows)
-        if kind == "table":
-            text = table(plan, mine, what.split())
+        if kind == "steer":
+            report = TypeAdapter(SteerReport).validate_json((HERE / name).read_bytes())
+            made = {one.title: summary.table(one.headings, one.rows) for one in tables(report)}
+            with rc_context({"svg.hashsalt": name}):
+                figures = dict(draw_plots(report))
+            if what in figures:
+                path = IMAGES / f"evidence-{Path(name).parent}.svg"
+                # A page gives its own colours to what it holds; an image stands alone.
+                figure = str(figures[what]).replace("currentColor", INK)
+                figure = figure.replace("<svg ", '<svg style="background: white" ', 1)
+                text = drawn(path, what, f"{figure}\n")
+            elif what in made:
+                text = made[what]
+            else:
+                raise ValueError(f"{name}: has none of {what!r}, but {[*made, *figures]}")
         else:
-            figure = summary.figure(plan, mine, what)
-            if figure is None:
+            plan = results.read_plan(results.HERE / "plans" / f"{name}.yml")
+            mine = results.rows_of(plan, run.keys_of(plan), rows)
+            if kind == "table":
+                text = table(plan, mine, what.split())
+            elif figure := summary.figure(plan, mine, what):
+                text = drawn(IMAGES / f"evidence-{name}-{what}.svg", plan.question, figure)
+            else:
                 raise ValueError(f"{name}: its results draw no plot {what!r}")
-            path = IMAGES / f"evidence-{name}-{what}.svg"
-            plots[path] = figure
-            text = f"![{plan.question}](images/{path.name})"
         return f"<!-- {kind} {name}: {what} -->\n\n{text}\n\n<!-- end -->"
 
     return MARK.sub(block, page), plots

@@ -8,11 +8,25 @@ def coverage(item: Item) -> float:
 
     Letter by letter but for capitals; underscores count as spaces. A paraphrase counts as missing.
     """
-    lines = item.messages[-1]["content"].partition("\n\n")[2].splitlines()
-    triples = [[part.strip().casefold() for part in line.split(" | ")] for line in lines if line]
+    triples = [[part.strip().casefold() for part in fact.split(" | ")] for fact in facts_of(item)]
     folded = item.response.casefold()
     found = [subject in folded and thing in folded for subject, _, thing in triples]
     return sum(found) / len(found)
+
+
+def copied(item: Item) -> float:
+    """Return the share of the prompt's triples that stand in the text as they are, " | " and all.
+
+    Nobody would call that a text; `coverage` does not mind.
+    """
+    facts = facts_of(item)
+    return sum(fact in item.response for fact in facts) / len(facts)
+
+
+def facts_of(item: Item) -> list[str]:
+    """Return the prompt's triples, each a line."""
+    lines = item.messages[-1]["content"].partition("\n\n")[2].splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def fluency(item: Item) -> float:
