@@ -193,7 +193,7 @@ def test_the_configs_of_the_page_are_valid(tmp_path, tiny_model):
     assert values["rl"] == "amopo"
     parse_block(AMoPOConfig, values["amopo"], "amopo")
 
-    base = runs.config(tmp_path, tiny_model, ROOT / "quickstart" / "train.jsonl")
+    base = runs.config(tmp_path, tiny_model, runs.QUICKSTART / "train.jsonl")
     (tmp_path / "sweep.yml").write_text(sweep, encoding="utf-8")
     paths = generate_config_files(
         str(runs.write_config(tmp_path, base)), str(tmp_path / "sweep.yml")
@@ -296,7 +296,7 @@ def test_the_task_of_lm_eval_knows_the_answers(monkeypatch, tmp_path, tiny_model
         honesty = {response["text"]: response["scores"]["honesty"] for response in doc["responses"]}
         assert task.doc_to_text(doc) == doc["prompt"] and honesty[best] == max(honesty.values())
 
-    values = runs.config(tmp_path, tiny_model, ROOT / "quickstart" / "train.jsonl")
+    values = runs.config(tmp_path, tiny_model, runs.QUICKSTART / "train.jsonl")
     assert runs.load(runs.write_config(tmp_path, values | yaml.safe_load(keys))).amopo.enabled
 
 
@@ -338,9 +338,9 @@ def test_the_format_of_ones_own_works(tmp_path, monkeypatch):
 
 def test_the_code_of_commands_runs(tmp_path, monkeypatch, tiny_model):
     monkeypatch.chdir(tmp_path)
-    held_out = {"path": str(ROOT / "quickstart" / "heldout.jsonl"), "type": "amopo.rated"}
+    held_out = {"path": str(runs.QUICKSTART / "heldout.jsonl"), "type": "amopo.rated"}
     values = runs.config(
-        Path(), tiny_model, ROOT / "quickstart" / "train.jsonl", **runs.LORA, max_steps=2
+        Path(), tiny_model, runs.QUICKSTART / "train.jsonl", **runs.LORA, max_steps=2
     )
     values |= {
         "output_dir": "outputs/adapter",
