@@ -15,12 +15,12 @@ QUICK = tests/test_objectives.py tests/test_methods.py tests/test_loss.py tests/
 
 quickstart: $(STAMP)
 	$(BIN)/pip install --quiet --no-deps --force-reinstall .
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python quickstart/run.py
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python example_configs/quickstart/run.py
 
 notebook: $(STAMP)
 	$(BIN)/pip install --quiet --no-deps --force-reinstall .
 	$(BIN)/pip install --quiet ipykernel nbconvert
-	$(BIN)/python quickstart/smollm2.py quickstart-run/SmolLM2-135M-Instruct
+	$(BIN)/python example_configs/quickstart/smollm2.py
 	rm -rf quickstart-run/notebook
 	mkdir -p quickstart-run/notebook/HuggingFaceTB
 	ln -s ../../SmolLM2-135M-Instruct quickstart-run/notebook/HuggingFaceTB

@@ -185,7 +185,7 @@ def parse() -> argparse.Namespace:
 
 
 def default_model() -> Path:
-    sys.path.insert(0, str(ROOT / "quickstart"))
+    sys.path.insert(0, str(ROOT / "example_configs" / "quickstart"))
     from smollm2 import ensure
 
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

@@ -42,6 +42,7 @@ from transformers import TrainerCallback
 from axolotl_amopo.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
+DATA = ROOT / "example_configs" / "quickstart" / "train.jsonl"
 OUTPUT = ROOT / "build" / "benchmarks"  # git ignores build/
 DIMENSIONS = ["helpfulness", "honesty", "safety"]
 PROMPTS = 4  # of a step
@@ -86,7 +87,7 @@ class Clock(TrainerCallback):
 
 def write_rows(path: Path, count: int) -> None:
     """Write prompts of the quickstart with two of their responses."""
-    lines = (ROOT / "quickstart" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = DATA.read_text(encoding="utf-8").splitlines()
     with path.open("w", encoding="utf-8") as file:
         for line in lines[:count]:
             row = json.loads(line)

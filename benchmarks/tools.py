@@ -60,7 +60,7 @@ class Spent(NamedTuple):
 
 def write_inputs(folder: Path, model: str) -> None:
     """Write rows, a config of them, and one whose block has a misspelt key."""
-    lines = (ROOT / "quickstart" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (EXAMPLES / "quickstart" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for number in range(ROWS):
             row = json.loads(lines[number % len(lines)])

@@ -64,7 +64,7 @@ def tokenizer():
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator((ROOT / "quickstart" / "train.jsonl").open(encoding="utf-8"), trainer)
+    bpe.train_from_iterator((runs.QUICKSTART / "train.jsonl").open(encoding="utf-8"), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token="<s>",

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "example_configs" / "quickstart"  # our own small dataset
 LAUNCHER = Path(__file__).parent / "launch_on_cpu.py"
 
 

@@ -78,7 +78,7 @@ def train(tmp_path_factory, tiny_model):
             "learning_rate": 1.0,
             "max_grad_norm": 0.0,
         } | changes
-        data = runs.ROOT / "quickstart" / "train.jsonl"
+        data = runs.QUICKSTART / "train.jsonl"
         values = runs.config(folder, tiny_model, data, **settings)
         return runs.train(runs.write_config(folder, values))
 
@@ -281,7 +281,7 @@ def test_the_same_otherwise(changes, train, same):
 
 
 def test_neftune_is_noise_in_training_alone(train):
-    heldout = {"path": str(runs.ROOT / "quickstart" / "heldout.jsonl"), "type": "amopo.rated"}
+    heldout = {"path": str(runs.QUICKSTART / "heldout.jsonl"), "type": "amopo.rated"}
     changes = {
         "test_datasets": [heldout | {"scale": [1, 5]}],
         "val_set_size": None,

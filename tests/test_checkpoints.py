@@ -395,7 +395,7 @@ TRAINING = runs.LORA | {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Ten pairs of different lengths: steps of 4, 4 and 2."""
-    source = (runs.ROOT / "quickstart" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    source = (runs.QUICKSTART / "train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in source[:10]]
     for i, row in enumerate(rows):
         row["responses"] = row["responses"][:2]

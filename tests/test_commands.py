@@ -31,7 +31,7 @@ DIMENSIONS = ("overall", "helpfulness", "honesty")
 
 @pytest.fixture(scope="module")
 def data():
-    return runs.ROOT / "quickstart" / "train.jsonl"
+    return runs.QUICKSTART / "train.jsonl"
 
 
 def evaluated(data: Path, **changes):

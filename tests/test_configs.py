@@ -44,7 +44,9 @@ def test_a_copy_is_the_example(tmp_path, monkeypatch):
         assert path.read_bytes() == (ROOT / path).read_bytes()
     written = {line.removeprefix("Written: ") for line in done.output.splitlines()}
     assert written == {str(path) for path in Path().rglob("*.*")}
-    assert len(written) == 3  # with DeepSpeed's file
+    beside = {path.name for path in Path().glob("*/quickstart/*")}
+    assert beside == {"README.md", "heldout.jsonl", "run.py", "smollm2.py", "train.jsonl"}
+    assert len(written) == 2 + 1 + len(beside)  # and DeepSpeed's file
 
 
 def test_a_copy_elsewhere_finds_what_it_names(tmp_path):
@@ -53,6 +55,14 @@ def test_a_copy_elsewhere_finds_what_it_names(tmp_path):
     config = yaml.safe_load((output / f"{ZERO}.yml").read_text(encoding="utf-8"))
     assert Path(config["deepspeed"]).is_file()
     assert Path(config["deepspeed"]).is_relative_to(output)
+    for path in EXAMPLES:
+        if path.stem.startswith("quickstart"):  # one after the other, with the same data
+            assert run(path.stem, "--output", str(output)).exit_code == 0
+            config = yaml.safe_load((output / path.name).read_text(encoding="utf-8"))
+            for entry in config["datasets"] + config["test_datasets"]:
+                assert Path(entry["path"]).is_file()
+                assert Path(entry["path"]).is_relative_to(output)
+    assert f'"{output}/quickstart.yml"' in (output / "quickstart" / "run.py").read_text()
 
 
 def test_nothing_is_overwritten(tmp_path):
@@ -63,6 +73,13 @@ def test_nothing_is_overwritten(tmp_path):
     assert list(tmp_path.iterdir()) == [mine] and mine.read_text() == "mine"
     assert run(ZERO, "--output", str(tmp_path), "--force").exit_code == 0
     assert mine.read_text() != "mine"
+    # Of what configs share, another copy is no loss, but where the user changed it.
+    assert run("quickstart", "--output", str(tmp_path)).exit_code == 0
+    data = tmp_path / "quickstart" / "train.jsonl"
+    data.write_text("mine")
+    done = run("quickstart-dpo", "--output", str(tmp_path))
+    assert done.exit_code == 1 and f"{data} is there already" in done.output
+    assert not (tmp_path / "quickstart-dpo.yml").exists() and data.read_text() == "mine"
 
 
 def test_an_unknown_name():
@@ -73,11 +90,12 @@ def test_an_unknown_name():
 def test_from_python(tmp_path):
     # Installed, they lie in the package.
     assert [config.path.name for config in list_configs()] == [path.name for path in EXAMPLES]
-    [made] = copy_configs(["quickstart"], tmp_path)
-    assert made == tmp_path / "quickstart.yml"
+    made = copy_configs(["qwen2.5-7b-80gb-lora"], tmp_path)
+    assert made == [tmp_path / "qwen2.5-7b-80gb-lora.yml"]
+    made[0].write_text("mine")
     with pytest.raises(AMoPOError, match="is there already"):
-        copy_configs(["quickstart"], tmp_path)
-    assert copy_configs(["quickstart"], tmp_path, force=True) == [made]
+        copy_configs(["qwen2.5-7b-80gb-lora"], tmp_path)
+    assert copy_configs(["qwen2.5-7b-80gb-lora"], tmp_path, force=True) == made
 
 
 def test_the_wheel_has_them(tmp_path):
@@ -88,7 +106,8 @@ def test_the_wheel_has_them(tmp_path):
         archive.extractall(tmp_path / "installed")
     code = (
         "from axolotl_amopo.commands.configs.command import configs; "
-        "from axolotl_amopo.commands.configs.examples import PACKAGE; print(PACKAGE); configs()"
+        "from axolotl_amopo.commands.configs.examples import PACKAGE; print(PACKAGE); "
+        "configs(['quickstart', '--quiet'], standalone_mode=False); configs()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -101,3 +120,6 @@ def test_the_wheel_has_them(tmp_path):
     package, *listed = done.stdout.splitlines()
     assert Path(package).is_relative_to(tmp_path)
     assert [line for line in listed if line[0] != " "] == [path.stem for path in EXAMPLES]
+    for path in (tmp_path / "example_configs").rglob("*.*"):
+        assert path.read_bytes() == (ROOT / path.relative_to(tmp_path)).read_bytes()
+    assert (tmp_path / "example_configs" / "quickstart" / "train.jsonl").is_file()

@@ -91,7 +91,7 @@ def sum_of_logps(model: Any, prompt: list[int], response: list[int]) -> float:
 
 def test_its_key_is_its_own(registered: None, tmp_path, tiny_model) -> None:
     assert "delta" in known_keys("slic") and "delta" not in known_keys("amopo", "simpo")
-    data = runs.ROOT / "quickstart" / "train.jsonl"
+    data = runs.QUICKSTART / "train.jsonl"
     for block, sentence in (
         ({"delta": 2.0}, "amopo.delta: belongs to objective slic; objective amopo has gamma"),
         ({"objective": "slic", "gamma": 2.0}, "amopo.gamma: belongs to objectives amopo, simpo"),

@@ -465,7 +465,7 @@ def filled(value, named):
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """Four prompts of the quickstart's data; one response alone, and one without honesty."""
-    rows = (runs.ROOT / "quickstart" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = (runs.QUICKSTART / "train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(row) for row in rows[:4]]
     rows[1]["responses"] = rows[1]["responses"][:1]
     del rows[2]["responses"][0]["scores"]["honesty"]

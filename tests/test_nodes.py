@@ -60,7 +60,7 @@ def test_launcher_arguments_pass_through(
 @pytest.fixture(scope="module")
 def rows():
     """Of different lengths, one a process and step."""
-    source = (runs.ROOT / "quickstart" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    source = (runs.QUICKSTART / "train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in source[: WORLD * STEPS]]
     for i, row in enumerate(rows):
         row["responses"] = row["responses"][:2]

@@ -128,7 +128,7 @@ CASES = {
 def data(tmp_path_factory):
     """Pairs of very different lengths, and safety rated in every fourth row."""
     folder = tmp_path_factory.mktemp("data")
-    source = (runs.ROOT / "quickstart" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    source = (runs.QUICKSTART / "train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in source[: ROWS + EVAL_ROWS]]
     for i, row in enumerate(rows):
         row["responses"][0]["text"] *= 1 + i % 4

@@ -30,7 +30,7 @@ from axolotl_amopo.config.devices import BITSANDBYTES, check_devices, check_laye
 from axolotl_amopo.config.take_over import take_over
 from axolotl_amopo.errors import ConfigError
 
-DATA = runs.ROOT / "quickstart" / "train.jsonl"
+DATA = runs.QUICKSTART / "train.jsonl"
 ZERO3 = {
     "zero_optimization": {"stage": 3},
     "bf16": {"enabled": True},

@@ -126,7 +126,7 @@ def _train(path, rl):
 )
 def test_registers_once(named, tmp_path, tiny_model, installed):
     installed(True)
-    data = runs.ROOT / "quickstart" / "train.jsonl"
+    data = runs.QUICKSTART / "train.jsonl"
     values = runs.config(tmp_path, tiny_model, data, plugins=[named] if named else None)
     cfg = runs.load(runs.write_config(tmp_path, values))
     assert cfg.amopo.enabled
@@ -142,7 +142,7 @@ def test_keys_of_other_plugins_are_not_misspelt(tmp_path, tiny_model, installed)
     values = runs.config(
         tmp_path,
         tiny_model,
-        runs.ROOT / "quickstart" / "train.jsonl",
+        runs.QUICKSTART / "train.jsonl",
         plugins=["axolotl.integrations.lm_eval.LMEvalPlugin"],
         lm_eval_batch_size=4,
         context_parallel={"size": 1},
@@ -153,7 +153,7 @@ def test_keys_of_other_plugins_are_not_misspelt(tmp_path, tiny_model, installed)
 def test_what_has_no_effect_is_said(tmp_path, tiny_model, installed, caplog):
     """Cut cross-entropy is on by default where its plugin is named."""
     installed(True)
-    data = runs.ROOT / "quickstart" / "train.jsonl"
+    data = runs.QUICKSTART / "train.jsonl"
     values = runs.config(
         tmp_path,
         tiny_model,
@@ -191,7 +191,7 @@ def test_validated_config_registers_again_as_on_a_ray_worker(tmp_path, tiny_mode
     from axolotl.utils.dict import DictDefault
 
     installed(True)
-    data = runs.ROOT / "quickstart" / "train.jsonl"
+    data = runs.QUICKSTART / "train.jsonl"
     cfg = runs.load(runs.write_config(tmp_path, runs.config(tmp_path, tiny_model, data)))
     worker = DictDefault(cfg.to_dict())
     for derived in ("batch_size", "capabilities", "env_capabilities"):
@@ -261,7 +261,7 @@ def test_a_key_that_names_a_dimension_is_its_number():
 def test_an_objective_brings_its_defaults(tmp_path, tiny_model, installed):
     installed(True)
     block = {"objective": "simpo", "dimensions": ["helpfulness"], "overall_instruction": "Hi."}
-    values = runs.config(tmp_path, tiny_model, runs.ROOT / "quickstart" / "train.jsonl")
+    values = runs.config(tmp_path, tiny_model, runs.QUICKSTART / "train.jsonl")
     cfg = runs.load(runs.write_config(tmp_path, values | {"amopo": block}))
     assert cfg.rl_beta == SimPO().beta
     config = read_block(cfg)
@@ -275,7 +275,7 @@ def test_overrides_of_a_sweep_and_of_the_command_line(tmp_path, tiny_model, inst
     from axolotl.cli.utils.train import generate_config_files
 
     installed(True)
-    values = runs.config(tmp_path, tiny_model, runs.ROOT / "quickstart" / "train.jsonl")
+    values = runs.config(tmp_path, tiny_model, runs.QUICKSTART / "train.jsonl")
     values["amopo"] |= {"share_prompt": True, "instruction": "Be {{ dimension }}."}
     sweep = {"amopo.gamma": [0.5, 3.0], "amopo.rating-in-prompt": ["none"], "amopo.pairs": [2]}
     together = {"overall": 1e-3, "per_dimension": 1e-4}

@@ -148,3 +148,13 @@ def test_links_and_paths_are_there():
         assert (ROOT / folder).is_dir() or (ROOT / "axolotl_amopo" / folder).is_dir(), folder
     targets = re.findall(r"^(\w+):", page("Makefile"), re.MULTILINE)
     assert set(re.findall(r"\bmake (\w+)", page("AGENTS.md"))) <= set(targets)
+
+
+def test_messages_name_no_file_that_only_a_clone_has():
+    """People with the wheel alone have no docs/. Heads of modules are for readers of the code."""
+    for path in (ROOT / "axolotl_amopo").rglob("*.py"):
+        _, *rest = ast.parse(path.read_text(encoding="utf-8")).body or [None]
+        for node in (node for statement in rest for node in ast.walk(statement)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found = re.search(r"(?<![\w./])(docs|tests|benchmarks|experiments)/\w", node.value)
+                assert not found, f"{path}:{node.lineno}"

@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import socket
+import textwrap
 import time
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -729,6 +730,10 @@ def test_the_page_has_every_key_formula_and_rubric(tmp_path):
     (code,) = blocks(text, "python")
     (rows,) = blocks(text, "json")
     (tmp_path / "my_raters.py").write_text(code)
+    shown = amopo.commands["rate"].help.split("raters.yml:\n")[1].split("\n\n")[0]
+    (tmp_path / "shown.yml").write_text(textwrap.dedent(shown))
+    in_help = {one.name for one in load_raters(tmp_path / "shown.yml").dimensions}
+    assert in_help == {"helpfulness", "quality", "coverage", "brevity"}
     (tmp_path / "raters.yml").write_text(example)
     (tmp_path / "rows.jsonl").write_text(rows)
     raters = load_raters(tmp_path / "raters.yml")

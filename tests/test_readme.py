@@ -193,7 +193,7 @@ def test_the_configs_of_the_page_are_valid(tmp_path, tiny_model):
     assert values["rl"] == "amopo"
     parse_block(AMoPOConfig, values["amopo"], "amopo")
 
-    base = runs.config(tmp_path, tiny_model, ROOT / "quickstart" / "train.jsonl")
+    base = runs.config(tmp_path, tiny_model, runs.QUICKSTART / "train.jsonl")
     (tmp_path / "sweep.yml").write_text(sweep, encoding="utf-8")
     paths = generate_config_files(
         str(runs.write_config(tmp_path, base)), str(tmp_path / "sweep.yml")
@@ -284,11 +284,16 @@ def test_the_commands_have_the_options_that_the_pages_give_them():
 
 
 def test_the_task_of_lm_eval_knows_the_answers(monkeypatch, tmp_path, tiny_model):
-    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager, get_task_dict
 
     monkeypatch.chdir(ROOT)
-    task, keys, _ = blocks(page("docs/export.md"), "yaml")
-    task = ConfigurableTask(config=yaml.safe_load(task))
+    text, keys, _ = blocks(page("docs/export.md"), "yaml")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "honest_answer.yaml").write_text(text)
+    # By its name, among the tasks of a folder: lm_eval 0.4.11 fails on the file itself.
+    manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    (name,) = yaml.safe_load(keys)["lm_eval_tasks"]
+    task = get_task_dict([name], manager)[name]
     docs = list(task.test_docs())
     assert len(docs) == 24
     for doc in docs:
@@ -296,7 +301,7 @@ def test_the_task_of_lm_eval_knows_the_answers(monkeypatch, tmp_path, tiny_model
         honesty = {response["text"]: response["scores"]["honesty"] for response in doc["responses"]}
         assert task.doc_to_text(doc) == doc["prompt"] and honesty[best] == max(honesty.values())
 
-    values = runs.config(tmp_path, tiny_model, ROOT / "quickstart" / "train.jsonl")
+    values = runs.config(tmp_path, tiny_model, runs.QUICKSTART / "train.jsonl")
     assert runs.load(runs.write_config(tmp_path, values | yaml.safe_load(keys))).amopo.enabled
 
 
@@ -338,9 +343,9 @@ def test_the_format_of_ones_own_works(tmp_path, monkeypatch):
 
 def test_the_code_of_commands_runs(tmp_path, monkeypatch, tiny_model):
     monkeypatch.chdir(tmp_path)
-    held_out = {"path": str(ROOT / "quickstart" / "heldout.jsonl"), "type": "amopo.rated"}
+    held_out = {"path": str(runs.QUICKSTART / "heldout.jsonl"), "type": "amopo.rated"}
     values = runs.config(
-        Path(), tiny_model, ROOT / "quickstart" / "train.jsonl", **runs.LORA, max_steps=2
+        Path(), tiny_model, runs.QUICKSTART / "train.jsonl", **runs.LORA, max_steps=2
     )
     values |= {
         "output_dir": "outputs/adapter",

@@ -18,7 +18,7 @@ from axolotl_amopo.model import choose
 from axolotl_amopo.model.batch import make_batch
 from axolotl_amopo.model.forward import teach
 
-sys.path.insert(0, str(runs.ROOT / "quickstart"))
+sys.path.insert(0, str(runs.QUICKSTART))
 from smollm2 import ensure
 
 LAYERS = 4

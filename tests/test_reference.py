@@ -32,7 +32,7 @@ ROWS = 6
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    source = (runs.ROOT / "quickstart" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    source = (runs.QUICKSTART / "train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in source[:ROWS]]
     return runs.write_jsonl(tmp_path_factory.mktemp("data") / "data.jsonl", rows)
 

@@ -6,9 +6,10 @@ import os.path
 import re
 
 import pytest
+import runs
 from axolotl.utils.chat_templates import get_chat_template
 from axolotl.utils.chat_templates.base import _CHAT_TEMPLATES
-from conftest import CHATML, ROOT
+from conftest import CHATML
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -321,7 +322,7 @@ def test_texts_come_back_from_the_ids(question, response, instruction, ours, tok
 
 
 def test_prompt_and_response_are_the_whole_conversation(ours):
-    for one in map(json.loads, (ROOT / "quickstart" / "train.jsonl").open(encoding="utf-8")):
+    for one in map(json.loads, (runs.QUICKSTART / "train.jsonl").open(encoding="utf-8")):
         for messages in ([user(one["prompt"])], [*TALK[:-1], user(one["prompt"])]):
             texts = [response["text"] for response in one["responses"]]
             made = tokenized(ours, messages, texts, [""])

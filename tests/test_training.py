@@ -34,7 +34,7 @@ ROWS = 8
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Eight pairs of different lengths, with dimensions that disagree on some."""
-    source = (runs.ROOT / "quickstart" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    source = (runs.QUICKSTART / "train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in source[:ROWS]]
     for i, row in enumerate(rows):
         row["responses"] = row["responses"][:2]

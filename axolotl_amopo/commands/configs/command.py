@@ -28,7 +28,7 @@ def configs(names: tuple[str, ...], output: Path, force: bool, quiet: bool, as_j
     axolotl amopo configs
     axolotl amopo configs qwen2.5-7b-24gb-qlora
 
-    With a config goes what it refers to, such as a DeepSpeed file.
+    With a config goes what it names: a DeepSpeed file, or the quickstart's data and scripts.
     """
     if names:
         made = copy_configs(names, output, force=force)

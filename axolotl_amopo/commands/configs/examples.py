@@ -29,18 +29,18 @@ def list_configs() -> list[ExampleConfig]:
 def copy_configs(
     names: Sequence[str], output: Path = Path(FOLDER), *, force: bool = False
 ) -> list[Path]:
-    """Copy configs, and the files beside them that they name; paths in them follow.
+    """Copy configs, and the files of folders beside them that they name; paths in them follow.
 
     Args:
         output: the folder of the copies.
-        force: overwrite files that are there.
+        force: overwrite files that are there and have other contents.
 
     Returns:
-        The files that were written.
+        The copies, also those that were there already.
 
     Raises:
         AMoPOError: before anything is written, for a name that no config has, or where a file is
-            there already.
+            there already, with other contents.
     """
     known = {config.name: config.path for config in list_configs()}
     for name in names:
@@ -50,11 +50,12 @@ def copy_configs(
     texts = {}
     for path in (known[name] for name in names):
         text = path.read_text(encoding="utf-8")
-        for other in re.findall(rf"^[^#\n]*\b{FOLDER}/(\S+)", text, re.MULTILINE):
-            texts[output / other] = (path.parent / other).read_text(encoding="utf-8")
-        texts[output / path.name] = text.replace(f"{FOLDER}/", f"{output.as_posix()}/")
-    for target in texts:
-        if target.exists() and not force:
+        for other in (path.name, *re.findall(rf"\b{FOLDER}/([\w-]+/[\w./-]*\w)", text)):
+            copied = (path.parent / other).read_text(encoding="utf-8")
+            texts[output / other] = copied.replace(f"{FOLDER}/", f"{output.as_posix()}/")
+    for target, text in texts.items():
+        same = target.is_file() and target.read_bytes() == text.encode()
+        if target.exists() and not same and not force:
             raise AMoPOError(f"{target} is there already; name another --output, or add --force.")
     for target, text in texts.items():
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -436,7 +436,8 @@ def changes(cfg: Any, devices: int) -> Iterator[tuple[str, dict[str, Any], int]]
         keys = {"adapter": "qlora", "load_in_4bit": True}
         yield "adapter: qlora, load_in_4bit: true", keys, devices
     if devices > 1 and not sharded:
-        yield "FSDP2 (fsdp_version: 2, see docs/scaling.md)", FSDP2, devices
+        example = "axolotl amopo configs qwen2.5-7b-8x80gb-fsdp2"
+        yield f"FSDP2 (fsdp_version: 2; an example: {example})", FSDP2, devices
     if not cfg.adapter:
         yield f"adapter: lora, lora_r: {LORA['lora_r']}", LORA, devices
     if cfg.sequence_len > 512:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     "--raters",
     type=click.Path(path_type=Path),
     metavar="RATERS.yml",
-    help="Dimensions and who rates them (docs/rate.md).",
+    help="Dimensions and who rates them, as above.",
 )
 @click.option("--judge", metavar="URL", help="A judge behind OpenAI's API, up to /v1.")
 @click.option("--judge-model", metavar="NAME", help="The judge's name there.")
@@ -86,6 +86,16 @@ def rate(
         axolotl amopo rate answers.jsonl --raters raters.yml
         axolotl amopo rate answers.jsonl --judge http://localhost:8000/v1 \\
             --judge-model Qwen/Qwen2.5-7B-Instruct -d helpfulness -d honesty
+
+    \b
+    raters.yml:
+        dimensions:
+          helpfulness: {judge: main, scale: [1, 5]}
+          quality: {reward_model: NAME_OR_FOLDER, scale: [-10, 10]}
+          coverage: {function: "my_raters:coverage", scale: [0, 1]}
+          brevity: {formula: words, direction: lower, scale: [0, 200]}
+        judges:
+          main: {url: "http://localhost:8000/v1", model: NAME}
 
     Rows have a prompt (or messages) and responses [{"text": ...}], or one
     response, as `generate` writes them. What is written trains with type:

