@@ -45,7 +45,7 @@ DEFAULT_WEIGHTS_INSTRUCTION = (
 
 def number(value: float) -> str:
     """Return a rating as people write it: 4, 3.5, 3.67."""
-    return f"{round(value, 2):g}"
+    return f"{round(value, 2) + 0:g}"  # -0 + 0 is 0
 
 
 def nearest_level(rating: float, scale: Sequence[float], levels: int) -> float:
