@@ -96,7 +96,7 @@ class TransformersEngine:
 
 
 class VLLMEngine:
-    """Generate with vLLM, where it is installed. This package's tests do not run it."""
+    """Generate with vLLM, where it is installed; no test runs it (docs/export.md)."""
 
     def __init__(self, trained: TrainedModel, chat: ChatTokenizer, *, base: bool = False):
         from vllm import LLM
