@@ -479,9 +479,9 @@ def test_a_template_knows_whether_weights_can_be_asked_for(tokenizer):
 
 # What llama.cpp's engine was seen to do as Jinja2 does (docs/export.md): no test runs it.
 LLAMA_CPP = {
-    "nodes": "Add And Assign Call Compare Concat CondExpr Const Dict Div Filter For Getattr Getitem "
-    "If Keyword List Macro Mod Mul NSRef Name Neg Not Operand Or Output Pair Slice Sub Template "
-    "TemplateData Test Tuple",
+    "nodes": "Add And Assign Call Compare Concat CondExpr Const Dict Div Filter For Getattr "
+    "Getitem If Keyword List Macro Mod Mul NSRef Name Neg Not Operand Or Output Pair Slice Sub "
+    "Template TemplateData Test Tuple",
     "filters": "abs default float int join length list map rejectattr trim",
     "tests": "none string",
     "methods": "get items lstrip split startswith strip",
