@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from chat_server import ChatServer
 from click.testing import CliRunner
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
 from runs import config, prepare, steering, write_config, write_jsonl
 from test_tokens import adds_bos, applied
 
@@ -40,6 +40,7 @@ from axolotl_amopo.config.instructions import (
     DEFAULT_INSTRUCTION,
     DEFAULT_OVERALL_INSTRUCTION,
     DEFAULT_WEIGHTS_INSTRUCTION,
+    ENVIRONMENT,
 )
 from axolotl_amopo.data.tokenizer import ChatTokenizer
 from axolotl_amopo.errors import AMoPOError
@@ -474,6 +475,43 @@ def test_a_template_knows_whether_weights_can_be_asked_for(tokenizer):
         template = steered(SMOLLM, steering(**changes))
         with pytest.raises(TemplateError, match="weights can't be asked for"):
             rendered(tokenizer, with_line("amopo: weights is_safe=1", QUESTION), template)
+
+
+# What llama.cpp's engine was seen to do as Jinja2 does (docs/export.md): no test runs it.
+LLAMA_CPP = {
+    "nodes": "Add And Assign Call Compare Concat CondExpr Const Dict Div Filter For Getattr "
+    "Getitem If Keyword List Macro Mod Mul NSRef Name Neg Not Operand Or Output Pair Slice Sub "
+    "Template TemplateData Test Tuple",
+    "filters": "abs default float int join length list map rejectattr trim",
+    "tests": "none string",
+    "methods": "get items lstrip split startswith strip",
+    "functions": "dict namespace raise_exception range",
+}
+
+
+def test_the_template_has_nothing_that_llama_cpp_lacks():
+    # The last one has a character for which Python would write an escape.
+    for made in (steering(), by_weight(steering()), steering(template="{{ rating }}\xa0!")):
+        source = steered("", made)
+        tree = ENVIRONMENT.parse(source)
+        calls = list(tree.find_all(nodes.Call))
+        called = [call.node for call in calls]
+        macros = {macro.name for macro in tree.find_all(nodes.Macro)}
+        used = {
+            "nodes": {type(node).__name__ for node in tree.find_all(nodes.Node)},
+            "filters": {node.name for node in tree.find_all(nodes.Filter)},
+            "tests": {node.name for node in tree.find_all(nodes.Test)},
+            "methods": {one.attr for one in called if isinstance(one, nodes.Getattr)},
+            "functions": {one.name for one in called if isinstance(one, nodes.Name)} - macros,
+        }
+        for kind, names in used.items():
+            assert names <= set(LLAMA_CPP[kind].split()), kind
+        assert not any(call.dyn_args or call.dyn_kwargs for call in calls)
+        assert all(len(one.ops) == 1 for one in tree.find_all(nodes.Compare))
+        assert all(one.expr2 for one in tree.find_all(nodes.CondExpr))
+        assert not any(isinstance(one.left, nodes.Const) for one in tree.find_all(nodes.Mod))
+        assert set(re.findall(r"\\(.)", source)) <= set("nt\"\\'")
+        assert not re.search(r"\d[eE][-+\d]", source)
 
 
 def test_the_check_sees_a_template_that_differs(tokenizer):

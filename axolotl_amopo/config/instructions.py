@@ -32,7 +32,8 @@ DEFAULT_OVERALL_INSTRUCTION = (
     "{% if d.description %} ({{ d.description }}){% endif %}, from {{ d.min }} to {{ d.max }}"
     "{% if d.rating is not none %}: aim for {{ d.rating }}{% endif %}."
     "{% endfor %}"
-    "{% if dimensions | selectattr('rating', 'none') | list %} Aim for the best ratings.{% endif %}"
+    # Not selectattr('rating', 'none'), which llama.cpp's engine reads as another thing.
+    "{% if dimensions | rejectattr('rating') | list %} Aim for the best ratings.{% endif %}"
 )
 DEFAULT_WEIGHTS_INSTRUCTION = (
     "Your answer will be rated on several dimensions, which count by these weights:"
@@ -44,7 +45,7 @@ DEFAULT_WEIGHTS_INSTRUCTION = (
 
 def number(value: float) -> str:
     """Return a rating as people write it: 4, 3.5, 3.67."""
-    return f"{round(value, 2):g}"
+    return f"{round(value, 2) + 0:g}"  # -0 + 0 is 0
 
 
 def nearest_level(rating: float, scale: Sequence[float], levels: int) -> float:

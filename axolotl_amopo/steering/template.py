@@ -1,4 +1,4 @@
-"""A chat template that steers by a line of the system message, for vLLM and plain transformers.
+"""A chat template that steers by a line of the system message: transformers, vLLM, llama.cpp.
 
     {"role": "system", "content": "amopo: helpfulness=4, honesty=5\nYou are a cook."}
 
@@ -10,6 +10,7 @@ template when it was made, or come as its variable `amopo` (`apply_chat_template
 amopo="helpfulness=4")`, `chat_template_kwargs`).
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,9 @@ def steered(template: str, steering: Steering, settings: Settings | None = None)
     values = {
         "ONE": with_literals(steering.template),
         "SEVERAL": with_literals(steering.overall_template),
-        "DIMENSIONS": repr(dimensions),
-        "KNOWN": repr(", ".join(steering.prompts)),
-        "DEFAULT": repr(written(settings or {})),
+        "DIMENSIONS": literal(dimensions),
+        "KNOWN": literal(", ".join(steering.prompts)),
+        "DEFAULT": literal(written(settings or {})),
         "OVERALL": repr(steering.overall),
         "ONE_PROMPT": repr(steering.one_prompt),
         "RATED": repr(steering.takes_numbers),
@@ -71,6 +72,13 @@ def unsteered(template: str) -> str:
     return own if end else template
 
 
+def literal(value: Any) -> str:
+    """Return a value as Jinja source, with none but the escapes that llama.cpp's engine knows."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{literal(k)}: {literal(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
 def with_literals(source: str) -> str:
     """A Jinja template with its text as string literals.
 
@@ -81,7 +89,7 @@ def with_literals(source: str) -> str:
     for _, kind, text in ENVIRONMENT.lex(source):
         comment = comment or kind == "comment_begin"
         if kind == "data":
-            made.append(f"{{{{ {text!r} }}}}")
+            made.append(f"{{{{ {literal(text)} }}}}")
         elif not comment and not kind.startswith("raw_"):
             made.append(text)
         comment = comment and kind != "comment_end"

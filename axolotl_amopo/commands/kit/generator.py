@@ -1,11 +1,13 @@
 """Generate with a trained model that is asked for ratings: conversations in, token ids out."""
 
 import importlib.util
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from axolotl_amopo.commands.kit.models import (
+    ADAPTER,
     TrainedModel,
     chat_tokenizer,
     load_model,
@@ -94,7 +96,7 @@ class TransformersEngine:
 
 
 class VLLMEngine:
-    """Generate with vLLM, where it is installed. This package's tests do not run it."""
+    """Generate with vLLM, where it is installed; no test runs it (docs/export.md)."""
 
     def __init__(self, trained: TrainedModel, chat: ChatTokenizer, *, base: bool = False):
         from vllm import LLM
@@ -105,10 +107,9 @@ class VLLMEngine:
         whole = trained.base_folder() if trained.is_adapter or base else str(trained.folder)
         options: dict[str, Any] = {}
         if adapted:
-            from peft import PeftConfig
-
-            config = PeftConfig.from_pretrained(str(trained.folder))
-            rank = max(config.r, *config.rank_pattern.values(), 0)
+            # By hand: vLLM's environment needs no peft.
+            config = json.loads((trained.folder / ADAPTER).read_text(encoding="utf-8"))
+            rank = max(config["r"], *(config.get("rank_pattern") or {}).values(), 0)
             options = {"enable_lora": True, "max_lora_rank": vllm_lora_rank(rank)}
         self.model = LLM(model=whole, **options)
         self.adapter = LoRARequest("amopo", 1, str(trained.folder.resolve())) if adapted else None

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        if self.needs_axolotl:
+        # vLLM's environment may have none: it wants other versions than axolotl.
+        if self.needs_axolotl and find_spec("axolotl"):
             from axolotl.utils import set_misc_env, set_pytorch_cuda_alloc_conf
 
             # As axolotl's own start does, which `axolotl-amopo` goes without.
