@@ -96,7 +96,7 @@ class TransformersEngine:
 
 
 class VLLMEngine:
-    """Generate with vLLM, where it is installed; no test runs it (docs/export.md)."""
+    """Generate with vLLM, where it is installed: run by hand, by no test."""
 
     def __init__(self, trained: TrainedModel, chat: ChatTokenizer, *, base: bool = False):
         from vllm import LLM
