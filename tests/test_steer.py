@@ -12,6 +12,7 @@ from runs import steering, write_jsonl
 
 from axolotl_amopo.commands import amopo
 from axolotl_amopo.commands.kit.generator import TransformersEngine
+from axolotl_amopo.commands.kit.launch import own_folder
 from axolotl_amopo.commands.kit.models import find_model
 from axolotl_amopo.commands.steer.collect import Asked, Said, _read, check_same
 from axolotl_amopo.commands.steer.measure import (
@@ -472,6 +473,13 @@ def test_names_are_those_of_files(files, adapter, tmp_path):
             done = run(*models, *options(files))
             assert done.exit_code == 1 and "can't be the name of a file" in done.output, done.output
     assert not (files / "steered").exists()
+
+
+def test_two_at_once_are_refused(files, adapter):
+    with own_folder(files / "steered"):
+        done = run(adapter, *options(files))
+    assert done.exit_code == 1 and "another process is at work there" in done.output, done.output
+    assert not list((files / "steered").iterdir())
 
 
 def test_other_words_of_the_instruction_are_another_measurement(adapter, tmp_path):

@@ -1,15 +1,18 @@
-"""Run commands of axolotl's and of this package in processes of their own."""
+"""Run commands in processes of their own, and one process at a time in a folder."""
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO
+
+from axolotl_amopo.errors import AMoPOError
 
 DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 LAST_LINES = 5
@@ -57,3 +60,27 @@ def last_lines(log: Path) -> str:
         return "it printed nothing"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return "\n".join([line for line in lines if line.strip()][-LAST_LINES:])
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Keep a folder, which is made where there is none, for this process alone.
+
+    Raises:
+        AMoPOError: where another process is at work there, or the folder can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AMoPOError(f"{folder}: can't be made a folder ({error.strerror}).") from None
+    handle = os.open(folder, os.O_RDONLY)  # the kernel closes it, whatever ends the process
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AMoPOError(
+                f"{folder}: another process is at work there; wait for it, or end it."
+            ) from None
+        yield
+    finally:
+        os.close(handle)

@@ -1,6 +1,5 @@
 """The stages of a round: commands of this package and of axolotl's, each in its own process."""
 
-import fcntl
 import json
 import shlex
 import time
@@ -12,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from axolotl_amopo.commands.kit.launch import last_lines, run_command
+from axolotl_amopo.commands.kit.launch import last_lines, own_folder, run_command
 from axolotl_amopo.commands.kit.questions import read_prompts
 from axolotl_amopo.commands.online.plan import RATED, Online, drawn_rows, round_config, spread
 from axolotl_amopo.config.files import digest
@@ -21,7 +20,6 @@ from axolotl_amopo.errors import AMoPOError, DataError
 OURS = ("axolotl-amopo",)
 STATE = "online.json"
 DONE = "stages.jsonl"
-LOCK = "lock"
 # In the environment of all that a stage starts: the folder of the rounds.
 MARK = "AXOLOTL_AMOPO_ROUNDS"
 PAGE = "steered.html"
@@ -250,8 +248,8 @@ def check_same(plan: Online, *, force: bool = False) -> None:
     }
     facts = json.loads(json.dumps(facts, default=str))
     if not path.exists():
-        ours = (LOCK, f"{STATE}.unfinished")
-        others = [one.name for one in plan.output.iterdir() if one.name not in ours]
+        unfinished = f"{STATE}.unfinished"
+        others = [one.name for one in plan.output.iterdir() if one.name != unfinished]
         if others:
             raise AMoPOError(f"{plan.output}: is there and holds {others[0]}; name another output.")
         _write(path, facts)
@@ -292,17 +290,7 @@ def only_one(output: Path) -> Iterator[None]:
         AMoPOError: where another is at work there, or what an earlier one has started, and for a
             folder that can't be made.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AMoPOError(f"{output}: can't be made a folder ({error.strerror}).") from None
-    with (output / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AMoPOError(
-                f"{output}: another process is at work there; wait for it, or end it."
-            ) from None
+    with own_folder(output):
         if left := left_over(output):
             pids = " ".join(map(str, left))
             raise AMoPOError(

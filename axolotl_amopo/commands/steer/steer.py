@@ -14,6 +14,7 @@ from pathlib import Path
 
 from axolotl_amopo.commands.kit.answers import GREEDY
 from axolotl_amopo.commands.kit.generator import Progress, Sampling
+from axolotl_amopo.commands.kit.launch import own_folder
 from axolotl_amopo.commands.kit.models import TrainedModel
 from axolotl_amopo.commands.kit.questions import Prompt
 from axolotl_amopo.commands.steer.collect import Asked, Said, check_same, collect
@@ -123,8 +124,8 @@ def steer(
         force: replace a measurement of other models, prompts or settings in the folder.
 
     Raises:
-        AMoPOError: see `plan_asks`, `collect` and `Raters.rate`; and for several answers per
-            prompt without a temperature, which would be equal.
+        AMoPOError: see `plan_asks`, `own_folder`, `collect` and `Raters.rate`; and for several
+            answers per prompt without a temperature, which would be equal.
     """
     if samples > 1 and not sampling.temperature:
         raise AMoPOError(
@@ -138,14 +139,17 @@ def steer(
         "samples": samples,
         "sampling": {k: v for k, v in vars(sampling).items() if k != "batch_size"},
     }
-    check_same(folder, common, asked, force)
-    models = []
-    for one in asked:
-        progress = bars(f"{one.name}: answers", len(one.asks) * len(prompts) * samples)
-        path = folder / "answers" / f"{one.name}.jsonl"
-        said = collect(one, prompts, samples, sampling, path, backend=backend, progress=progress)
-        progress = bars(f"{one.name}: ratings", len(said) * len(raters.dimensions))
-        models.append(rated(one, said, prompts, raters, folder, seed, progress))
+    with own_folder(folder):
+        check_same(folder, common, asked, force)
+        models = []
+        for one in asked:
+            progress = bars(f"{one.name}: answers", len(one.asks) * len(prompts) * samples)
+            path = folder / "answers" / f"{one.name}.jsonl"
+            said = collect(
+                one, prompts, samples, sampling, path, backend=backend, progress=progress
+            )
+            progress = bars(f"{one.name}: ratings", len(said) * len(raters.dimensions))
+            models.append(rated(one, said, prompts, raters, folder, seed, progress))
     return SteerReport(
         prompts=len(prompts),
         samples=samples,
