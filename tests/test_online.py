@@ -321,7 +321,7 @@ def test_an_output_that_is_a_file(tmp_path, here):
     path = write_plan(tmp_path, BASE)
     (tmp_path / "online").write_text("mine", encoding="utf-8")
     done = CliRunner().invoke(amopo, ["online", str(path)])
-    assert done.exit_code == 1 and "can't be made a folder" in done.output, done.output
+    assert done.exit_code == 1 and "can't be made, or written to" in done.output, done.output
     assert (tmp_path / "online").read_text(encoding="utf-8") == "mine"
 
 
@@ -364,3 +364,4 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path, here):
     (tmp_path / "online" / "thesis.txt").write_text("mine", encoding="utf-8")
     done = CliRunner().invoke(amopo, ["online", str(path)])
     assert done.exit_code == 1 and "holds thesis.txt" in done.output and not here.ran
+    assert [one.name for one in (tmp_path / "online").iterdir()] == ["thesis.txt"]

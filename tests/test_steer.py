@@ -12,9 +12,9 @@ from runs import steering, write_jsonl
 
 from axolotl_amopo.commands import amopo
 from axolotl_amopo.commands.kit.generator import TransformersEngine
-from axolotl_amopo.commands.kit.launch import own_folder
+from axolotl_amopo.commands.kit.launch import LOCK, own_folder
 from axolotl_amopo.commands.kit.models import find_model
-from axolotl_amopo.commands.steer.collect import Asked, Said, _read, check_same
+from axolotl_amopo.commands.steer.collect import STATE, Asked, Said, _read, check_same
 from axolotl_amopo.commands.steer.measure import (
     Rated,
     SteerReport,
@@ -455,7 +455,7 @@ def test_a_full_disk_is_said_and_begun_again(files, adapter, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert done.exit_code == 1 and "can't be written (File too large)" in done.output, done.output
-    assert not list((files / "steered").iterdir())
+    assert [one.name for one in (files / "steered").iterdir()] == [LOCK]
 
 
 def test_names_are_those_of_files(files, adapter, tmp_path):
@@ -476,10 +476,10 @@ def test_names_are_those_of_files(files, adapter, tmp_path):
 
 
 def test_two_at_once_are_refused(files, adapter):
-    with own_folder(files / "steered"):
+    with own_folder(files / "steered", STATE):
         done = run(adapter, *options(files))
     assert done.exit_code == 1 and "another process is at work there" in done.output, done.output
-    assert not list((files / "steered").iterdir())
+    assert [one.name for one in (files / "steered").iterdir()] == [LOCK]
 
 
 def test_other_words_of_the_instruction_are_another_measurement(adapter, tmp_path):
@@ -532,7 +532,7 @@ def test_a_folder_with_other_things_is_left_alone(files, adapter):
     (files / "steered").mkdir()
     (files / "steered" / "thesis.txt").write_text("mine", encoding="utf-8")
     done = run(adapter, *options(files))
-    assert done.exit_code == 1 and "holds other files" in done.output
+    assert done.exit_code == 1 and "holds thesis.txt" in done.output
     assert [one.name for one in (files / "steered").iterdir()] == ["thesis.txt"]
 
 

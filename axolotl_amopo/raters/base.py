@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -96,7 +97,7 @@ class Rater(Protocol):
         ...
 
 
-class LocalRater:
+class LocalRater(ABC):
     """Rate one dimension, response by response, in this process and for nothing."""
 
     dimension: RatedDimension
@@ -112,7 +113,7 @@ class LocalRater:
         """Return nothing: no server is asked."""
         return Estimate()
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027
         """Need nothing."""
 
     def rate(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Rating]]:
@@ -129,9 +130,9 @@ class LocalRater:
                     raise
                 yield place, Rating(None, f"{self.name} raised {type(error).__name__}: {error}")
 
+    @abstractmethod
     def rating(self, item: Item) -> Rating:
         """Return the rating of a response; what it raises says that there is none."""
-        raise NotImplementedError
 
 
 def short_hash(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
@@ -12,10 +11,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO
 
+from filelock import FileLock, Timeout
+
 from axolotl_amopo.errors import AMoPOError
 
 DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 LAST_LINES = 5
+LOCK = "lock"  # the file in a folder that one process keeps
 
 
 def run_command(
@@ -63,24 +65,29 @@ def last_lines(log: Path) -> str:
 
 
 @contextlib.contextmanager
-def own_folder(folder: Path) -> Iterator[None]:
+def own_folder(folder: Path, state: str, *, force: bool = False) -> Iterator[None]:
     """Keep a folder, which is made where there is none, for this process alone.
 
+    Args:
+        state: the name of the file by which a folder is the command's own.
+        force: take one with other things in it, too.
+
     Raises:
-        AMoPOError: where another process is at work there, or the folder can't be made.
+        AMoPOError: where it holds other things, which are left alone, another process is at work
+            there, or it can't be made or written to.
     """
+    if folder.is_dir() and not (folder / state).exists() and not force:
+        ours = (LOCK, f"{state}.unfinished")
+        if others := sorted(one.name for one in folder.iterdir() if one.name not in ours):
+            raise AMoPOError(f"{folder}: is there and holds {others[0]}; name another output.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / LOCK).acquire(blocking=False)
+    except Timeout:
+        raise AMoPOError(
+            f"{folder}: another process is at work there; wait for it, or end it."
+        ) from None
     except OSError as error:
-        raise AMoPOError(f"{folder}: can't be made a folder ({error.strerror}).") from None
-    handle = os.open(folder, os.O_RDONLY)  # the kernel closes it, whatever ends the process
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AMoPOError(
-                f"{folder}: another process is at work there; wait for it, or end it."
-            ) from None
+        raise AMoPOError(f"{folder}: can't be made, or written to ({error.strerror}).") from None
+    with held:
         yield
-    finally:
-        os.close(handle)

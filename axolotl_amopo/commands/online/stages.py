@@ -248,10 +248,6 @@ def check_same(plan: Online, *, force: bool = False) -> None:
     }
     facts = json.loads(json.dumps(facts, default=str))
     if not path.exists():
-        unfinished = f"{STATE}.unfinished"
-        others = [one.name for one in plan.output.iterdir() if one.name != unfinished]
-        if others:
-            raise AMoPOError(f"{plan.output}: is there and holds {others[0]}; name another output.")
         _write(path, facts)
         return
     try:
@@ -287,10 +283,10 @@ def only_one(output: Path) -> Iterator[None]:
     """Keep a folder for this process.
 
     Raises:
-        AMoPOError: where another is at work there, or what an earlier one has started, and for a
-            folder that can't be made.
+        AMoPOError: where another is at work there, or what an earlier one has started; and see
+            `own_folder`.
     """
-    with own_folder(output):
+    with own_folder(output, STATE):
         if left := left_over(output):
             pids = " ".join(map(str, left))
             raise AMoPOError(

@@ -14,6 +14,7 @@ from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.steering.asks import Ask
 
 WEIGHTS = ("*.safetensors", "*.bin")
+STATE = "steer.json"
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,9 @@ def check_same(folder: Path, common: dict[str, Any], asked: Sequence[Asked], for
         force: begin anew where something differs.
 
     Raises:
-        AMoPOError: where the folder has another measurement, or files that are none of ours.
+        AMoPOError: where the folder has another measurement.
     """
-    path = folder / "steer.json"
+    path = folder / STATE
     models = json.loads(json.dumps({one.name: one.to_json() for one in asked}))
     common = json.loads(json.dumps(common))
     known: dict[str, Any] = {}
@@ -172,9 +173,7 @@ def check_same(folder: Path, common: dict[str, Any], asked: Sequence[Asked], for
         for name in known if other else changed:
             (folder / "answers" / f"{name}.jsonl").unlink(missing_ok=True)
         known = {} if other else known
-    elif folder.exists() and any(folder.iterdir()):
-        if not force:
-            raise AMoPOError(f"{folder}: is there and holds other files; name another --output.")
+    else:
         for name in models:  # who knows what they answer
             (folder / "answers" / f"{name}.jsonl").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)

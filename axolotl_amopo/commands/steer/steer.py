@@ -17,7 +17,7 @@ from axolotl_amopo.commands.kit.generator import Progress, Sampling
 from axolotl_amopo.commands.kit.launch import own_folder
 from axolotl_amopo.commands.kit.models import TrainedModel
 from axolotl_amopo.commands.kit.questions import Prompt
-from axolotl_amopo.commands.steer.collect import Asked, Said, check_same, collect
+from axolotl_amopo.commands.steer.collect import STATE, Asked, Said, check_same, collect
 from axolotl_amopo.commands.steer.measure import Rated, Steered, SteerReport, measure, notes
 from axolotl_amopo.errors import AMoPOError
 from axolotl_amopo.raters.base import Item
@@ -139,7 +139,7 @@ def steer(
         "samples": samples,
         "sampling": {k: v for k, v in vars(sampling).items() if k != "batch_size"},
     }
-    with own_folder(folder):
+    with own_folder(folder, STATE, force=force):
         check_same(folder, common, asked, force)
         models = []
         for one in asked:
