@@ -363,3 +363,11 @@ def test_prepared_rows_are_made_anew_when_what_shapes_them_changes(tmp_path, tin
     tokenizer.chat_template = tokenizer.chat_template.replace("\n", "\n\n")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     assert len(folders(tokenizer_config=str(tmp_path / "tokenizer"))) == len(seen) + 1
+
+
+def test_a_command_begins_without_axolotl(monkeypatch):
+    """As in vLLM's own environment, where `generate` runs."""
+    monkeypatch.setitem(sys.modules, "axolotl.utils", None)  # an import of it fails
+    monkeypatch.setattr("axolotl_amopo.commands.kit.options.find_spec", lambda name: None)
+    done = CliRunner().invoke(amopo, ["generate"])
+    assert done.exit_code == 2 and "Name either --prompt TEXT" in done.output, done.output
