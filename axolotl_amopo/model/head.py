@@ -5,6 +5,7 @@ are asked for alone, so many at a time that a chunk takes `CHUNK_BYTES`.
 """
 
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -151,33 +152,41 @@ class LinearLogps(torch.autograd.Function):
         kept = weight.new_empty(size) if keep else None  # softmax - 1 at the target, sloped
         buffer = weight.new_empty(rows, size[1])  # made once: fresh pages cost as much as a softmax
         dtype = wide(weight.dtype)
-        logps, highest, total = (hidden.new_empty(size[0], dtype=dtype) for _ in range(3))
+        logps, highest, total = (hidden.new_empty(size[0], 1, dtype=dtype) for _ in range(3))
         unit_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # of each logp
-        for start in range(0, size[0], rows):
-            chunk = slice(start, start + rows)
-            target = targets[chunk].unsqueeze(-1)
-            place = buffer[: len(target)] if kept is None else kept[chunk]
-            logits, slope = _logits(hidden[chunk], weight, bias, scale, softcap, out=place)
-            highest[chunk] = logits.amax(-1)
-            picked = logits.gather(-1, target).squeeze(-1)
-            residual = logits.sub_(highest[chunk].unsqueeze(-1)).exp_()
-            total[chunk] = residual.sum(-1)
-            logps[chunk] = picked - highest[chunk] - total[chunk].log()
-            if unit_grad is None and kept is None:
+        chunks = zip(
+            hidden.split(rows),
+            targets.unsqueeze(-1).split(rows),
+            highest.split(rows),
+            total.split(rows),
+            logps.split(rows),
+            repeat(None) if unit_grad is None else unit_grad.split(rows),
+            repeat(buffer) if kept is None else kept.split(rows),
+            strict=False,  # what is repeated has no end
+        )
+        for some, target, most, summed, result, some_grad, place in chunks:
+            place = place[: len(some)]
+            logits, slope = _logits(some, weight, bias, scale, softcap, out=place)
+            torch.amax(logits, -1, keepdim=True, out=most)
+            picked = logits.gather(-1, target)
+            residual = logits.sub_(most).exp_()
+            torch.sum(residual, -1, keepdim=True, out=summed)
+            result.copy_(picked - most - summed.log())
+            if some_grad is None and kept is None:
                 continue
-            residual.div_(total[chunk].unsqueeze(-1))
+            residual.div_(summed)
             residual.scatter_add_(-1, target, residual.new_full(target.shape, -1.0))
             if slope is not None:
                 residual.mul_(slope)
             if residual is not place:
                 residual = place.copy_(residual)  # in the weight's dtype
-            if unit_grad is not None:
-                torch.mm(residual, weight, out=unit_grad[chunk])
+            if some_grad is not None:
+                torch.mm(residual, weight, out=some_grad)
         if unit_grad is not None:
             unit_grad *= -scale
         ctx.save_for_backward(hidden, weight, bias, targets, unit_grad, kept, highest, total)
         ctx.options = scale, softcap
-        return logps
+        return logps.squeeze(-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -198,16 +207,19 @@ class LinearLogps(torch.autograd.Function):
             grad_bias = torch.empty_like(bias) if wants_bias else None
             columns = min(_chunk_rows(max(1, len(hidden)), 2 if softcap else 1), len(weight))
             buffer = weight.new_empty(len(hidden) * columns)
+            shares = factor / total
             for start in range(0, len(weight), columns):
                 chunk = slice(start, start + columns)
                 part = None if bias is None else bias[chunk]
                 place = buffer[: len(hidden) * len(weight[chunk])].view(-1, len(weight[chunk]))
                 logits, slope = _logits(hidden, weight[chunk], part, scale, softcap, out=place)
-                residual = logits.sub_(highest.unsqueeze(-1)).exp_()
-                residual.mul_(factor / total.unsqueeze(-1))
-                inside = (targets >= start) & (targets < start + columns)
-                (rows,) = inside.nonzero(as_tuple=True)
-                residual[rows, targets[rows] - start] -= factor[rows, 0]
+                residual = logits.sub_(highest).exp_()
+                residual.mul_(shares)
+                # Nothing of a target elsewhere; to look for those here would wait for a GPU.
+                target = (targets - start).unsqueeze(-1)
+                here = (target >= 0) & (target < residual.shape[1])
+                target = target.clamp(0, residual.shape[1] - 1)
+                residual.scatter_add_(-1, target, factor.neg().masked_fill_(~here, 0))
                 if slope is not None:
                     residual.mul_(slope)
                 if grad_weight is not None:
