@@ -7,17 +7,13 @@ prepared, its own groups say that. Else an example is made up by the code that m
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from axolotl.utils.data.shared import (
-    generate_dataset_hash_from_config,
-    get_prepared_dataset_path,
-)
 from datasets import Dataset, load_from_disk
 
 from axolotl_amopo.config.block import AMoPOConfig
-from axolotl_amopo.data.cache import unfinished
 from axolotl_amopo.data.examples import as_text
 from axolotl_amopo.data.pairing import PairRule
 from axolotl_amopo.data.rows import RatedPrompt, Response
@@ -58,6 +54,14 @@ def made_up_example(amopo: AMoPOConfig, responses: int) -> Example:
     )
 
 
+def prepared_folder(cfg: Any, name: str) -> Path:
+    """Return where axolotl keeps prepared rows of a name."""
+    # Here and below: a plan of pairs, of which none are looked for, is seconds sooner without.
+    from axolotl.utils.data.shared import get_prepared_dataset_path
+
+    return get_prepared_dataset_path(cfg, name)
+
+
 def prepared_rows(cfg: Any, amopo: AMoPOConfig) -> Dataset | None:
     """Return the rows that training would use again; None where there are none.
 
@@ -67,10 +71,14 @@ def prepared_rows(cfg: Any, amopo: AMoPOConfig) -> Dataset | None:
     """
     if not amopo.datasets:
         return None
+    from axolotl.utils.data.shared import generate_dataset_hash_from_config
+
+    from axolotl_amopo.data.cache import unfinished
+
     # As axolotl names it (utils/data/sft.py), which asks the tokenizer where it came from.
     tokenizer = cfg.tokenizer_config or cfg.base_model_config or cfg.base_model
     name = generate_dataset_hash_from_config(cfg, cfg.datasets, str(tokenizer))
-    folder = get_prepared_dataset_path(cfg, name)
+    folder = prepared_folder(cfg, name)
     return None if unfinished(folder) else load_from_disk(str(folder))
 
 

@@ -7,13 +7,12 @@ from pathlib import Path
 import torch
 from axolotl.integrations.base import PluginManager, normalize_plugin_name
 from axolotl.utils.config import prepare_plugins, validate_config
-from axolotl.utils.data.shared import get_prepared_dataset_path
 from axolotl.utils.dict import DictDefault
 from pydantic import ValidationError
 
 from axolotl_amopo.commands.plan.cards import find_card
 from axolotl_amopo.commands.plan.estimate import Plan, advise, estimate
-from axolotl_amopo.commands.plan.groups import prepared_rows
+from axolotl_amopo.commands.plan.groups import prepared_folder, prepared_rows
 from axolotl_amopo.commands.plan.models import model_config
 from axolotl_amopo.commands.plan.step import PairShape, Step
 from axolotl_amopo.config.axolotl_keys import check_gradients, check_parts, check_router
@@ -110,7 +109,7 @@ def load(path: str, device: str, gpus: int) -> tuple[DictDefault, AMoPOConfig]:
     _load_plugins(cfg)
     # Before the plugin does, which would hold the config against the devices that are here.
     take_over(cfg, device=device, with_data=False)
-    if read_block(cfg).group_by_prompt and get_prepared_dataset_path(cfg, "").is_dir():
+    if read_block(cfg).group_by_prompt and prepared_folder(cfg, "").is_dir():
         with_data = DictDefault(values | {"axolotl_config_path": path})
         with suppress(AMoPOError):  # of data that is elsewhere
             take_over(with_data, device=device)
