@@ -2,8 +2,12 @@
 
 import copy
 import json
+import multiprocessing
+import os
 import re
+import sys
 from html.parser import HTMLParser
+from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
@@ -15,6 +19,7 @@ from axolotl_amopo.commands import amopo
 from axolotl_amopo.commands.inspect.gather import gather
 from axolotl_amopo.commands.inspect.page import inspection_page
 from axolotl_amopo.commands.inspect.text import print_inspection
+from axolotl_amopo.commands.kit.prepare import _spawned_without_main
 from axolotl_amopo.data.pipeline import watch_preparations
 from axolotl_amopo.errors import CONTROL
 
@@ -198,3 +203,24 @@ def test_a_bad_row_is_one_sentence(tmp_path, tiny_model):
     assert done.exit_code == 1
     assert "row 1, key 'responses[0].scores.helpfulness': 9 is outside the scale" in done.output
     assert "Traceback" not in done.output
+
+
+def test_what_is_spawned_to_save_rows_leaves_the_command_line_alone(tmp_path, monkeypatch):
+    script, mark = tmp_path / "main.py", tmp_path / "imported"
+    script.write_text(f"open({str(mark)!r}, 'w').close()", encoding="utf-8")
+    main = ModuleType("__main__")
+    main.__file__, main.__spec__ = str(script), None
+    monkeypatch.setitem(sys.modules, "__main__", main)
+
+    def spawn() -> None:
+        process = multiprocessing.get_context("spawn").Process(target=os.getpid)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+
+    with _spawned_without_main():
+        spawn()
+    assert not mark.exists()
+    assert main.__file__ == str(script)
+    spawn()
+    assert mark.exists()

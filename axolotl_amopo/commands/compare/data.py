@@ -12,7 +12,7 @@ import yaml
 
 from axolotl_amopo.commands.compare.comparison import Comparison, Folds, fold_file
 from axolotl_amopo.data.examples import unpack
-from axolotl_amopo.data.pipeline import Preparation, watch_preparations
+from axolotl_amopo.data.pipeline import Preparation
 from axolotl_amopo.data.rows import Message, Row
 from axolotl_amopo.errors import AMoPOError, ConfigError, DataError
 
@@ -57,14 +57,14 @@ def prepared(values: dict[str, Any]) -> tuple[Any, Any, list[Preparation]]:
     """
     from axolotl.cli.config import load_cfg
     from axolotl.loaders import load_tokenizer
-    from axolotl.utils.data import prepare_datasets
 
-    with tempfile.TemporaryDirectory() as folder, watch_preparations() as preparations:
+    from axolotl_amopo.commands.kit.prepare import prepared_anew
+
+    with tempfile.TemporaryDirectory() as folder:
         path = write_yaml(Path(folder) / "config.yml", values | {"output_dir": folder})
         cfg = load_cfg(str(path))
-        cfg.dataset_prepared_path = folder
-        train, *_ = prepare_datasets(cfg, load_tokenizer(cfg))
-        return cfg, train, list(preparations)
+        with prepared_anew(cfg, load_tokenizer(cfg)) as made:
+            return cfg, made.train, made.preparations
 
 
 def keyed_rows(preparation: Preparation) -> Iterator[tuple[bytes, dict[str, Any]]]:

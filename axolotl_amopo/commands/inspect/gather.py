@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -13,11 +12,11 @@ from typing import Any
 import numpy as np
 from axolotl.cli.config import load_cfg
 from axolotl.loaders import load_tokenizer
-from axolotl.utils.data import prepare_datasets
 
+from axolotl_amopo.commands.kit.prepare import prepared_anew
 from axolotl_amopo.data.examples import TOO_LONG
 from axolotl_amopo.data.pairing import Pair
-from axolotl_amopo.data.pipeline import Preparation, watch_preparations
+from axolotl_amopo.data.pipeline import Preparation
 from axolotl_amopo.data.prompts import instruction_of
 from axolotl_amopo.errors import ConfigError
 from axolotl_amopo.example import Example
@@ -124,9 +123,7 @@ def gather(path: str, rows: int = 3, find: str | None = None) -> Report:
     if not (cfg.amopo and cfg.amopo.enabled):
         raise ConfigError(f"{path}: has no `rl: amopo`; there is nothing to inspect.")
     tokenizer = load_tokenizer(cfg)
-    with tempfile.TemporaryDirectory() as folder, watch_preparations() as preparations:
-        cfg.dataset_prepared_path = folder  # what is prepared already says nothing of its making
-        train, test, *_ = prepare_datasets(cfg, tokenizer)
+    with prepared_anew(cfg, tokenizer) as (train, test, preparations):
         train_ids, test_ids = (
             list(dataset["example_id"]) if dataset is not None else [] for dataset in (train, test)
         )

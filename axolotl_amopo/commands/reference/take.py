@@ -1,7 +1,6 @@
 """A config -> the log-probabilities of other models on its examples, in files."""
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import batched
@@ -10,14 +9,14 @@ from typing import Any
 import torch
 from axolotl.cli.config import load_cfg
 from axolotl.loaders import load_tokenizer
-from axolotl.utils.data import prepare_datasets
 from transformers import AutoTokenizer
 
 from axolotl_amopo.commands.kit.policy import is_adapter, load_policy
+from axolotl_amopo.commands.kit.prepare import prepared_anew
 from axolotl_amopo.config.block import read_block
 from axolotl_amopo.config.references import path_of
 from axolotl_amopo.data.examples import as_text, tokenize_example
-from axolotl_amopo.data.pipeline import Preparation, watch_preparations
+from axolotl_amopo.data.pipeline import Preparation
 from axolotl_amopo.data.tokenizer import ChatTokenizer, generation_stops
 from axolotl_amopo.errors import AMoPOError, ConfigError, did_you_mean
 from axolotl_amopo.example import Example
@@ -91,12 +90,8 @@ def take_references(
 def _prepare(cfg: Any) -> list[Preparation]:
     """Return how each entry's rows are prepared for training; what is prepared already lacks the
     texts, which another tokenizer needs."""
-    kept = cfg.dataset_prepared_path
-    with tempfile.TemporaryDirectory() as folder, watch_preparations() as preparations:
-        cfg.dataset_prepared_path = folder
-        prepare_datasets(cfg, load_tokenizer(cfg))
-    cfg.dataset_prepared_path = kept
-    return preparations
+    with prepared_anew(cfg, load_tokenizer(cfg)) as prepared:
+        return prepared.preparations
 
 
 def _take(

@@ -1,17 +1,16 @@
 """A config -> the rated pairs to score, as training would prepare them."""
 
 import math
-import tempfile
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from axolotl.utils.data import prepare_datasets
 
+from axolotl_amopo.commands.kit.prepare import prepared_anew
 from axolotl_amopo.data.examples import as_text, prepare_row
 from axolotl_amopo.data.format import DatasetFormat
 from axolotl_amopo.data.pairing import Pair, PairRule
-from axolotl_amopo.data.pipeline import Preparation, watch_preparations
+from axolotl_amopo.data.pipeline import Preparation
 from axolotl_amopo.data.tokenizer import ChatTokenizer
 from axolotl_amopo.errors import ConfigError
 from axolotl_amopo.example import Example
@@ -82,9 +81,7 @@ def rated_pairs(
         source = "what val_set_size holds out"
     else:
         source = "the training set (there is neither test_datasets nor val_set_size)"
-    with tempfile.TemporaryDirectory() as folder, watch_preparations() as preparations:
-        cfg.dataset_prepared_path = folder  # what is prepared already lacks the ratings
-        train, held_out, *_ = prepare_datasets(cfg, tokenizer)
+    with prepared_anew(cfg, tokenizer) as (train, held_out, preparations):
         wanted = held_out if held_out is not None and split == "test" else train
         found: dict[int, list[RatedPair]] = {}
         for preparation in preparations:
