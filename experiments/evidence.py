@@ -3,12 +3,14 @@
     python experiments/evidence.py            # writes what stands between the page's marks
     python experiments/evidence.py --check    # writes nothing; exits with 1 where it would
 
-A mark names a plan of the world and the measures of a table, or the kind of a plot; or a file that
-`axolotl amopo steer --json` wrote, and the title of one of its tables or plots:
+A mark names a plan of the world and the measures of a table, or the kind of a plot; a file that
+`axolotl amopo steer --json` wrote, and the title of one of its tables or plots; or a comparison of
+WebNLG's, and how the title of one of its tables begins:
 
     <!-- table objectives: score worst ungrammatical -->
     <!-- plot steering: steering -->
     <!-- steer online/steered.json: Compromises by weights -->
+    <!-- webnlg plain: At a glance -->
 
 What follows a mark up to `<!-- end -->` is replaced. No figure of the page's tables is typed by
 hand, and those in its sentences are in its tables.
@@ -19,12 +21,16 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).parent / "world"))
+sys.path.insert(0, str(Path(__file__).parent / "webnlg"))
 
 import results
 import run
 import summary
+import tables as webnlg_tables
+import webnlg
 from matplotlib import rc_context
 from pydantic import TypeAdapter
 
@@ -32,12 +38,13 @@ from axolotl_amopo.commands.kit.plots import INK
 from axolotl_amopo.commands.steer.measure import SteerReport
 from axolotl_amopo.commands.steer.plots import draw_plots
 from axolotl_amopo.commands.steer.text import tables
+from axolotl_amopo.config.files import read_yaml
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PAGE = ROOT / "docs" / "evidence.md"
 IMAGES = ROOT / "docs" / "images"
-MARK = re.compile(r"<!-- (table|plot|steer) (\S+): ([^>]+?) -->\n.*?<!-- end -->", re.DOTALL)
+MARK = re.compile(r"<!-- (table|plot|steer|webnlg) (\S+): ([^>]+?) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def written(page: str, rows: dict) -> tuple[str, dict[Path, str]]:
@@ -74,6 +81,8 @@ def written(page: str, rows: dict) -> tuple[str, dict[Path, str]]:
                 text = made[what]
             else:
                 raise ValueError(f"{name}: has none of {what!r}, but {[*made, *figures]}")
+        elif kind == "webnlg":
+            text = webnlg_table(name, what)
         else:
             plan = results.read_plan(results.HERE / "plans" / f"{name}.yml")
             mine = results.rows_of(plan, run.keys_of(plan), rows)
@@ -86,6 +95,26 @@ def written(page: str, rows: dict) -> tuple[str, dict[Path, str]]:
         return f"<!-- {kind} {name}: {what} -->\n\n{text}\n\n<!-- end -->"
 
     return MARK.sub(block, page), plots
+
+
+def webnlg_table(name: str, title: str) -> str:
+    """Return a table of a comparison of WebNLG's, and the rest of its title below.
+
+    Raises:
+        ValueError: where no table's title begins so, or several do.
+    """
+    arms = read_yaml(webnlg.HERE / "arms.yml")
+    of = webnlg.HERE / "results"
+    with TemporaryDirectory() as work:
+        comparison = webnlg.read(name, arms, Path(work), of / "tuned.yml")
+    report = webnlg_tables.report_on(comparison, webnlg.read_lines(of / f"{name}.jsonl"))
+    written = webnlg.read_lines(of / "texts.jsonl")
+    made = [*webnlg_tables.all_tables(comparison, report, written)]
+    found = [one for one in made if one.title.startswith(title)]
+    if len(found) != 1:
+        raise ValueError(f"{name}: {title!r} begins {len(found)} of {[one.title for one in made]}")
+    runs = f"{report.done} of {report.planned} runs"
+    return f"{webnlg_tables.markdown(found[0])}\n\n({found[0].title}; {runs}.)"
 
 
 def table(plan: results.Plan, rows: summary.Rows, measures: Sequence[str]) -> str:

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments" / "webnlg"))
 
+import evidence
 import facts
 import tables
 import texts
@@ -257,8 +259,7 @@ def test_tables_of_texts_by_hand() -> None:
         ["b (best) - b (plain)", "-3 (-3 to -3)"],
     ]
     drawn = tables.markdown(values).split("\n")
-    assert drawn[0] == "**What is written (2 prompts): proxies, see texts.py**"
-    assert len(drawn) == 4 + 3 and {line.count("|") for line in drawn[2:]} == {8}
+    assert len(drawn) == 2 + 3 and {line.count("|") for line in drawn} == {8}
 
 
 def test_an_interval_is_over_prompts() -> None:
@@ -314,3 +315,19 @@ def test_lines_that_are_there_stay(tmp_path, capsys) -> None:
     webnlg.collect([told, told | {"ask": "best"}, told | {"texts": ["x"]}], path)
     assert "1 of 1 texts are other ones" in capsys.readouterr().out
     assert len(webnlg.read_lines(path)) == 4
+
+
+def test_the_page_has_a_table_by_the_beginning_of_its_title(tmp_path, monkeypatch) -> None:
+    path = compare_file("plain", tmp_path)
+    line = run_line("simpo", [True, True, False, True]) | {"run": "simpo/fold-1-seed-1", "fold": 1}
+    (tmp_path / "results" / "plain.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    (tmp_path / "arms.yml").write_text((webnlg.HERE / "arms.yml").read_text("utf-8"), "utf-8")
+    monkeypatch.setattr(webnlg, "HERE", tmp_path)
+    planned = len(read_comparison(path).runs())
+    mark = "<!-- webnlg plain: mean over dimensions, under -->"
+    page, _ = evidence.written(f"{mark}\n<!-- end -->", {})
+    assert "| simpo | 75.0 |" in page and page.count("| --- |") == 1
+    assert f"(4 pairs, 4 prompts); 1 of {planned} runs.)" in page
+    for title in ("mean over", "nothing"):
+        with pytest.raises(ValueError, match=f"plain: '{title}' begins"):
+            evidence.webnlg_table("plain", title)

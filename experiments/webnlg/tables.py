@@ -51,21 +51,28 @@ def choose(comparison: Comparison, lines: list[Json]) -> dict[str, dict[str, flo
 
 def section(comparison: Comparison, lines: list[Json], texts: list[Json]) -> str:
     """Return all that there is to say of a comparison."""
-    name, report = comparison.output.name, report_on(comparison, lines)
-    shown = list(compare_tables(report))
+    report = report_on(comparison, lines)
+    shown = all_tables(comparison, report, texts)
     if not comparison.folds:  # of the many trials of tuning only what they are chosen by
-        shown = [table for table in shown if table.title.startswith("At a glance")]
-    parts = [f"## {name}", *headlines(report), ABOUT, *map(markdown, shown)]
-    if own := [line for line in texts if line["comparison"] == name]:
-        parts += [markdown(table) for table in text_tables(own, report.names, report.baseline)]
+        shown = (table for table in shown if table.title.startswith("At a glance"))
+    parts = [f"## {comparison.output.name}", *headlines(report), ABOUT]
+    parts += [f"**{table.title}**\n\n{markdown(table)}" for table in shown]
     return "\n\n".join([*parts, *(f"- {note}" for note in report.notes)])
 
 
+def all_tables(
+    comparison: Comparison, report: ComparisonReport, texts: list[Json]
+) -> Iterator[TextTable]:
+    """Yield compare's tables and, where models wrote, those of the texts."""
+    yield from compare_tables(report)
+    if own := [line for line in texts if line["comparison"] == comparison.output.name]:
+        yield from text_tables(own, report.names, report.baseline)
+
+
 def markdown(table: TextTable) -> str:
-    """Return a table in Markdown, below its title."""
+    """Return a table in Markdown, without its title."""
     rule = ["---", *["---:"] * (len(table.headings) - 1)]
-    lines = [f"| {' | '.join(cells)} |" for cells in (table.headings, rule, *table.rows)]
-    return "\n".join([f"**{table.title}**", "", *lines])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (table.headings, rule, *table.rows))
 
 
 def by_prompt(lines: Sequence[Json]) -> Values:
