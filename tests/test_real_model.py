@@ -212,7 +212,7 @@ def test_the_proof_in_bf16(window, shared):
 
         def why(layout: str, name: str, proof: choose._Proof = proof) -> str:
             with choose._Attention(model, layout):
-                found = proof._by_response(proof._logps(layout, False) - proof.reference).max()
+                found = proof._distance(proof._logps(layout, False))
                 ratios.setdefault(name, []).append(found.item() / proof.allowed)
                 return proof.failure(layout, False) or proof.leak(layout, False)
 
