@@ -108,8 +108,8 @@ def webnlg_table(name: str, title: str) -> str:
     with TemporaryDirectory() as work:
         comparison = webnlg.read(name, arms, Path(work), of / "tuned.yml")
     report = webnlg_tables.report_on(comparison, webnlg.read_lines(of / f"{name}.jsonl"))
-    written = webnlg.read_lines(of / "texts.jsonl")
-    made = [*webnlg_tables.all_tables(comparison, report, written)]
+    texts = webnlg.read_lines(of / "texts.jsonl")
+    made = [*webnlg_tables.all_tables(comparison, report, texts)]
     found = [one for one in made if one.title.startswith(title)]
     if len(found) != 1:
         raise ValueError(f"{name}: {title!r} begins {len(found)} of {[one.title for one in made]}")

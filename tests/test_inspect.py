@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from types import ModuleType
 
 import pytest
+from axolotl.utils.dict import DictDefault
 from click.testing import CliRunner
 from datasets import Dataset
 from runs import config, prepare, write_config, write_jsonl
@@ -19,7 +20,7 @@ from axolotl_amopo.commands import amopo
 from axolotl_amopo.commands.inspect.gather import gather
 from axolotl_amopo.commands.inspect.page import inspection_page
 from axolotl_amopo.commands.inspect.text import print_inspection
-from axolotl_amopo.commands.kit.prepare import _spawned_without_main
+from axolotl_amopo.commands.kit import prepare as anew
 from axolotl_amopo.data.pipeline import watch_preparations
 from axolotl_amopo.errors import CONTROL
 
@@ -205,22 +206,28 @@ def test_a_bad_row_is_one_sentence(tmp_path, tiny_model):
     assert "Traceback" not in done.output
 
 
-def test_what_is_spawned_to_save_rows_leaves_the_command_line_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_script", [True, False], ids=["script", "notebook"])
+def test_what_is_spawned_to_save_rows_leaves_the_main_module_alone(
+    is_script, tmp_path, monkeypatch
+):
     script, mark = tmp_path / "main.py", tmp_path / "imported"
     script.write_text(f"open({str(mark)!r}, 'w').close()", encoding="utf-8")
     main = ModuleType("__main__")
-    main.__file__, main.__spec__ = str(script), None
+    main.__spec__ = None
+    if is_script:
+        main.__file__ = str(script)
     monkeypatch.setitem(sys.modules, "__main__", main)
+    before = dict(vars(main))
 
-    def spawn() -> None:
+    def spawn(*_: object) -> tuple[None, None]:
         process = multiprocessing.get_context("spawn").Process(target=os.getpid)
         process.start()
         process.join()
         assert process.exitcode == 0
+        return None, None
 
-    with _spawned_without_main():
-        spawn()
-    assert not mark.exists()
-    assert main.__file__ == str(script)
+    monkeypatch.setattr(anew, "prepare_datasets", spawn)
+    with anew.prepared_anew(DictDefault(), None):
+        assert not mark.exists() and vars(main) == before
     spawn()
-    assert mark.exists()
+    assert mark.exists() == is_script

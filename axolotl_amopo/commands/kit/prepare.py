@@ -46,8 +46,10 @@ def _spawned_without_main() -> Iterator[None]:
     import it takes seconds in each, and nothing in it is asked for there.
     """
     main = vars(sys.modules["__main__"])
-    hidden = {name: main.get(name) for name in ("__file__", "__spec__")}
-    main.update(dict.fromkeys(hidden))
+    # A notebook's has no file, and shall have none afterwards.
+    hidden = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    main.pop("__file__", None)
+    main["__spec__"] = None
     try:
         yield
     finally:
